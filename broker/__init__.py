@@ -1,0 +1,1 @@
+"""The broker: the network and the journal. It knows nothing of PostgreSQL."""

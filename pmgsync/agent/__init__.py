@@ -1,0 +1,1 @@
+"""The agent: worker processes between the local PostgreSQL and the local broker."""

@@ -1,0 +1,92 @@
+"""The exceptions of pmgsync: one root, which says what was wrong, what to do, and whether it heals by itself."""
+
+from __future__ import annotations
+
+
+class PmgsyncError(Exception):
+    """Something pmgsync could not do, told in a sentence.
+
+    Args:
+        message: what was wrong and where, one sentence without a final full stop.
+        hint: what the administrator can do about it, or "" when there is nothing to do but wait.
+
+    Attributes:
+        recoverable: True when repeating the same thing later may succeed without anyone's help.
+    """
+
+    recoverable: bool = False
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(PmgsyncError):
+    """A configuration file or profile says something that cannot be used; names file, key and what was expected."""
+
+
+class ProtocolError(PmgsyncError):
+    """Bytes from a peer, a journal or a WAL stream are not what PROTOCOL.md allows."""
+
+
+class FrameDamagedError(ProtocolError):
+    """A frame's checksum does not match its bytes."""
+
+
+class MembershipError(PmgsyncError):
+    """A membership operation is not allowed, or its proof (token, fingerprint, signature) does not hold."""
+
+
+class PreflightError(PmgsyncError):
+    """A check before a change found something that must be put right first; nothing was changed."""
+
+
+class UnreachableError(PmgsyncError):
+    """A peer, a broker or a server does not answer; it may come back."""
+
+    recoverable = True
+
+
+class JournalError(PmgsyncError):
+    """The journal cannot be written or read now (disk full, failed fsync)."""
+
+    recoverable = True
+
+
+class JournalDamagedError(PmgsyncError):
+    """A journal's content does not match its checksums, or has a hole in the middle."""
+
+
+class ChainBrokenError(PmgsyncError):
+    """A chain cannot be continued from where it ended; its incarnation is over (slot lost, database restored)."""
+
+
+class ResyncRequiredError(PmgsyncError):
+    """A position cannot be reached by replay any more; a snapshot must be taken."""
+
+
+class ApplyError(PmgsyncError):
+    """A transaction could not be applied; carries everything an administrator needs to find it.
+
+    Args:
+        message: what the server said.
+        table: schema-qualified name, "" when no table is involved.
+        lsn: the origin's commit LSN as text, for example "0/15D4F68".
+        sqlstate: five characters, "" when the error is not PostgreSQL's.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", table: str = "", lsn: str = "", sqlstate: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.table = table
+        self.lsn = lsn
+        self.sqlstate = sqlstate
+
+
+class TransientApplyError(ApplyError):
+    """Applying failed for a reason that passes (deadlock, shutdown, lost connection)."""
+
+    recoverable = True
