@@ -1,0 +1,83 @@
+"""Frames: what was packed is read again, and damage of any kind is an error of ours, never a wrong frame."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmgsync.errors import FrameDamagedError, ProtocolError
+from pmgsync.frames import Header, make_frame, read_frame, read_header, unpack_body
+from pmgsync.positions import LAST, MAX_LSN, Position, format_lsn, parse_lsn
+
+lsns = st.integers(0, MAX_LSN - 1)
+numbers = st.integers(0, MAX_LSN)
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> Header:
+    prev = Position(draw(lsns), LAST)
+    here = Position(draw(st.integers(prev.lsn + 1, MAX_LSN)), draw(st.sampled_from([1, 2, LAST])))
+    if draw(st.booleans()):
+        prev = Position(here.lsn, draw(st.integers(1, 5)))
+        here = Position(here.lsn, draw(st.sampled_from([prev.part + 1, LAST])))
+    return Header(
+        draw(st.binary(min_size=16, max_size=16)), draw(numbers), draw(st.integers(1, 2**31 - 1)), draw(numbers), prev,
+        here, draw(numbers), draw(numbers), draw(numbers),
+    )
+
+
+@given(headers(), st.lists(st.binary(max_size=40), max_size=8))
+def test_round_trip(header: Header, messages: list[bytes]) -> None:
+    frame = make_frame(header, messages)
+    again = read_frame(frame.header_bytes, frame.body)
+    assert again == frame
+    assert unpack_body(again.body) == messages
+
+
+@given(headers(), st.lists(st.binary(max_size=40), max_size=4), st.data())
+def test_a_flipped_bit_is_seen(header: Header, messages: list[bytes], data: st.DataObject) -> None:
+    frame = make_frame(header, messages)
+    whole = bytearray(frame.header_bytes + frame.body)
+    bit = data.draw(st.integers(0, len(whole) * 8 - 1))
+    whole[bit // 8] ^= 1 << bit % 8
+    split = len(frame.header_bytes)
+    with pytest.raises(ProtocolError):
+        read_frame(bytes(whole[:split]), bytes(whole[split:]))
+
+
+@given(headers(), st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=4), st.data())
+def test_a_truncated_frame_is_seen(header: Header, messages: list[bytes], data: st.DataObject) -> None:
+    frame = make_frame(header, messages)
+    cut = data.draw(st.integers(0, len(frame.body) - 1))
+    with pytest.raises(FrameDamagedError):
+        read_frame(frame.header_bytes, frame.body[:cut])
+    cut = data.draw(st.integers(0, len(frame.header_bytes) - 1))
+    with pytest.raises(ProtocolError):
+        read_frame(frame.header_bytes[:cut], frame.body)
+
+
+@given(st.binary(max_size=600))
+def test_garbage_is_an_error_of_ours(garbage: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        read_header(garbage)
+    with pytest.raises(ProtocolError):
+        unpack_body(b"\xc1" + garbage)
+
+
+@given(numbers)
+def test_lsn_text(lsn: int) -> None:
+    assert parse_lsn(format_lsn(lsn)) == lsn
+
+
+@pytest.mark.parametrize("text", ["", "/", "0", "g/1", "0/100000000", "-1/0", "80000000/0", "1/2/3"])
+def test_bad_lsn_text(text: str) -> None:
+    with pytest.raises(ProtocolError):
+        parse_lsn(text)
+
+
+@given(st.lists(st.tuples(numbers, st.integers(1, LAST)), min_size=2, max_size=2))
+def test_positions_order_by_lsn_then_part(pair: list[tuple[int, int]]) -> None:
+    left, right = (Position(*one) for one in pair)
+    assert (left < right) == (pair[0] < pair[1])
+    assert Position.parse(list(left)) == left
