@@ -22,8 +22,15 @@ def headers(draw: st.DrawFn) -> Header:
         prev = Position(here.lsn, draw(st.integers(1, 5)))
         here = Position(here.lsn, draw(st.sampled_from([prev.part + 1, LAST])))
     return Header(
-        draw(st.binary(min_size=16, max_size=16)), draw(numbers), draw(st.integers(1, 2**31 - 1)), draw(numbers), prev,
-        here, draw(numbers), draw(numbers), draw(numbers),
+        draw(st.binary(min_size=16, max_size=16)),
+        draw(numbers),
+        draw(st.integers(1, 2**31 - 1)),
+        draw(numbers),
+        prev,
+        here,
+        draw(numbers),
+        draw(numbers),
+        draw(numbers),
     )
 
 

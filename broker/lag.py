@@ -1,0 +1,50 @@
+"""How far a receiver is behind a chain in seconds: since when the head has been beyond it. Pure; callers read clocks."""
+
+from __future__ import annotations
+
+from collections import deque
+
+SAMPLE_S = 0.1
+MAX_SAMPLES = 6_000
+"""Ten minutes of a head that never rests; an older lag is shown as at least that old."""
+
+
+class HeadClock:
+    """The recent history of one chain's head, on the observer's monotonic clock."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque(maxlen=MAX_SAMPLES)
+        self._incarnation = 0
+
+    @property
+    def head(self) -> int:
+        """The newest LSN noted, 0 before the first."""
+        return self._samples[-1][1] if self._samples else 0
+
+    def note(self, now: float, incarnation: int, lsn: int) -> None:
+        """Note that the head stands at an LSN; heads that go back in the same incarnation are stale news."""
+        if incarnation != self._incarnation:
+            self._samples.clear()
+            self._incarnation = incarnation
+        if self._samples and lsn <= self._samples[-1][1]:
+            return
+        if len(self._samples) > 1 and now - self._samples[-2][0] < SAMPLE_S:
+            # Keep the older time with the newer LSN out: a lag may be told up to a sample too long, never too short.
+            self._samples[-1] = (self._samples[-1][0], lsn)
+            return
+        self._samples.append((now, lsn))
+
+    def lag_s(self, now: float, applied: int) -> float:
+        """Return for how many seconds there has been something that a receiver at `applied` has not got."""
+        if applied >= self.head:
+            return 0.0
+        behind_since = now
+        for noted, lsn in reversed(self._samples):
+            if lsn <= applied:
+                break
+            behind_since = noted
+        return max(0.0, now - behind_since)
+
+    def lag_bytes(self, applied: int) -> int:
+        """Return how many bytes of WAL lie between a receiver and the head."""
+        return max(0, self.head - applied)

@@ -1,0 +1,611 @@
+"""The broker of one node: chains, journals, peers and local sessions, wired together. It decides nothing by itself."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import zmq
+
+from broker import sockets
+from broker.calls import Calls, End
+from broker.control import MemberDesk
+from broker.door import Door
+from broker.follower import Follower
+from broker.heartbeats import DOWN_AFTER_S, Applied, Heartbeat, OwnChain, measure_machine
+from broker.journal import Journals
+from broker.lag import HeadClock
+from broker.local import LocalDesk
+from broker.loop import Loop, Socket
+from broker.peers import PeerLink
+from broker.retaining import Retainer
+from broker.state import NodeKeys, StateDirectory
+from broker.status import View, status_map
+from broker.streams import Streams
+from broker.tokens import Tokens
+from pmgsync.chains import ChainHead, Verdict
+from pmgsync.config import NodeConfig
+from pmgsync.errors import FrameDamagedError, MembershipError, PmgsyncError, ProtocolError, UnreachableError
+from pmgsync.frames import Frame, read_frame
+from pmgsync.link import Message
+from pmgsync.membership import ClusterDocument, SignedDocument, accept_document, sign
+from pmgsync.positions import Position
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.5
+ACK_S = 0.05
+TICK_S = 0.25
+RELOAD_S = 1.0
+GRACE_S = 5.0
+"""After its start a broker does not call workers missing that have had no time to connect."""
+
+
+class Broker:
+    """One node's broker; `run` serves until `stop`."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        self.state = StateDirectory(config.state_dir)
+        self.keys: NodeKeys = self.state.keys()
+        self.loop = Loop()
+        self.context: zmq.Context[Socket] = zmq.Context()
+        ids = itertools.count(1)
+        self.new_id: Callable[[], int] = partial(next, ids)
+        self.signed: SignedDocument | None = None
+        self.cid = 0
+        self.journals: Journals | None = None
+        self.streams: Streams | None = None
+        self.calls = Calls(self.new_id)
+        self.tokens = Tokens(time.monotonic)
+        self.peers: dict[int, PeerLink] = {}
+        self.followers: dict[int, Follower] = {}
+        self.own: OwnChain | None = None
+        self.applied: dict[int, Applied] = {}
+        self.acked: dict[int, dict[int, Applied]] = {}
+        self.clocks: dict[int, HeadClock] = {}
+        self.notes: list[str] = []
+        self._ack_due = False
+        self._durable_told = Position(0)
+        self._document_stamp = 0
+        self._started = time.monotonic()
+        self._publisher: Socket | None = None
+        self._members: MemberDesk | None = None
+        self._door: Door | None = None
+        self._doorkeeper = sockets.Doorkeeper(self.context, self.loop, self._cid_of_key)
+        self.local = LocalDesk(self, sockets.bind_local(self.context, config.broker_socket))
+        self.retainer = Retainer(self)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until `stop` is called."""
+        self.reload()
+        self.loop.every(HEARTBEAT_S, self._beat)
+        self.loop.every(ACK_S, self._send_acks)
+        self.loop.every(TICK_S, self._tick)
+        self.loop.every(RELOAD_S, self._look_for_document)
+        try:
+            self.loop.run()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """End `run` soon."""
+        self.loop.stop()
+
+    def close(self) -> None:
+        """Close everything; what is accepted is written to the journal first."""
+        self._leave_cluster()
+        self.local.close()
+        self._doorkeeper.close()
+        self.context.destroy(linger=0)
+
+    # -- the cluster document -----------------------------------------------------------------------------------------
+
+    @property
+    def document(self) -> ClusterDocument:
+        """The cluster document held.
+
+        Raises:
+            MembershipError: when no cluster is defined.
+        """
+        if self.signed is None or not self.cid:
+            raise MembershipError("no cluster defined", hint="run `pmgcm create`, or `pmgcm join` to join one")
+        return self.signed.document
+
+    def master_document(self) -> ClusterDocument:
+        """The cluster document, on the master only.
+
+        Raises:
+            MembershipError: on any other node.
+        """
+        document = self.document
+        if document.master != self.cid:
+            master = document.member(document.master)
+            raise MembershipError(
+                "operation not permitted (not master)",
+                hint=f"run it on {master.name} ({master.address})" if master else "",
+            )
+        return document
+
+    def change_document(self, document: ClusterDocument) -> SignedDocument:
+        """Sign, store and spread a new cluster document."""
+        if self.signed is not None and document == self.signed.document:
+            return self.signed
+        signed = sign(document, self.cid, self.keys.sign_private)
+        self.state.store_document(signed)
+        self.reload()
+        return signed
+
+    def offer_document(self, data: bytes) -> None:
+        """Take a cluster document from the network when it is newer and properly signed.
+
+        Raises:
+            PmgsyncError: when it is not acceptable.
+        """
+        offered = SignedDocument.unpack(data)
+        if self.signed is not None and accept_document(self.signed.document, offered):
+            self.state.store_document(offered)
+            self.reload()
+
+    def _look_for_document(self) -> None:
+        try:
+            stamp = self.state.document_path.stat().st_mtime_ns
+        except FileNotFoundError:
+            stamp = 0
+        if stamp != self._document_stamp:
+            self.reload()
+
+    def reload(self) -> None:
+        """Read the cluster document again and bring connections and doors in line with it."""
+        try:
+            self._document_stamp = self.state.document_path.stat().st_mtime_ns
+        except FileNotFoundError:
+            self._document_stamp = 0
+        signed = self.state.document()
+        old = self.signed
+        if signed is not None and old is not None and signed.body == old.body and self.cid:
+            return
+        cid = self.state.own_cid(signed.document) if signed else 0
+        if signed is None or cid == 0:
+            if self.cid:
+                log.warning("action=left-cluster cid=%d", self.cid)
+            self._leave_cluster()
+            self.signed, self.cid = signed, 0
+            self.local.spread_document()
+            return
+        if self.cid and (cid != self.cid or (old and old.document.cluster != signed.document.cluster)):
+            self._leave_cluster()
+        removed = old is not None and bool(old.document.cids - signed.document.cids) and self.cid != 0
+        if removed and self._publisher is not None:
+            # Whoever is being removed should learn it from the document, not from silence.
+            self._publisher.send_multipart([b"d", signed.pack()])
+        self.signed, self.cid = signed, cid
+        log.info("action=document cid=%d epoch=%d serial=%d", cid, signed.document.epoch, signed.document.serial)
+        if self.journals is None:
+            self._open_journals()
+        if removed:
+            # libzmq looks at keys at the handshake only: a removed member's live connections end with the sockets.
+            self._close_members_sockets()
+        if self._publisher is None:
+            self._open_members_sockets()
+        self._publish(b"d", signed.pack())
+        self._meet_members(signed.document)
+        self._tend_door()
+        self.local.spread_document()
+        self._beat()
+
+    def _open_journals(self) -> None:
+        self.journals = Journals(self.state.journal, self.cid)
+        self.journals.start()
+        self.streams = Streams(self.journals)
+        self.loop.add_descriptor(self.journals.notify_fd, self._journal_moved)
+        for origin in self.journals.chains():
+            if origin != self.cid:
+                self.followers[origin] = Follower(origin, self.journals, self)
+
+    def _leave_cluster(self) -> None:
+        for link in self.peers.values():
+            link.close()
+        self.peers.clear()
+        self._close_members_sockets()
+        if self._door is not None:
+            self._door.close()
+            self._door = None
+        if self.journals is not None:
+            self.loop.remove(self.journals.notify_fd)
+            self.journals.close()
+        self.journals = self.streams = self.own = None
+        self.followers.clear()
+        self.applied.clear()
+        self.acked.clear()
+        self.clocks.clear()
+        self.cid = 0
+
+    def _open_members_sockets(self) -> None:
+        ports = self.config
+        publisher = sockets.open_socket(self.context, zmq.PUB)
+        sockets.serve(publisher, self.keys, sockets.MEMBERS_DOMAIN, ports.address, ports.events_port, "events")
+        self._publisher = publisher
+        router = sockets.open_socket(self.context, zmq.ROUTER, max_bytes=sockets.CONTROL_MAX_BYTES, hwm=10_000)
+        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        sockets.serve(router, self.keys, sockets.MEMBERS_DOMAIN, ports.address, ports.control_port, "control")
+        self._members = MemberDesk(self, router)
+
+    def _close_members_sockets(self) -> None:
+        if self._publisher is not None:
+            self._publisher.close(linger=200)
+            self._publisher = None
+        if self._members is not None:
+            self._members.close()
+            self._members = None
+
+    def _tend_door(self) -> None:
+        wanted = self.document.master == self.cid
+        if wanted and self._door is None:
+            self._door = Door(
+                self.context, self.loop, self.keys, self.tokens, self,
+                address=self.config.address, port=self.config.join_port,
+            )  # fmt: skip
+        elif not wanted and self._door is not None:
+            self._door.close()
+            self._door = None
+
+    def _meet_members(self, document: ClusterDocument) -> None:
+        for cid, link in list(self.peers.items()):
+            if document.member(cid) != link.member:
+                link.close()
+                del self.peers[cid]
+                self.acked.pop(cid, None)
+                self.calls.drop_owner(("peer", cid), UnreachableError(f"node {cid} has left the cluster"))
+        for member in document.members:
+            if member.cid not in self.peers and member.cid != self.cid:
+                self.peers[member.cid] = PeerLink(
+                    self.context, self.loop, self.keys, member,
+                    on_event=self._event, on_control=self._control, on_rebuilt=self._rebuilt,
+                )  # fmt: skip
+
+    def _cid_of_key(self, key: bytes) -> int:
+        member = self.signed.document.by_key(key) if self.signed is not None and self.cid else None
+        return member.cid if member else 0
+
+    # -- the own chain ------------------------------------------------------------------------------------------------
+
+    def open_own_chain(self, incarnation: int, start: int, snapshot: bool) -> Position:
+        """Open the own chain's journal for capture and return the complete position that it ends at."""
+        journals = self._journals()
+        head = journals.open(self.cid, incarnation, Position(start))
+        if not head.position.complete:
+            head = journals.drop_parts(self.cid)
+            self.fell_back(head)
+        watermark = self.own.watermark if self.own and self.own.incarnation == incarnation else head.position.lsn
+        self.own = OwnChain(incarnation, start, snapshot, watermark)
+        self._durable_told = Position(0)
+        self._note_head(self.cid, head)
+        return head.position
+
+    def own_frame(self, header: bytes, body: bytes) -> None:
+        """Take a frame from capture: journal it and publish it at once.
+
+        Raises:
+            PmgsyncError: when it cannot be taken; capture starts again from the journal's end.
+        """
+        journals, document = self._journals(), self.document
+        frame = read_frame(header, body)
+        if frame.header.origin != self.cid or frame.header.cluster != document.cluster:
+            raise ProtocolError("capture sent a frame of another chain")
+        verdict = journals.accept(frame)
+        if verdict is Verdict.DUPLICATE:
+            return
+        if verdict not in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
+            raise ProtocolError(f"capture sent a frame that does not follow the journal ({verdict.value})")
+        if verdict is Verdict.BEGIN_AGAIN:
+            self.fell_back(journals.chains()[self.cid])
+        self._publish(b"f", header, body)
+        self.taken(frame)
+
+    def durable_own(self) -> Position:
+        """Return how far the own chain is on disk."""
+        return self._journals().durable(self.cid)
+
+    def watermark(self, lsn: int) -> None:
+        """Note how far capture knows that there is nothing more to send."""
+        if self.own is not None and lsn > self.own.watermark:
+            self.own = OwnChain(self.own.incarnation, self.own.start, self.own.snapshot, lsn)
+
+    def _journal_moved(self) -> None:
+        journals = self._journals()
+        journals.collect()
+        if self.own is not None:
+            durable = journals.durable(self.cid)
+            if durable != self._durable_told:
+                self._durable_told = durable
+                self.local.tell_durable(durable)
+
+    # -- chains: what followers, streams and desks need ---------------------------------------------------------------
+
+    def _journals(self) -> Journals:
+        if self.journals is None:
+            raise MembershipError("no cluster defined", hint="run `pmgcm create`, or `pmgcm join` to join one")
+        return self.journals
+
+    def chain_heads(self) -> Mapping[int, ChainHead]:
+        """Return the heads of all chains in the journal."""
+        return self.journals.chains() if self.journals is not None else {}
+
+    def heard_own(self, origin: int) -> OwnChain | None:
+        """Return what a member last said of its own chain."""
+        link = self.peers.get(origin)
+        return link.heartbeat.own if link and link.heartbeat else None
+
+    def follow(self, origin: int, incarnation: int, position: Position) -> None:
+        """Begin or continue to keep a foreign chain whole, so that everything after `position` can be had."""
+        journals = self._journals()
+        head = self.chain_heads().get(origin)
+        if head is None or head.incarnation != incarnation:
+            journals.open(origin, incarnation, position)
+        elif position < journals.first(origin):
+            journals.reset(origin, incarnation, position)
+        if origin not in self.followers:
+            self.followers[origin] = Follower(origin, journals, self)
+        elif head is None or head.incarnation != incarnation or position < journals.first(origin):
+            self.followers[origin].reset()
+        self._note_head(origin, journals.chains()[origin])
+        self.followers[origin].tick()
+
+    def taken(self, frame: Frame) -> None:
+        """A frame was taken into the journal."""
+        assert self.streams is not None
+        self.streams.offer(frame)
+        self._note_head(frame.header.origin, self.chain_heads()[frame.header.origin])
+
+    def fell_back(self, head: ChainHead) -> None:
+        """The parts of a half transaction were dropped."""
+        assert self.streams is not None
+        self.streams.fall_back(head.origin, head.complete)
+
+    def lost(self, origin: int, error: PmgsyncError) -> None:
+        """A gap cannot be filled: begin behind it when apply has passed it, else say that a snapshot is needed."""
+        assert self.streams is not None
+        head = self.chain_heads()[origin]
+        applied = self.applied.get(origin)
+        if applied and applied.incarnation == head.incarnation and applied.position > head.complete:
+            self._journals().reset(origin, head.incarnation, applied.position)
+            self.followers[origin].reset()
+            return
+        log.error("action=resync-required origin=%d position=%s", origin, head.position)
+        self.streams.fail(origin, error)
+
+    def servers(self, origin: int, incarnation: int, position: Position) -> list[int]:
+        """Return the connected members that hold what follows a position, the origin first."""
+        found = [
+            cid
+            for cid, link in self.peers.items()
+            if link.up
+            and link.heartbeat is not None
+            and (chain := link.heartbeat.chains.get(origin)) is not None
+            and chain.incarnation == incarnation
+            and chain.first <= position < chain.head
+        ]
+        return sorted(found, key=lambda cid: (cid != origin, cid))
+
+    def behind_all(self, origin: int, incarnation: int, position: Position) -> bool:
+        """Return True when every connected member that has the chain begins after the position."""
+        firsts = [
+            chain.first
+            for link in self.peers.values()
+            if link.up
+            and link.heartbeat is not None
+            and (chain := link.heartbeat.chains.get(origin)) is not None
+            and chain.incarnation == incarnation
+        ]
+        link = self.peers.get(origin)
+        return bool(firsts) and link is not None and link.up and all(first > position for first in firsts)
+
+    def send_to(self, cid: int, message: Message) -> bool:
+        """Send a control message to a member; False when it is not connected."""
+        link = self.peers.get(cid)
+        return link is not None and link.send(message)
+
+    def _note_head(self, origin: int, head: ChainHead) -> None:
+        clock = self.clocks.setdefault(origin, HeadClock())
+        clock.note(time.monotonic(), head.incarnation, head.complete.lsn)
+
+    # -- from the members ---------------------------------------------------------------------------------------------
+
+    def _event(self, link: PeerLink, parts: Sequence[zmq.Frame]) -> None:
+        try:
+            match [part.bytes for part in parts]:
+                case [b"f", header, body]:
+                    self._foreign_frame(link, header, body)
+                case [b"h", data]:
+                    self._heartbeat(link, data)
+                case [b"d", data]:
+                    self.offer_document(data)
+                case _:
+                    raise ProtocolError(f"an event of {len(parts)} parts is not known here")
+        except PmgsyncError as error:
+            self.note(f"node {link.member.cid}: {error}")
+
+    def _foreign_frame(self, link: PeerLink, header: bytes, body: bytes) -> None:
+        origin = link.member.cid
+        follower = self.followers.get(origin)
+        try:
+            frame = read_frame(header, body)
+        except FrameDamagedError:
+            if follower is not None:
+                follower.damaged += 1
+            raise
+        if frame.header.origin != origin or frame.header.cluster != self.document.cluster:
+            raise ProtocolError(f"it published a frame of node {frame.header.origin}, or of another cluster")
+        if follower is not None:
+            follower.live(frame)
+
+    def _heartbeat(self, link: PeerLink, data: bytes) -> None:
+        heartbeat = Heartbeat.unpack(data)
+        if heartbeat.cid != link.member.cid or heartbeat.cluster != self.document.cluster:
+            raise ProtocolError("its heartbeat speaks for another node or cluster")
+        link.heard(heartbeat)
+        self.acked.setdefault(heartbeat.cid, {}).update(heartbeat.applied)
+        if (heartbeat.epoch, heartbeat.serial) > self.document.version:
+            link.send({"op": "document", "id": self.new_id()})
+        own = heartbeat.own
+        if own is None:
+            return
+        chain = heartbeat.chains.get(heartbeat.cid)
+        if chain is None:
+            return
+        self.clocks.setdefault(heartbeat.cid, HeadClock()).note(
+            heartbeat.received, own.incarnation, chain.head.lsn if chain.head.complete else chain.head.lsn - 1
+        )
+        head = self.chain_heads().get(heartbeat.cid)
+        if head is None or heartbeat.cid not in self.followers:
+            return
+        if head.incarnation == own.incarnation:
+            self.followers[heartbeat.cid].heard_head(chain.head)
+        else:
+            self.local.chain_replaced(heartbeat.cid, own.incarnation)
+
+    def _control(self, link: PeerLink, parts: Sequence[zmq.Frame]) -> None:
+        try:
+            self.local.from_member(link.member.cid, [part.bytes for part in parts])
+        except PmgsyncError as error:
+            self.note(f"node {link.member.cid}: {error}")
+
+    def _rebuilt(self, link: PeerLink) -> None:
+        for follower in self.followers.values():
+            follower.server_gone(link.member.cid)
+        reason = UnreachableError(f"the connection to {link.member.name} ({link.member.cid}) was lost")
+        self.calls.drop_owner(("peer", link.member.cid), reason)
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def _publish(self, *parts: bytes) -> None:
+        if self._publisher is not None:
+            self._publisher.send_multipart(parts)
+
+    def heartbeat(self) -> Heartbeat:
+        """Return this node's heartbeat as of now."""
+        document, machine = self.document, measure_machine(self.config.state_dir)
+        state, error, alerts = self.health()
+        return Heartbeat(
+            document.cluster, self.cid, document.epoch, document.serial, time.time_ns() // 1000,
+            machine.uptime_s, machine.load1, machine.mem_pct, machine.disk_pct,
+            state, error, tuple(alerts), self.retainer.held(), self.own, dict(self.applied),
+        )  # fmt: skip
+
+    def health(self) -> tuple[str, str, list[dict[str, str]]]:
+        """Return this node's state (`A` or `S`), what is wrong with it ("" when nothing), and its alerts."""
+        state, error = "A", ""
+        alerts = self.retainer.alerts()
+        sessions = self.local.sessions.workers()
+        for session in sessions:
+            alerts += session.alerts
+            if session.state == "S":
+                state = "S"
+            if session.error and not error:
+                error = f"{session.worker}: {session.error}"
+            if session.error:
+                text = f"{session.worker}: {session.error}" + (f" ({session.hint})" if session.hint else "")
+                since = f", for {time.monotonic() - session.error_since:.0f} s"
+                alerts.append({"kind": "error", "text": text + since})
+        if self.journals is not None and self.journals.failure is not None:
+            error = str(self.journals.failure)
+        present = {session.worker for session in sessions}
+        wanted = ["capture", *(f"apply:{cid}" for cid in sorted(self.document.cids - {self.cid}))]
+        missing = [name for name in wanted if name not in present]
+        if not error and missing and time.monotonic() - self._started > GRACE_S:
+            error = (
+                "the agent is not running"
+                if "supervisor" not in present
+                else f"not running: {', '.join(missing)}"
+            )  # fmt: skip
+        return state, error, alerts
+
+    def status(self) -> dict[str, object]:
+        """Return the map of `pmgcm status --json`."""
+        own = self.heartbeat()
+        views = {self.cid: View(own, 0.0, self.applied, "")}
+        for cid, link in self.peers.items():
+            views[cid] = View(link.heartbeat, link.age_s, self.acked.get(cid, {}), link.problem)
+        return status_map(self.document, views, self.clocks, now=time.monotonic(), down_after_s=DOWN_AFTER_S)
+
+    def applied_moved(self, origin: int, applied: Applied) -> None:
+        """Note what a local apply worker has committed."""
+        self.applied[origin] = applied
+        self._ack_due = True
+
+    def note(self, text: str) -> None:
+        """Log something odd that a peer sent, each text once in a while."""
+        if text not in self.notes:
+            log.warning("action=refused %s", text)
+            self.notes = [*self.notes[-99:], text]
+
+    def _beat(self) -> None:
+        if self.cid:
+            self._publish(b"h", self.heartbeat().pack())
+
+    def _send_acks(self) -> None:
+        if not self._ack_due or not self.cid:
+            return
+        self._ack_due = False
+        durable = {
+            origin: [head.incarnation, *self._journals().durable(origin)] for origin, head in self.chain_heads().items()
+        }
+        message = {
+            "op": "ack",
+            "epoch": self.document.epoch,
+            "applied": {origin: [done.incarnation, *done.position] for origin, done in self.applied.items()},
+            "durable": durable,
+        }
+        for link in self.peers.values():
+            link.send(message)
+
+    def _tick(self) -> None:
+        self.local.sessions.expire()
+        if self.streams is not None:
+            self.streams.expire()
+        for follower in self.followers.values():
+            follower.tick()
+        for link in list(self.peers.values()):
+            link.tick()
+        self.retainer.tick()
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def ask_agent(self, caller: End, method: str, message: Message | None = None) -> None:
+        """Run a method of this node's agent for somebody.
+
+        Raises:
+            UnreachableError: when no worker serves it now.
+        """
+        session = self.local.sessions.serving(method)
+        if session is None:
+            raise UnreachableError(f"the agent of {self.config.name} is not running", hint="start pmgsync-agent there")
+        identity = session.identity
+        self.calls.begin(
+            caller,
+            identity,
+            lambda reply, attachments: self.local.sessions.send(identity, reply, attachments),
+            message or {"op": "call", "method": method, "args": {}, "credit": 1 << 20},
+        )
+
+    def ask_member(self, caller: End, target: int, message: Message) -> None:
+        """Pass a call to another member.
+
+        Raises:
+            UnreachableError: when it is not connected.
+            MembershipError: when there is no such member.
+        """
+        link = self.peers.get(target)
+        if link is None:
+            raise MembershipError(f"no member has CID {target}")
+        self.calls.begin(caller, ("peer", target), lambda reply, parts: self._to_peer(target, reply, parts), message)
+
+    def _to_peer(self, target: int, message: Mapping[str, object], parts: Sequence[bytes]) -> bool:
+        link = self.peers.get(target)
+        return link is not None and link.send(message, parts)

@@ -1,0 +1,112 @@
+"""Sessions of this machine's own processes on the local socket: who they are, how they are, what they serve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from broker.loop import Socket
+from pmgsync.link import pack
+
+WORKER_GONE_S = 3.0
+"""A worker says something at least once a second."""
+CLIENT_GONE_S = 120.0
+"""The command line has no heartbeat; what it left behind is cleared away after this."""
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One process's connection."""
+
+    identity: bytes
+    worker: str
+    heard: float = field(default_factory=time.monotonic)
+    state: str = ""
+    error: str = ""
+    hint: str = ""
+    error_since: float = 0.0
+    alerts: list[dict[str, str]] = field(default_factory=list)
+    methods: frozenset[str] = frozenset()
+
+    def report(self, message: Mapping[str, Any]) -> None:
+        """Take over what a worker says of itself."""
+        error = str(message.get("error", ""))[:2000]
+        if error and not self.error:
+            self.error_since = time.monotonic()
+        self.state = str(message.get("state", ""))[:200]
+        self.error = error
+        self.hint = str(message.get("hint", ""))[:2000]
+        alerts = message.get("alerts", [])
+        self.alerts = [
+            {str(key): str(value)[:2000] for key, value in alert.items()}
+            for alert in (alerts if isinstance(alerts, list) else [])[:50]
+            if isinstance(alert, dict)
+        ]
+
+
+class Sessions:
+    """All sessions, by ZeroMQ identity."""
+
+    def __init__(self, socket: Socket, gone: Callable[[Session], None]) -> None:
+        self._socket = socket
+        self._gone = gone
+        self._by_identity: dict[bytes, Session] = {}
+
+    def get(self, identity: bytes) -> Session | None:
+        """Return the session of an identity, and note that it is alive."""
+        session = self._by_identity.get(identity)
+        if session is not None:
+            session.heard = time.monotonic()
+        return session
+
+    def begin(self, identity: bytes, worker: str) -> Session:
+        """Begin a session; an earlier one of the same worker is over (its process was replaced)."""
+        for old in list(self._by_identity.values()):
+            if old.worker == worker and worker != "cli" and old.identity != identity:
+                self.end(old)
+        session = Session(identity, worker)
+        self._by_identity[identity] = session
+        return session
+
+    def end(self, session: Session) -> None:
+        """Forget a session and all it had open."""
+        if self._by_identity.pop(session.identity, None) is not None:
+            self._gone(session)
+
+    def worker(self, name: str) -> Session | None:
+        """Return the session of a worker."""
+        return next((session for session in self._by_identity.values() if session.worker == name), None)
+
+    def serving(self, method: str) -> Session | None:
+        """Return a session that answers calls of a method."""
+        return next((session for session in self._by_identity.values() if method in session.methods), None)
+
+    def workers(self) -> list[Session]:
+        """Return the sessions of agent workers."""
+        return [session for session in self._by_identity.values() if session.worker != "cli"]
+
+    def all(self) -> list[Session]:
+        """Return every session."""
+        return list(self._by_identity.values())
+
+    def send(self, identity: bytes, message: Mapping[str, Any], attachments: Sequence[bytes] = ()) -> bool:
+        """Send to a session; one that is gone is ended. Returns False then."""
+        try:
+            self._socket.send_multipart([identity, pack(message), *attachments], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            session = self._by_identity.get(identity)
+            if session is not None:
+                self.end(session)
+            return False
+        return True
+
+    def expire(self) -> None:
+        """End sessions that have fallen silent."""
+        now = time.monotonic()
+        for session in self.all():
+            if now - session.heard > (CLIENT_GONE_S if session.worker == "cli" else WORKER_GONE_S):
+                self.end(session)

@@ -1,0 +1,215 @@
+"""The apply worker of one origin: takes its frames from the local broker and commits them in the local database."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import zmq
+
+from pmgsync.agent.base import REPORT_S, Bell, SessionOverError, Worker
+from pmgsync.config import NodeConfig
+from pmgsync.errors import PmgsyncError, ResyncRequiredError
+from pmgsync.frames import Frame, read_frame
+from pmgsync.link import BrokerLink, Message
+from pmgsync.positions import Position
+from pmgsync.postgres.apply import Applier
+from pmgsync.profile import load_profile
+
+log = logging.getLogger(__name__)
+
+CREDIT_BYTES = 8 << 20
+"""Bytes of frames that may wait here to be applied."""
+BATCH_BYTES = 1 << 20
+"""Bytes of frames that are applied in one local transaction, when so many are waiting."""
+ALERT_COUNT = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What the applying thread has done: a position that is committed, bytes used up, or the error that stopped it."""
+
+    position: Position | None
+    size: int
+    error: PmgsyncError | None = None
+
+
+class _Hand:
+    """The thread that holds the database connection, so that a long statement never silences the worker."""
+
+    def __init__(self, applier: Applier, bell: Bell) -> None:
+        self._applier = applier
+        self._bell = bell
+        self._work: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="apply", daemon=True)
+        self._thread.start()
+
+    def give(self, frame: Frame) -> None:
+        """Have a frame applied."""
+        self._work.put(frame)
+
+    def stop(self) -> None:
+        """End the thread; what it is doing is rolled back or done when this returns."""
+        self._work.put(None)
+        self._applier.cancel()
+        self._thread.join()
+        self._applier.close()
+
+    def _run(self) -> None:
+        while True:
+            first = self._work.get()
+            if first is None:
+                return
+            batch, size = [first], first.size
+            while size < BATCH_BYTES:
+                try:
+                    frame = self._work.get_nowait()
+                except queue.Empty:
+                    break
+                if frame is None:
+                    return
+                batch.append(frame)
+                size += frame.size
+            try:
+                position = self._applier.apply(batch)
+            except PmgsyncError as error:
+                self.done.put(_Done(None, 0, error))
+                self._bell.ring()
+                return
+            self.done.put(_Done(position, size))
+            self._bell.ring()
+
+
+class ApplyWorker(Worker):
+    """Keeps this node's database in step with one origin."""
+
+    def __init__(self, config: NodeConfig, origin: int) -> None:
+        super().__init__(config, f"apply:{origin}")
+        self.origin = origin
+        self._profile = load_profile(config.profile)
+        self._bell = Bell()
+
+    def _master(self) -> int:
+        return self.document.master
+
+    def _members(self) -> Collection[int]:
+        return self.document.cids
+
+    def session(self, link: BrokerLink) -> None:
+        """Apply from the database's position on until something ends it."""
+        applier = Applier(
+            self.config.dsn,
+            self._profile,
+            origin=self.origin,
+            own_cid=self.cid,
+            master=self._master,
+            members=self._members,
+        )
+        try:
+            known = applier.connect()
+            incarnation, position = known if known is not None else (0, Position(0))
+            try:
+                opened, _ = link.request(
+                    {
+                        "op": "apply.open",
+                        "origin": self.origin,
+                        "incarnation": incarnation,
+                        "position": list(position),
+                        "credit": CREDIT_BYTES,
+                    }
+                )
+            except ResyncRequiredError as error:
+                applier.close()
+                self._resynchronise(error)
+                return
+            if known is None:
+                incarnation, position = int(opened["incarnation"]), Position.parse(opened["position"])
+                applier.begin_chain(incarnation, position)
+        except PmgsyncError:
+            applier.close()
+            raise
+        log.info("action=apply origin=%d incarnation=%016x position=%s", self.origin, incarnation, position)
+        self.state = "A"
+        hand = _Hand(applier, self._bell)
+        try:
+            self._stream(link, hand, int(opened["id"]), incarnation, position, applier)
+        except ResyncRequiredError as error:
+            hand.stop()
+            self._resynchronise(error)
+        finally:
+            hand.stop()
+            if self.link is not None:
+                link.send({"op": "cancel", "id": int(opened["id"])})
+
+    def _stream(
+        self, link: BrokerLink, hand: _Hand, stream: int, incarnation: int, position: Position, applier: Applier
+    ) -> None:
+        poller = zmq.Poller()
+        poller.register(link.socket, zmq.POLLIN)
+        poller.register(self._bell.fileno(), zmq.POLLIN)
+        used, last = 0, time.monotonic()
+        while True:
+            poller.poll(round(REPORT_S * 1000))
+            while link.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                received = link.receive(0)
+                if received is None:
+                    break
+                self._take(hand, stream, *received)
+            self._bell.hush()
+            moved = False
+            while not hand.done.empty():
+                done = hand.done.get()
+                if done.error is not None:
+                    raise done.error
+                assert done.position is not None
+                moved, position, used = True, done.position, used + done.size
+            if moved:
+                self.well()
+                last = time.monotonic()
+                applied = {"incarnation": incarnation, "position": list(position)}
+                link.send({"op": "applied", "origin": self.origin, **applied})
+                link.send({"op": "credit", "id": stream, "bytes": used})
+                used = 0
+            elif time.monotonic() - last > REPORT_S:
+                last = time.monotonic()
+                self.well()
+            warnings = list(applier.stats.warnings)[-ALERT_COUNT:]
+            self.alerts = [{"kind": "table", "text": warning} for warning in warnings]
+            self.report()
+
+    def _take(self, hand: _Hand, stream: int, message: Message, attachments: Sequence[bytes]) -> None:
+        if message["op"] == "frame" and message.get("id") == stream:
+            hand.give(read_frame(attachments[0], attachments[1]))
+        elif message["op"] != "frame":
+            self.handle(message, attachments)
+
+    def _resynchronise(self, reason: ResyncRequiredError) -> None:
+        from pmgsync.agent.resync import Resync
+
+        log.warning("action=resync origin=%d reason=%s", self.origin, reason)
+        self.state = "S"
+        self.alerts = [{"kind": "resync", "text": f"resynchronising from node {self.origin}: {reason.message}"}]
+        resync = Resync(self, self._bell)
+        try:
+            while not resync.over:
+                poll = zmq.Poller()
+                poll.register(self._bell.fileno(), zmq.POLLIN)
+                assert self.link is not None
+                poll.register(self.link.socket, zmq.POLLIN)
+                poll.poll(round(REPORT_S * 1000))
+                self._bell.hush()
+                while (received := self.link.receive(0)) is not None:
+                    self.waiting(*received)
+                self.alerts = [{"kind": "resync", "text": resync.progress()}]
+                self.report()
+            resync.result()
+        except SessionOverError:
+            resync.cancel()
+            raise
+        finally:
+            self.state, self.alerts = "A", []

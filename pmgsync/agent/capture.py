@@ -1,0 +1,214 @@
+"""The capture worker: WAL messages become frames, frames go to the broker, and what is on disk there is confirmed."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import zmq
+
+from pmgsync.agent.base import Worker
+from pmgsync.config import NodeConfig
+from pmgsync.errors import ChainBrokenError, PmgsyncError
+from pmgsync.frames import Frame
+from pmgsync.framing import ChainName, Framer
+from pmgsync.link import BrokerLink, Message, error_map, pack
+from pmgsync.positions import Position, format_lsn
+from pmgsync.postgres.capture import SlotReader, SlotState, emit_barrier, prove_continuity
+from pmgsync.postgres.provision import NodeFacts, read_node, renew_chain
+
+log = logging.getLogger(__name__)
+
+WINDOW_BYTES = 16 << 20
+"""Bytes of frames that may be on their way to the journal's disk; beyond it the WAL is left unread."""
+READ_BATCH = 4_000
+CONFIRM_S = 1.0
+WATERMARK_S = 0.1
+ASK_S = 0.5
+ASK_FAST_S = 0.02
+ASK_FAST_FOR_S = 2.0
+SLOT_CHECK_S = 10.0
+RETAINED_ALERT_BYTES = 1 << 30
+
+_FRAME = pack({"op": "frame"})
+
+
+class CaptureWorker(Worker):
+    """Publishes this node's chain."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        super().__init__(config, "capture")
+        self._facts: NodeFacts | None = None
+
+    def session(self, link: BrokerLink) -> None:
+        """Stream from the journal's end until something ends it."""
+        facts, state = read_node(self.config.dsn)
+        opened, _ = link.request(
+            {
+                "op": "chain.open",
+                "incarnation": facts.incarnation,
+                "start": facts.start,
+                "snapshot": facts.needs_snapshot,
+            }
+        )
+        position, safe = Position.parse(opened["position"]), int(opened["watermark"])
+        try:
+            prove_continuity(state, system_id=facts.system_id, journal_lsn=position.lsn, safe_lsn=safe)
+        except ChainBrokenError as error:
+            log.error("action=chain-broken position=%s error=%s", position, error)
+            self.fail(error)
+            renew_chain(self.config.dsn, facts)
+            return
+        start = max(position.lsn + 1, safe)
+        reader = SlotReader(self.config.dsn, slot=facts.slot, publication=facts.publication, start_lsn=start)
+        try:
+            log.info("action=capture incarnation=%016x position=%s", facts.incarnation, position)
+            _Stream(self, link, reader, facts, position, safe, state).run()
+        finally:
+            reader.close()
+
+
+class _Stream:
+    """One run of capture: a replication connection and a session with the broker."""
+
+    def __init__(
+        self,
+        worker: CaptureWorker,
+        link: BrokerLink,
+        reader: SlotReader,
+        facts: NodeFacts,
+        position: Position,
+        safe: int,
+        state: SlotState,
+    ) -> None:
+        document = worker.document
+        self._worker = worker
+        self._link = link
+        self._reader = reader
+        self._facts = facts
+        chain = ChainName(
+            document.cluster, document.epoch, worker.cid, facts.incarnation, secrets.randbits(62) + 1
+        )  # fmt: skip
+        self._framer = Framer(chain, position)
+        self._outstanding: deque[tuple[Position, int]] = deque()
+        self._outstanding_bytes = 0
+        self._safe = max(safe, position.lsn + 1)
+        self._confirmed = 0
+        self._watermark = 0
+        self._next_confirm = self._next_watermark = self._next_ask = 0.0
+        self._next_slot_check = time.monotonic() + SLOT_CHECK_S
+        self._ask_fast_until = 0.0
+        self._check(state)
+
+    def run(self) -> None:
+        """Stream until an error ends it."""
+        link, reader = self._link, self._reader
+        link.send({"op": "serve", "methods": ["barrier"]})
+        poller = zmq.Poller()
+        poller.register(link.socket, zmq.POLLIN)
+        poller.register(reader.fileno(), zmq.POLLIN)
+        reading = True
+        while True:
+            drained = True
+            if reading:
+                drained = self._read()
+            wait = 0 if not drained else self._timeout_ms()
+            poller.poll(wait)
+            while link.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                received = link.receive(0)
+                if received is None:
+                    break
+                self._take(*received)
+            room = self._outstanding_bytes < WINDOW_BYTES
+            if room != reading:
+                reading = room
+                if room:
+                    poller.register(reader.fileno(), zmq.POLLIN)
+                else:
+                    poller.unregister(reader.fileno())
+            self._keep_time(drained and reading)
+            self._worker.report()
+
+    def _timeout_ms(self) -> int:
+        return int((ASK_FAST_S if time.monotonic() < self._ask_fast_until else WATERMARK_S) * 1000)
+
+    def _read(self) -> bool:
+        """Read what is there, at most a batch; True when the server has sent no more."""
+        framer, read = self._framer, self._reader.read
+        for _ in range(READ_BATCH):
+            message = read()
+            if message is None:
+                if (frame := framer.flush()) is not None:
+                    self._send(frame)
+                return True
+            for frame in framer.feed(message):
+                self._send(frame)
+            if self._outstanding_bytes >= WINDOW_BYTES:
+                return False
+        return False
+
+    def _send(self, frame: Frame) -> None:
+        self._link.socket.send_multipart((_FRAME, frame.header_bytes, frame.body))
+        self._outstanding.append((frame.here, frame.size))
+        self._outstanding_bytes += frame.size
+
+    def _take(self, message: Message, attachments: Sequence[bytes]) -> None:
+        match message["op"]:
+            case "durable":
+                self._durable(Position.parse(message["position"]), int(message["watermark"]))
+            case "call" if message.get("method") == "barrier":
+                self._barrier(message)
+            case "cancel" | "credit":
+                pass
+            case _:
+                self._worker.handle(message, attachments)
+
+    def _durable(self, position: Position, watermark: int) -> None:
+        while self._outstanding and self._outstanding[0][0] <= position:
+            self._outstanding_bytes -= self._outstanding.popleft()[1]
+        # A transaction of which only some parts are on disk is sent again after a crash: it is not safe yet.
+        complete = position.lsn + 1 if position.complete else 0
+        self._safe = max(self._safe, complete, watermark)
+        self._worker.well()
+
+    def _barrier(self, message: Message) -> None:
+        request = int(message["id"])
+        try:
+            lsn = emit_barrier(self._worker.config.dsn)
+        except PmgsyncError as error:
+            self._link.send(error_map(request, error))
+            return
+        self._link.send({"op": "done", "id": request, "result": {"lsn": lsn}})
+        self._ask_fast_until = time.monotonic() + ASK_FAST_FOR_S
+
+    def _keep_time(self, caught_up: bool) -> None:
+        now = time.monotonic()
+        if now >= self._next_confirm:
+            self._next_confirm = now + CONFIRM_S
+            # Feedback goes out even when nothing is new: the server ends connections that are silent for a minute.
+            self._reader.confirm(self._safe)
+            self._confirmed = self._safe
+        if caught_up and self._framer.empty and now >= self._next_watermark:
+            lsn = max(self._framer.passed, self._reader.caught_up_lsn)
+            if lsn > self._watermark:
+                self._next_watermark = now + WATERMARK_S
+                self._watermark = lsn
+                self._link.send({"op": "watermark", "lsn": lsn})
+        if caught_up and now >= self._next_ask:
+            self._next_ask = now + (ASK_FAST_S if now < self._ask_fast_until else ASK_S)
+            self._reader.confirm(self._safe, ask=True)
+        if now >= self._next_slot_check:
+            self._next_slot_check = now + SLOT_CHECK_S
+            self._check(read_node(self._worker.config.dsn)[1])
+
+    def _check(self, state: SlotState) -> None:
+        alerts = []
+        if state.retained_bytes > RETAINED_ALERT_BYTES:
+            text = f"the slot keeps {state.retained_bytes >> 20} MiB of WAL, from {format_lsn(state.restart_lsn)} on"
+            alerts.append({"kind": "slot", "text": text})
+        if state.wal_status in {"unreserved", "lost"}:
+            alerts.append({"kind": "slot", "text": f"the slot's wal_status is {state.wal_status}"})
+        self._worker.alerts = alerts

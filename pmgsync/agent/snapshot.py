@@ -1,0 +1,181 @@
+"""The snapshot worker: answers other nodes' calls for snapshots and facts, as fast as their credit allows."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import zmq
+
+from pmgsync.agent.base import REPORT_S, Bell, Worker
+from pmgsync.config import NodeConfig
+from pmgsync.errors import PmgsyncError, ProtocolError
+from pmgsync.link import BrokerLink, Message, error_map
+from pmgsync.postgres.provision import read_node
+from pmgsync.postgres.snapshot import read_facts, take_chain_snapshot, take_database_snapshot
+from pmgsync.profile import load_profile
+
+log = logging.getLogger(__name__)
+
+Piece = tuple[Mapping[str, Any], bytes | None]
+QUEUED_PIECES = 8
+"""Pieces of at most 1 MiB that are read ahead of the receiver's credit."""
+WAIT_NOTICE_S = 3.0
+"""The receiver is told that it is waited for something after this much silence."""
+
+
+class _Serving:
+    """One call that is being answered: a thread reads the database, the worker's loop sends."""
+
+    def __init__(self, pieces: Iterator[Piece], credit: int, bell: Bell) -> None:
+        self.credit = credit
+        self.heard = time.monotonic()
+        self._bell = bell
+        self._cancelled = threading.Event()
+        self._queue: queue.Queue[Piece | PmgsyncError] = queue.Queue(QUEUED_PIECES)
+        self._thread = threading.Thread(target=self._read, args=(pieces,), name="snapshot", daemon=True)
+        self._thread.start()
+
+    def next(self) -> Piece | PmgsyncError | None:
+        """Return the next piece or the error that ended the reading, None when there is none yet."""
+        try:
+            return self._queue.get_nowait()
+        except queue.Empty:
+            return None
+
+    def cancel(self) -> None:
+        """Stop reading; the transaction and the temporary slot end with their connection."""
+        self._cancelled.set()
+
+    def _read(self, pieces: Iterator[Piece]) -> None:
+        try:
+            with closing(pieces):  # type: ignore[type-var]
+                for piece in pieces:
+                    if not self._put(piece):
+                        return
+        except PmgsyncError as error:
+            self._put(error)
+        except Exception as error:
+            log.exception("action=snapshot-failed")
+            self._put(PmgsyncError(f"the snapshot failed ({type(error).__name__}: {error})"))
+
+    def _put(self, piece: Piece | PmgsyncError) -> bool:
+        while not self._cancelled.is_set():
+            try:
+                self._queue.put(piece, timeout=0.2)
+            except queue.Full:
+                continue
+            self._bell.ring()
+            return True
+        return False
+
+
+class SnapshotWorker(Worker):
+    """Serves `snapshot` and `facts`."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        super().__init__(config, "snapshot")
+        self._profile = load_profile(config.profile)
+        self._bell = Bell()
+        self._serving: dict[int, _Serving] = {}
+
+    def session(self, link: BrokerLink) -> None:
+        """Answer calls until something ends the session."""
+        link.send({"op": "serve", "methods": ["snapshot", "facts"]})
+        poller = zmq.Poller()
+        poller.register(link.socket, zmq.POLLIN)
+        poller.register(self._bell.fileno(), zmq.POLLIN)
+        try:
+            while True:
+                poller.poll(round(REPORT_S * 1000))
+                while link.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                    received = link.receive(0)
+                    if received is None:
+                        break
+                    self._take(link, *received)
+                self._bell.hush()
+                for request in list(self._serving):
+                    self._send(link, request)
+                self.well()
+                self.report()
+        finally:
+            for serving in self._serving.values():
+                serving.cancel()
+            self._serving.clear()
+
+    def keeps_session(self, data: bytes) -> bool:
+        """A snapshot that is under way goes on whatever changes in the cluster, unless this node leaves it."""
+        super().keeps_session(data)
+        return bool(data) and self.document.member(self.cid) is not None
+
+    def _take(self, link: BrokerLink, message: Message, attachments: Sequence[bytes]) -> None:
+        request = int(message.get("id", 0))
+        match message["op"]:
+            case "call":
+                try:
+                    self._begin(link, request, message)
+                except PmgsyncError as error:
+                    link.send(error_map(request, error))
+            case "credit" if request in self._serving:
+                self._serving[request].credit += int(message["bytes"])
+            case "cancel" if request in self._serving:
+                self._serving.pop(request).cancel()
+                log.info("action=snapshot-cancelled id=%d", request)
+            case "credit" | "cancel":
+                pass
+            case _:
+                self.handle(message, attachments)
+
+    def _begin(self, link: BrokerLink, request: int, message: Message) -> None:
+        method, args = message["method"], message.get("args", {})
+        if method == "facts":
+            link.send({"op": "done", "id": request, "result": read_facts(self.config.dsn, self._profile)})
+            return
+        facts, _ = read_node(self.config.dsn)
+        own = (self.cid, facts.incarnation)
+        match args:
+            case {"scope": "database"}:
+                pieces = take_database_snapshot(self.config.dsn, self._profile, own=own)
+            case {"scope": "chain", "origin": int(origin)}:
+                pieces = take_chain_snapshot(
+                    self.config.dsn,
+                    self._profile,
+                    origin=origin,
+                    own=own,
+                    master=self.document.master,
+                    members=self.document.cids,
+                )
+            case _:
+                raise ProtocolError(f"a snapshot was asked for with {args!r:.100}")
+        log.info("action=snapshot id=%d caller=%s args=%s", request, message.get("caller"), args)
+        self._serving[request] = _Serving(pieces, int(message.get("credit", 0)), self._bell)
+
+    def _send(self, link: BrokerLink, request: int) -> None:
+        serving = self._serving[request]
+        while serving.credit > 0:
+            piece = serving.next()
+            if piece is None:
+                break
+            serving.heard = time.monotonic()
+            if isinstance(piece, PmgsyncError):
+                link.send(error_map(request, piece))
+                del self._serving[request]
+                return
+            described, attachment = piece
+            if described["kind"] == "result":
+                result = {key: value for key, value in described.items() if key != "kind"}
+                link.send({"op": "done", "id": request, "result": result})
+                del self._serving[request]
+                log.info("action=snapshot-done id=%d rows=%s bytes=%s", request, result["rows"], result["bytes"])
+                return
+            parts = () if attachment is None else (attachment,)
+            link.send({"op": "data", "id": request, "bytes": len(attachment or b""), "piece": described}, *parts)
+            serving.credit -= len(attachment or b"")
+        if serving.credit > 0 and time.monotonic() - serving.heard > WAIT_NOTICE_S:
+            serving.heard = time.monotonic()
+            link.send({"op": "data", "id": request, "bytes": 0, "piece": {"kind": "wait"}})

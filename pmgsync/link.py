@@ -1,0 +1,206 @@
+"""A session with the local broker: how agent workers and the command line speak to it (PROTOCOL.md, section 10)."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import msgpack
+import zmq
+
+from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, ResyncRequiredError, UnreachableError
+
+Message = dict[str, Any]
+REPLY_TIMEOUT_S = 10.0
+CALL_CREDIT = 4 << 20
+"""Bytes of a call's result that may be under way at once."""
+CALL_SILENCE_S = 60.0
+"""A call that has sent nothing for so long is given up; serving agents send `progress` in between."""
+
+_ERRORS: Mapping[str, type[PmgsyncError]] = {
+    "resync_required": ResyncRequiredError,
+    "unavailable": UnreachableError,
+    "not_member": MembershipError,
+    "bad_token": MembershipError,
+    "expired_token": MembershipError,
+    "too_many_attempts": MembershipError,
+    "conflict": MembershipError,
+    "version_mismatch": MembershipError,
+}
+
+
+def pack(message: Mapping[str, Any]) -> bytes:
+    """Return a control message's first part."""
+    return msgpack.packb(message, use_bin_type=True)  # type: ignore[no-any-return]
+
+
+def unpack(data: bytes) -> Message:
+    """Return a control message's first part.
+
+    Raises:
+        ProtocolError: when it is not a map with a text `op`.
+    """
+    try:
+        message = msgpack.unpackb(data, raw=False, strict_map_key=False, max_ext_len=0)
+    except Exception as error:  # msgpack raises ValueError and its own types
+        raise ProtocolError(f"a control message is malformed ({error})") from error
+    if not isinstance(message, dict) or not isinstance(message.get("op"), str):
+        raise ProtocolError("a control message is not a map with an op")
+    return message
+
+
+def error_from(message: Mapping[str, Any]) -> PmgsyncError:
+    """Return the exception that an `error` message stands for."""
+    kind = _ERRORS.get(str(message.get("error")), PmgsyncError)
+    error = kind(str(message.get("message", "the peer gave no reason")), hint=str(message.get("hint", "")))
+    if message.get("recoverable"):
+        error.recoverable = True
+    return error
+
+
+def error_map(request: int, error: PmgsyncError) -> Message:
+    """Return the `error` message that stands for an exception."""
+    name = next((name for name, kind in _ERRORS.items() if type(error) is kind), "failed")
+    return {
+        "op": "error",
+        "id": request,
+        "error": name,
+        "message": error.message,
+        "hint": error.hint,
+        "recoverable": error.recoverable,
+    }
+
+
+class Peer:
+    """Requests and calls over any DEALER that speaks PROTOCOL.md's control messages."""
+
+    def __init__(self, socket: zmq.Socket[bytes], name: str) -> None:
+        self.socket = socket
+        self.name = name
+        self._ids = itertools.count(1)
+
+    def new_id(self) -> int:
+        """Return a request id that this session has not used."""
+        return next(self._ids)
+
+    def send(self, message: Mapping[str, Any], *attachments: bytes) -> None:
+        """Send a message.
+
+        Raises:
+            UnreachableError: when the peer takes no more.
+        """
+        try:
+            self.socket.send_multipart([pack(message), *attachments], zmq.NOBLOCK)
+        except zmq.Again:
+            raise UnreachableError(f"{self.name} takes no messages") from None
+
+    def receive(self, timeout_s: float) -> tuple[Message, Sequence[bytes]] | None:
+        """Return the next message and its attachments, None when there was none in time."""
+        if not self.socket.poll(max(0, round(timeout_s * 1000))):
+            return None
+        first, *attachments = self.socket.recv_multipart()
+        return unpack(first), attachments
+
+    def request(
+        self, message: Mapping[str, Any], *attachments: bytes, timeout_s: float = REPLY_TIMEOUT_S
+    ) -> tuple[Message, Sequence[bytes]]:
+        """Send a request and return its answer; answers to earlier requests that were given up are dropped.
+
+        Raises:
+            UnreachableError: when no answer came in time.
+            PmgsyncError: the error that the peer answered with.
+        """
+        request = self.new_id()
+        self.send({**message, "id": request}, *attachments)
+        deadline = time.monotonic() + timeout_s
+        while (received := self.receive(deadline - time.monotonic())) is not None:
+            answer, parts = received
+            if answer.get("id") == request:
+                if answer["op"] == "error":
+                    raise error_from(answer)
+                return answer, parts
+        raise UnreachableError(f"{self.name} did not answer within {timeout_s:.0f} s")
+
+    def call(
+        self, method: str, args: Mapping[str, Any], *, target: int = 0, silence_s: float = CALL_SILENCE_S
+    ) -> Iterator[tuple[Message, Sequence[bytes]]]:
+        """Run a method of a node's agent and yield its `data` messages, then `done`; credit is given as they are taken.
+
+        Args:
+            target: CID of the node, when the peer is the local broker.
+
+        Raises:
+            UnreachableError: when nothing came for `silence_s` seconds.
+            PmgsyncError: the error that the method ended with.
+        """
+        request = self.new_id()
+        self.send(
+            {"op": "call", "id": request, "target": target, "method": method, "args": args, "credit": CALL_CREDIT}
+        )
+        ended = False
+        try:
+            while (received := self.receive(silence_s)) is not None:
+                answer, parts = received
+                if answer.get("id") != request:
+                    continue
+                if answer["op"] == "error":
+                    ended = True
+                    raise error_from(answer)
+                if answer["op"] == "done":
+                    ended = True
+                    yield answer, parts
+                    return
+                yield answer, parts
+                if size := sum(map(len, parts)):
+                    self.send({"op": "credit", "id": request, "bytes": size})
+            raise UnreachableError(f"{self.name} sent nothing of {method!r} for {silence_s:.0f} s")
+        finally:
+            if not ended:
+                self.send({"op": "cancel", "id": request})
+
+
+class BrokerLink(Peer):
+    """A session with the broker of this node."""
+
+    def __init__(self, path: Path, worker: str, *, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+        self._own_context = context is None
+        self._context = context or zmq.Context()
+        socket = self._context.socket(zmq.DEALER)
+        socket.linger = 0
+        socket.sndhwm = socket.rcvhwm = 0  # bounded by credit, not by number
+        socket.immediate = True
+        socket.reconnect_ivl = 50
+        socket.reconnect_ivl_max = 500
+        socket.connect(f"ipc://{path}")
+        super().__init__(socket, f"the broker at {path}")
+        self.path = path
+        self.worker = worker
+
+    def hello(self, timeout_s: float = REPLY_TIMEOUT_S) -> tuple[Message, Sequence[bytes]]:
+        """Introduce this session; returns `welcome` with the signed cluster document attached when there is one.
+
+        Raises:
+            UnreachableError: when the broker is not running.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self.socket.poll(50, zmq.POLLOUT):
+            if time.monotonic() > deadline:
+                raise UnreachableError(
+                    f"no broker answers on {self.path}", hint="start it: systemctl start pmgsync-broker"
+                )
+        return self.request({"op": "hello", "worker": self.worker}, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """End the session."""
+        self.socket.close(linger=200)
+        if self._own_context:
+            self._context.term()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

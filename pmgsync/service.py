@@ -1,0 +1,41 @@
+"""What every service process does the same way: logging to stderr, a word to systemd, an end with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def set_up_logging(*, verbose: bool = False) -> None:
+    """Log to stderr, one record a line; the journal of systemd adds nothing that is missing here."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s",
+    )
+
+
+def notify_systemd(state: str) -> None:
+    """Send a state such as READY=1 to systemd (sd_notify); nothing happens when systemd did not start the process."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notifier:
+        notifier.connect("\0" + address[1:] if address.startswith("@") else address)
+        notifier.sendall(state.encode())
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, however that happens; exits when it is dead already.
+
+    A worker that outlived its supervisor would be a second capture on one slot.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the supervisor is gone")

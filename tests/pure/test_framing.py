@@ -1,0 +1,125 @@
+"""The framer: whatever the server sends, the frames hold every kept transaction once, whole, in order, self-contained."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmgsync.chains import ChainHead, Verdict
+from pmgsync.errors import ProtocolError
+from pmgsync.frames import Frame, read_frame, unpack_body
+from pmgsync.framing import ChainName, Framer
+from pmgsync.positions import Position
+
+CHAIN = ChainName(b"c" * 16, 1, 7, 99, 5)
+
+
+def begin(lsn: int) -> bytes:
+    return struct.pack(">cQQI", b"B", lsn, 1000, 7)
+
+
+def commit(lsn: int) -> bytes:
+    return struct.pack(">cBQQQ", b"C", 0, lsn, lsn + 8, 1000)
+
+
+def relation(number: int, version: int) -> bytes:
+    return b"R" + number.to_bytes(4, "big") + b"v%d" % version
+
+
+def insert(number: int, marker: bytes) -> bytes:
+    return b"I" + number.to_bytes(4, "big") + marker
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[list[bytes], list[tuple[int, list[tuple[bytes, bytes]]]]]:
+    """Messages as a server sends them, and what must come out: (lsn, [(relation in force, change)])."""
+    messages: list[bytes] = []
+    expected: list[tuple[int, list[tuple[bytes, bytes]]]] = []
+    sent: dict[int, int] = {}
+    lsn = 0
+    for _ in range(draw(st.integers(1, 8))):
+        lsn += draw(st.integers(1, 50))
+        changes: list[tuple[bytes, bytes]] = []
+        messages.append(begin(lsn))
+        foreign = draw(st.integers(0, 5)) == 0
+        if foreign:
+            messages.append(b"O" + bytes(8) + b"x\0")
+        for _ in range(draw(st.integers(0, 6))):
+            number = draw(st.integers(1, 3))
+            if number not in sent or draw(st.integers(0, 3)) == 0:
+                sent[number] = sent.get(number, 0) + 1
+                messages.append(relation(number, sent[number]))
+            change = insert(number, draw(st.binary(min_size=1, max_size=60)))
+            messages.append(change)
+            changes.append((relation(number, sent[number]), change))
+        messages.append(commit(lsn))
+        if changes and not foreign:
+            expected.append((lsn, changes))
+    return messages, expected
+
+
+def read_back(frames: list[Frame]) -> list[tuple[int, list[tuple[bytes, bytes]]]]:
+    out: list[tuple[int, list[tuple[bytes, bytes]]]] = []
+    lsn, open_changes = 0, []
+    for frame in frames:
+        described: dict[bytes, bytes] = {}
+        for message in unpack_body(read_frame(frame.header_bytes, frame.body).body):
+            kind, key = message[:1], message[1:5]
+            if kind == b"B":
+                lsn, open_changes = int.from_bytes(message[1:9], "big"), []
+            elif kind == b"R":
+                described[key] = message
+            elif kind == b"C":
+                out.append((lsn, open_changes))
+            else:
+                open_changes.append((described[key], message))
+    return out
+
+
+@given(histories(), st.integers(20, 400), st.data())
+def test_every_transaction_once_and_self_contained(
+    history: tuple[list[bytes], list[tuple[int, list[tuple[bytes, bytes]]]]], size: int, data: st.DataObject
+) -> None:
+    messages, expected = history
+    framer = Framer(CHAIN, Position(0), frame_bytes=size)
+    frames: list[Frame] = []
+    for message in messages:
+        frames += framer.feed(message)
+        if data.draw(st.integers(0, 4)) == 0 and (frame := framer.flush()):
+            frames.append(frame)
+    if frame := framer.flush():
+        frames.append(frame)
+    assert framer.empty
+    assert read_back(frames) == expected
+    assert sum(frame.header.changes for frame in frames) == sum(len(changes) for _, changes in expected)
+    head = ChainHead.at(7, 99, Position(0))
+    for frame in frames:
+        assert head.judge(frame.header) is Verdict.FITS
+        assert frame.prev == head.position
+        head = head.advanced(frame.header)
+    assert head.position.complete
+
+
+@given(histories(), st.integers(0, 200))
+def test_what_the_journal_has_is_left_out(
+    history: tuple[list[bytes], list[tuple[int, list[tuple[bytes, bytes]]]]], start: int
+) -> None:
+    messages, expected = history
+    framer = Framer(CHAIN, Position(start))
+    frames = [frame for message in messages for frame in framer.feed(message)]
+    if frame := framer.flush():
+        frames.append(frame)
+    assert read_back(frames) == [entry for entry in expected if entry[0] > start]
+
+
+@pytest.mark.parametrize(
+    "messages", [[b"?"], [commit(5)], [insert(1, b"x")], [begin(5), insert(1, b"x")], [begin(5), begin(6)], [b"B"]]
+)
+def test_what_the_server_may_not_send(messages: list[bytes]) -> None:
+    framer = Framer(CHAIN, Position(0))
+    with pytest.raises(ProtocolError):
+        for message in messages:
+            framer.feed(message)

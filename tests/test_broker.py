@@ -1,0 +1,266 @@
+"""Brokers alone, driven over their local sockets: frames reach the other node, whole, whatever is restarted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from broker.state import StateDirectory
+from pmgsync.errors import PmgsyncError, ResyncRequiredError
+from pmgsync.frames import Frame, Header, make_frame, read_frame
+from pmgsync.link import BrokerLink
+from pmgsync.membership import Member, SignedDocument, found_cluster, sign, with_member, without_member
+from pmgsync.positions import LAST, Position
+from tests.cluster import eventually, free_ports
+
+INCARNATION = 77
+CLUSTER = b"0123456789abcdef"
+
+
+class Broker:
+    """A broker process with its state directory."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.name = name
+        self.state_dir = directory / name
+        self.run_dir = Path(tempfile.mkdtemp(prefix="pmgsync-run-"))
+        self.ports = free_ports(3)
+        self.config = directory / f"{name}.toml"
+        self.config.write_text(
+            f'[node]\nname = "{name}"\naddress = "127.0.0.1"\nstate_dir = "{self.state_dir}"\n'
+            f'run_dir = "{self.run_dir}"\n[ports]\nevents = {self.ports[0]}\ncontrol = {self.ports[1]}\n'
+            f"join = {self.ports[2]}\n"
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+        self.links: list[BrokerLink] = []
+
+    def member(self) -> Member:
+        keys = StateDirectory(self.state_dir).keys()
+        return Member(1, self.name, "127.0.0.1", *self.ports, keys.curve_public, keys.sign_public)
+
+    def start(self) -> None:
+        with (self.config.with_suffix(".log")).open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "broker.main", "--config", str(self.config)], stdout=log, stderr=log
+            )
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(10)
+
+    def link(self, worker: str) -> BrokerLink:
+        link = BrokerLink(self.run_dir / "broker.sock", worker)
+        self.links.append(link)
+        link.hello()
+        return link
+
+    def close(self) -> None:
+        for link in self.links:
+            link.close()
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for path in self.run_dir.iterdir():
+            path.unlink()
+        self.run_dir.rmdir()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Broker, Broker]]:
+    one, two = Broker(tmp_path, "one"), Broker(tmp_path, "two")
+    try:
+        document = with_member(found_cluster(CLUSTER, "test", "mirror", one.member()), two.member())
+        signed = sign(document, 1, StateDirectory(one.state_dir).keys().sign_private)
+        for broker in (one, two):
+            StateDirectory(broker.state_dir).store_document(signed)
+            broker.start()
+        yield one, two
+    finally:
+        one.close()
+        two.close()
+
+
+def frame(prev: Position, here: Position, *, attempt: int = 1, size: int = 10) -> Frame:
+    header = Header(CLUSTER, 1, 1, INCARNATION, prev, here, 1, attempt, 1)
+    return make_frame(header, [struct.pack(">cQQI", b"B", here.lsn, 0, 1), os.urandom(size)])
+
+
+def run_of(count: int, *, start: int = 100, size: int = 10) -> list[Frame]:
+    return [frame(Position(start + n), Position(start + n + 1), size=size) for n in range(count)]
+
+
+class Capture:
+    """Plays the capture worker."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.link = broker.link("capture")
+        opened, _ = self.link.request(
+            {"op": "chain.open", "incarnation": INCARNATION, "start": 100, "snapshot": False}
+        )
+        self.position = Position.parse(opened["position"])
+        self.durable = Position(0)
+
+    def send(self, frames: list[Frame]) -> None:
+        for one in frames:
+            self.link.send({"op": "frame"}, one.header_bytes, one.body)
+
+    def wait_durable(self, position: Position) -> None:
+        def reached() -> bool:
+            while (received := self.link.receive(0.1)) is not None:
+                if received[0]["op"] == "durable":
+                    self.durable = Position.parse(received[0]["position"])
+                assert received[0]["op"] != "error", received
+            return self.durable >= position
+
+        eventually(reached, what=f"durable at {position}")
+
+
+class Apply:
+    """Plays an apply worker."""
+
+    def __init__(self, broker: Broker, *, incarnation: int = 0, position: Position = Position(0), credit: int = 1 << 24):
+        self.link = broker.link("apply:1")
+        self.frames: list[Frame] = []
+
+        def opened() -> object:
+            try:
+                return self.link.request(
+                    {
+                        "op": "apply.open",
+                        "origin": 1,
+                        "incarnation": incarnation,
+                        "position": list(position),
+                        "credit": credit,
+                    }
+                )[0]
+            except ResyncRequiredError:
+                raise
+            except PmgsyncError:
+                time.sleep(0.1)
+                return None
+
+        answer = eventually(opened, what="apply.opened")
+        self.id = answer["id"]
+        self.position = Position.parse(answer["position"])
+
+    def take(self, until: Position) -> list[Frame]:
+        def reached() -> bool:
+            while (received := self.link.receive(0.1)) is not None:
+                message, parts = received
+                assert message["op"] != "error", message
+                if message["op"] == "frame":
+                    self.frames.append(read_frame(parts[0], parts[1]))
+            self.link.send({"op": "report", "state": "A", "error": ""})
+            return bool(self.frames) and self.frames[-1].here >= until
+
+        eventually(reached, what=f"frames until {until}")
+        return self.frames
+
+
+def test_frames_arrive_live_and_after_every_kind_of_restart(pair: tuple[Broker, Broker]) -> None:
+    one, two = pair
+    frames = run_of(400, size=2000)
+    capture = Capture(one)
+    assert capture.position == Position(100)
+    apply = Apply(two)
+    assert apply.position == Position(100)
+    capture.send(frames[:100])
+    assert apply.take(frames[99].here) == frames[:100]
+    capture.wait_durable(frames[99].here)
+
+    two.kill()
+    capture.send(frames[100:200])
+    capture.wait_durable(frames[199].here)
+    two.start()
+    again = Apply(two, incarnation=INCARNATION, position=frames[49].here)
+    assert again.take(frames[199].here) == frames[50:200]
+
+    one.kill()
+    one.start()
+    capture = Capture(one)
+    assert capture.position == frames[199].here
+    capture.send(frames[200:])
+    assert again.take(frames[-1].here) == frames[50:]
+
+
+def test_a_large_transaction_is_begun_again_after_a_crash(pair: tuple[Broker, Broker]) -> None:
+    one, two = pair
+    capture, apply = Capture(one), Apply(two)
+    parts = [
+        frame(Position(100), Position(200, 1), attempt=5),
+        frame(Position(200, 1), Position(200, 2), attempt=5),
+    ]
+    capture.send(parts)
+    assert apply.take(Position(200, 2)) == parts
+    capture.wait_durable(Position(200, 2))
+    one.kill()
+    one.start()
+    capture = Capture(one)
+    assert capture.position == Position(100), "what is half journaled is dropped"
+    again = [
+        frame(Position(100), Position(200, 1), attempt=6),
+        frame(Position(200, 1), Position(200, LAST), attempt=6),
+        frame(Position(200), Position(300), attempt=6),
+    ]
+    capture.send(again)
+    assert apply.take(Position(300)) == parts + again
+
+
+def test_a_stranger_and_a_removed_member_get_nothing(pair: tuple[Broker, Broker], tmp_path: Path) -> None:
+    one, two = pair
+    capture, apply = Capture(one), Apply(two)
+    frames = run_of(20)
+    capture.send(frames[:10])
+    apply.take(frames[9].here)
+    state = StateDirectory(one.state_dir)
+    held = state.document()
+    assert held is not None
+    state.store_document(sign(without_member(held.document, 2), 1, state.keys().sign_private))
+    cli = one.link("cli")
+    cli.request({"op": "reload"})
+    eventually(lambda: _left(two), what="the removed member knows it")
+    capture.send(frames[10:])
+    capture.wait_durable(frames[-1].here)
+    before = len(apply.frames)
+    assert apply.link.receive(1.0) is None or len(apply.frames) == before
+
+
+def _left(broker: Broker) -> bool:
+    signed = StateDirectory(broker.state_dir).document()
+    return signed is not None and signed.document.member(2) is None
+
+
+def test_garbage_on_the_local_socket_is_answered_and_hurts_nobody(pair: tuple[Broker, Broker]) -> None:
+    one, _ = pair
+    capture = Capture(one)
+    cli = one.link("cli")
+    for garbage in ([b""], [b"\xc1"], [b"\x01"], [b"\x80"], [b"\x81\xa2op\x01"], [os.urandom(50), os.urandom(9)]):
+        cli.socket.send_multipart(garbage)
+        received = cli.receive(5)
+        assert received is not None
+        assert received[0]["op"] == "error"
+    with pytest.raises(PmgsyncError, match="not known"):
+        cli.request({"op": "nonsense"})
+    frames = run_of(3)
+    capture.send(frames)
+    capture.wait_durable(frames[-1].here)
+
+
+def test_a_document_that_nobody_signed_is_refused(pair: tuple[Broker, Broker]) -> None:
+    one, two = pair
+    state = StateDirectory(one.state_dir)
+    held = state.document()
+    assert held is not None
+    forged = sign(without_member(held.document, 2), 1, StateDirectory(two.state_dir).keys().sign_private)
+    with pytest.raises(PmgsyncError, match="signature"):
+        SignedDocument.unpack(forged.pack()).verify(held.document)
