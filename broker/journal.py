@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 from broker import journal_check, journal_file
 from broker.journal_file import file_name, parse_name
-from broker.journal_writer import Append, Begin, End, Keep, Writer
+from broker.journal_writer import Append, Begin, End, Keep, Mark, Writer
 from broker.retention import Held, Ledger
 from pmgsync.chains import ChainHead, Verdict
 from pmgsync.errors import (
@@ -51,11 +51,13 @@ class Opened:
 
 @dataclass(slots=True)
 class _Queued:
-    """An operation that the writer has not reported: where the file ends once it is done, None if not known."""
+    """An operation that the writer has not reported: where the file ends once it is done (None if not known or not
+    changed), and the mark that is on disk then (0: unchanged)."""
 
     seq: int
     size: int
     position: Position | None
+    mark: int = 0
 
 
 @dataclass
@@ -69,6 +71,7 @@ class _Chain:
     durable: Position
     ledger: Ledger
     reader: sqlite3.Connection | None = None
+    mark: int = 0
     tail: list[Frame] = field(default_factory=list)
     queued: deque[_Queued] = field(default_factory=deque)
 
@@ -154,6 +157,7 @@ class Journals:
             while chain.queued and chain.queued[0].seq <= done:
                 entry = chain.queued.popleft()
                 self._pending[origin == self.own] -= entry.size
+                chain.mark = max(chain.mark, entry.mark)
                 if entry.position is not None:
                     chain.disk = chain.durable = entry.position
             released = bisect_right(chain.tail, chain.disk, key=lambda frame: frame.here)
@@ -252,6 +256,16 @@ class Journals:
         self._post(chain, Append(self._seq, frame, time.time()))
         return verdict
 
+    def mark(self, origin: int, lsn: int) -> None:
+        """Note that up to an LSN of the origin there is nothing more to come than what was accepted so far."""
+        chain = self._chain(origin)
+        chain.queued.append(_Queued(self._next(), 0, None, lsn))
+        self._post(chain, Mark(self._seq, lsn))
+
+    def marked(self, origin: int) -> int:
+        """Return the newest mark on disk, 0 when there is none; everything below it is on disk too."""
+        return self._chain(origin).mark
+
     def drop_parts(self, origin: int) -> ChainHead:
         """Drop the parts of a half transaction and return the head, a complete position."""
         chain = self._chain(origin)
@@ -263,7 +277,9 @@ class Journals:
         chain.durable = min(chain.durable, head.position)
         del chain.tail[bisect_right(chain.tail, head.position, key=lambda frame: frame.here) :]
         for entry in reversed(chain.queued):
-            if entry.position is None or entry.position <= head.position:
+            if entry.position is None:
+                continue
+            if entry.position <= head.position:
                 break
             entry.position = None
         chain.ledger.drop_parts()
@@ -345,7 +361,7 @@ class Journals:
         self._seq += 1
         return self._seq
 
-    def _post(self, chain: _Chain, operation: Append | Keep | Begin) -> None:
+    def _post(self, chain: _Chain, operation: Append | Mark | Keep | Begin) -> None:
         head = chain.head
         self._writer.post(chain.path, head.origin, head.incarnation, head.origin == self.own, operation)
 
@@ -398,13 +414,20 @@ class Journals:
         chain = _Chain(path, run.head, run.start, run.head.position, durable, run.ledger, reader)
         self._chains[origin] = chain
         self._set_head(chain, run.head)
-        chain.queued.append(_Queued(self._next(), 0, run.head.position))
+        if found.notes:
+            # The mark may speak of frames that are cut off now: it goes first, or a crash between would leave it.
+            chain.queued.append(_Queued(self._next(), 0, None))
+            self._post(chain, Mark(self._seq, 0))
+        # Like the frames, the mark that was found counts when the writer has synced it again.
+        chain.queued.append(_Queued(self._next(), 0, run.head.position, 0 if found.notes else found.mark))
         self._post(chain, Keep(self._seq, run.head.position, run.start if found.rewrite else None))
         return chain
 
     def _inspect(
         self, origin: int, incarnation: int, path: Path
     ) -> tuple[sqlite3.Connection, journal_check.Inspection]:
+        if journal_check.suspect_path(path).exists():
+            raise sqlite3.DatabaseError("its writer met damage")
         connection = journal_file.connect(path, synchronous="FULL")
         try:
             return connection, journal_check.inspect(connection, origin, incarnation)

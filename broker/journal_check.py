@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from broker import journal_file
@@ -21,6 +22,8 @@ from pmgsync.chains import ChainHead
 from pmgsync.errors import JournalDamagedError, ProtocolError
 from pmgsync.positions import Position
 
+QUICK_CHECK_BYTES = 256 << 20
+"""Every page of a file up to this size is looked at when it is opened; of a larger one those that are read."""
 TAIL_BYTES = 16 << 20
 """How much of a chain's end is read and compared with its checksums when a file is opened."""
 
@@ -65,11 +68,13 @@ class Inspection:
     Attributes:
         notes: sentences about what was not sound.
         rewrite: True when frames outside the run are in the file.
+        mark: what `journal_file.read_mark` says; it holds only when there are no notes.
     """
 
     run: Run
     notes: list[str]
     rewrite: bool
+    mark: int
 
 
 def inspect(connection: sqlite3.Connection, origin: int, incarnation: int) -> Inspection:
@@ -78,6 +83,7 @@ def inspect(connection: sqlite3.Connection, origin: int, incarnation: int) -> In
     Raises:
         sqlite3.DatabaseError: when SQLite cannot read it, or its rows are out of order.
     """
+    _check_structure(connection)
     first = journal_file.read_first(connection, origin, incarnation)
     verify_from, found = 0, 0
     for row in journal_file.rows(connection, newest_first=True):
@@ -93,7 +99,26 @@ def inspect(connection: sqlite3.Connection, origin: int, incarnation: int) -> In
     if survey.disordered:
         raise sqlite3.DatabaseError("its frames are out of order")
     run = survey.choose()
-    return Inspection(run, survey.notes, bool(survey.notes) or survey.residue)
+    return Inspection(run, survey.notes, bool(survey.notes) or survey.residue, journal_file.read_mark(connection))
+
+
+def _check_structure(connection: sqlite3.Connection) -> None:
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+    if pages * page_bytes <= QUICK_CHECK_BYTES:
+        (result,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if result != "ok":
+            raise sqlite3.DatabaseError(result)
+    # Frames are found and deleted by the index: one wrong entry in it could take the whole chain along.
+    by_index = connection.execute("SELECT lsn, part, id FROM frame INDEXED BY frame_position ORDER BY lsn, part")
+    by_id = connection.execute("SELECT lsn, part, id FROM frame NOT INDEXED ORDER BY id")
+    if any(entry != row for entry, row in zip_longest(by_index, by_id)):
+        raise sqlite3.DatabaseError("its index does not agree with its frames")
+
+
+def suspect_path(path: Path) -> Path:
+    """Return the name of the mark that a writer leaves when it met damage: the next opening makes the file anew."""
+    return path.with_name(path.name + ".suspect")
 
 
 class _Survey:
@@ -180,9 +205,8 @@ def salvage(path: Path, origin: int, incarnation: int) -> list[str]:
         sqlite3.Error, JournalDamagedError: when nothing can be saved.
     """
     new = path.with_name(path.name + ".new")
+    _extend(path)
     with closing(journal_file.connect(path, synchronous="FULL")) as old:
-        # Lets SQLite read a file that is shorter than its header says.
-        old.execute("PRAGMA writable_schema = ON")
         found = _readable(journal_file.rows(old, newest_first=True))[::-1] or _readable(journal_file.rows(old))
         survey = _Survey(old, origin, incarnation, None)
         survey.take(found, 0)
@@ -207,10 +231,21 @@ def salvage(path: Path, origin: int, incarnation: int) -> list[str]:
     set_aside(path)
     new.replace(path)
     sync_directory(path.parent)
+    suspect_path(path).unlink(missing_ok=True)
     return [
         *survey.notes,
-        f"journal of origin {origin}: SQLite found the file malformed, made anew from {run.start} to {run.head.position}",
+        f"journal of origin {origin}: the file was malformed, made anew from {run.start} to {run.head.position}",
     ]
+
+
+def _extend(path: Path) -> None:
+    """Give a torn file the length that its header names: SQLite refuses a shorter one as a whole."""
+    with path.open("r+b") as file:
+        header = file.read(100)
+        if len(header) == 100:
+            length = int.from_bytes(header[16:18], "big") * int.from_bytes(header[28:32], "big")
+            if path.stat().st_size < length <= path.stat().st_size + TAIL_BYTES:
+                file.truncate(length)
 
 
 def _readable(items: Iterator[Row]) -> list[Row]:
@@ -234,5 +269,6 @@ def set_aside(path: Path) -> Path:
     if log.exists():
         log.replace(target.with_name(target.name + "-wal"))
     path.with_name(path.name + "-shm").unlink(missing_ok=True)
+    suspect_path(path).unlink(missing_ok=True)
     path.replace(target)
     return target

@@ -46,6 +46,7 @@ CREATE TABLE frame (
 );
 CREATE UNIQUE INDEX frame_position ON frame (lsn, part);
 CREATE TABLE body (key INTEGER PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE mark (id INTEGER PRIMARY KEY CHECK (id = 1), lsn INTEGER NOT NULL, checksum INTEGER NOT NULL);
 """
 _ROW = "id, lsn, part, prev_lsn, prev_part, attempt, received, size"
 
@@ -100,7 +101,7 @@ def connect(path: Path, *, synchronous: str) -> sqlite3.Connection:
 
 def remove(path: Path) -> None:
     """Remove a file and what SQLite keeps beside it, the log first: it must never meet another file of that name."""
-    for suffix in ("-wal", "-shm", ".new", ".new-wal", ".new-shm", ""):
+    for suffix in ("-wal", "-shm", ".new", ".new-wal", ".new-shm", ".suspect", ""):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
@@ -135,6 +136,21 @@ def set_first(connection: sqlite3.Connection, origin: int, incarnation: int, fir
     assert first.complete
     values = (FORMAT, origin, incarnation, first.lsn, _meta_checksum(origin, incarnation, first.lsn))
     connection.execute("INSERT OR REPLACE INTO meta VALUES (1, ?, ?, ?, ?, ?)", values)
+
+
+def set_mark(connection: sqlite3.Connection, lsn: int) -> None:
+    """Write the origin's LSN up to which the frames here are known to be all that there is."""
+    connection.execute("INSERT OR REPLACE INTO mark VALUES (1, ?, ?)", (lsn, _mark_checksum(lsn)))
+
+
+def read_mark(connection: sqlite3.Connection) -> int:
+    """Return that LSN, 0 when it was never written or is damaged: a mark that is too high would be silent loss."""
+    row = connection.execute("SELECT lsn, checksum FROM mark").fetchone()
+    return row[0] if row and row[1] == _mark_checksum(row[0]) else 0
+
+
+def _mark_checksum(lsn: int) -> int:
+    return zlib.crc32(f"mark {lsn}".encode())
 
 
 def read_first(connection: sqlite3.Connection, origin: int, incarnation: int) -> Position:

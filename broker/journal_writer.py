@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from broker import journal_file
+from broker import journal_check, journal_file
 from pmgsync.errors import JournalError
 from pmgsync.frames import Frame
 from pmgsync.positions import Position
@@ -31,6 +31,14 @@ class Append:
     seq: int
     frame: Frame
     received: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Store the LSN up to which nothing more is to come than the frames before."""
+
+    seq: int
+    lsn: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,7 @@ class End:
     reader: sqlite3.Connection | None
 
 
-Operation = Append | Keep | Begin | End
+Operation = Append | Mark | Keep | Begin | End
 
 
 @dataclass
@@ -215,10 +223,15 @@ class Writer:
         work.pause_s = min(RETRY_LONGEST_S, work.pause_s * 2 or RETRY_FIRST_S)
         work.retry_at = time.monotonic() + work.pause_s
         full = isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
-        failure = JournalError(
-            f"the journal of origin {work.origin} cannot be written ({'the disk is full' if full else error})",
-            hint=f"free space or repair the file system of {work.path.parent}; writing goes on by itself",
-        )
+        hint = f"free space or repair the file system of {work.path.parent}; writing goes on by itself"
+        damaged = isinstance(error, sqlite3.Error) and not journal_file.environmental(error)
+        if damaged:
+            hint = "restart pmgsync-broker, which saves what is sound of the file"
+            with suppress(OSError):
+                journal_check.suspect_path(work.path).touch(mode=0o600)
+        reason = "the disk is full" if full else error
+        failure = JournalError(f"the journal of origin {work.origin} cannot be written ({reason})", hint=hint)
+        failure.recoverable = not damaged
         failure.__cause__ = error
         with self._condition:
             self._failures[work.path] = failure
@@ -263,6 +276,8 @@ class Writer:
             match operation:
                 case Append(_, frame, received):
                     journal_file.append(connection, frame, received)
+                case Mark(_, lsn):
+                    journal_file.set_mark(connection, lsn)
                 case Keep(_, upto, first):
                     journal_file.delete_after(connection, upto)
                     if first is not None:
@@ -270,11 +285,12 @@ class Writer:
                         while not journal_file.delete_upto(connection, first):
                             pass
         connection.execute("COMMIT")
-        match operations[-1]:
-            case Append(_, frame, _):
-                work.done = frame.here
-            case Keep(_, upto, _):
-                work.done = upto
+        for operation in operations:
+            match operation:
+                case Append(_, frame, _):
+                    work.done = frame.here
+                case Keep(_, upto, _):
+                    work.done = upto
 
     def _connect(self, work: _Work) -> sqlite3.Connection:
         """Return a connection to a file whose content is as durable as its chain asks for, up to `work.done`."""

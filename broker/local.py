@@ -91,8 +91,10 @@ class LocalDesk:
                 position = broker.open_own_chain(
                     number(message, "incarnation"), number(message, "start"), message.get("snapshot") is True
                 )
-                send({"op": "chain.opened", "id": number(message, "id"), "position": list(position)}, ())
-                self.tell_durable(broker.durable_own())
+                durable, mark = broker.durable_own()
+                opened = {"op": "chain.opened", "id": number(message, "id"), "position": list(position)}
+                send({**opened, "watermark": mark}, ())
+                self.tell_durable(durable, mark)
             case "apply.open":
                 self._open_apply(session, send, message)
             case "serve":
@@ -163,11 +165,11 @@ class LocalDesk:
 
     # -- to this machine ----------------------------------------------------------------------------------------------
 
-    def tell_durable(self, position: Position) -> None:
-        """Tell capture that the own chain is on disk up to a position."""
+    def tell_durable(self, position: Position, mark: int) -> None:
+        """Tell capture that the own chain is on disk up to a position, and known to be whole up to an LSN."""
         capture = self.sessions.worker("capture")
         if capture is not None:
-            self.sessions.send(capture.identity, {"op": "durable", "position": list(position)})
+            self.sessions.send(capture.identity, {"op": "durable", "position": list(position), "watermark": mark})
 
     def spread_document(self) -> None:
         """Tell every worker that the cluster document has changed."""

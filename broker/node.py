@@ -40,6 +40,8 @@ HEARTBEAT_S = 0.5
 ACK_S = 0.05
 TICK_S = 0.25
 RELOAD_S = 1.0
+MARK_S = 0.5
+"""Seconds between watermarks on disk: each costs an fsync, and a stopping PostgreSQL waits for the last one."""
 GRACE_S = 5.0
 """After its start a broker does not call workers missing that have had no time to connect."""
 
@@ -69,7 +71,9 @@ class Broker:
         self.clocks: dict[int, HeadClock] = {}
         self.notes: list[str] = []
         self._ack_due = False
-        self._durable_told = Position(0)
+        self._durable_told = (Position(0), 0)
+        self._mark_at = 0.0
+        self._marked = 0
         self._document_stamp = 0
         self._started = time.monotonic()
         self._publisher: Socket | None = None
@@ -284,7 +288,7 @@ class Broker:
             self.fell_back(head)
         watermark = self.own.watermark if self.own and self.own.incarnation == incarnation else head.position.lsn
         self.own = OwnChain(incarnation, start, snapshot, watermark)
-        self._durable_told = Position(0)
+        self._durable_told, self._marked = (Position(0), 0), 0
         self._note_head(self.cid, head)
         return head.position
 
@@ -308,23 +312,33 @@ class Broker:
         self._publish(b"f", header, body)
         self.taken(frame)
 
-    def durable_own(self) -> Position:
-        """Return how far the own chain is on disk."""
-        return self._journals().durable(self.cid)
+    def durable_own(self) -> tuple[Position, int]:
+        """Return how far the own chain is on disk, and the LSN up to which it is known to be whole."""
+        return self._journals().durable(self.cid), self._journals().marked(self.cid)
 
     def watermark(self, lsn: int) -> None:
         """Note how far capture knows that there is nothing more to send."""
-        if self.own is not None and lsn > self.own.watermark:
-            self.own = OwnChain(self.own.incarnation, self.own.start, self.own.snapshot, lsn)
+        if self.own is None or lsn <= self.own.watermark:
+            return
+        self.own = OwnChain(self.own.incarnation, self.own.start, self.own.snapshot, lsn)
+        self._mark()
+
+    def _mark(self) -> None:
+        """Have the watermark written to disk: it lets the slot advance while nothing is published."""
+        if self.own is None or self.own.watermark <= self._marked or time.monotonic() < self._mark_at:
+            return
+        self._mark_at = time.monotonic() + MARK_S
+        self._marked = self.own.watermark
+        self._journals().mark(self.cid, self._marked)
 
     def _journal_moved(self) -> None:
         journals = self._journals()
         journals.collect()
         if self.own is not None:
-            durable = journals.durable(self.cid)
+            durable = (journals.durable(self.cid), journals.marked(self.cid))
             if durable != self._durable_told:
                 self._durable_told = durable
-                self.local.tell_durable(durable)
+                self.local.tell_durable(*durable)
 
     # -- chains: what followers, streams and desks need ---------------------------------------------------------------
 
@@ -567,6 +581,7 @@ class Broker:
 
     def _tick(self) -> None:
         self.local.sessions.expire()
+        self._mark()
         if self.streams is not None:
             self.streams.expire()
         for follower in self.followers.values():

@@ -326,7 +326,7 @@ def test_the_guard_survives_the_server() -> None:
         directory = server.socket_dir
         os.kill(server.pid, signal.SIGKILL)
         assert eventually(lambda: not server.running)
-        server.start()  # whatever the dead one's children still do
+        server.start()
         assert query(server, "SELECT n FROM t") == [(1,)]
         os.kill(server.pid, signal.SIGKILL)
     assert not directory.exists()

@@ -18,7 +18,8 @@ from pmgsync.framing import ChainName, Framer
 from pmgsync.link import BrokerLink, Message, error_map, pack
 from pmgsync.positions import Position, format_lsn
 from pmgsync.postgres.capture import SlotReader, SlotState, emit_barrier, prove_continuity
-from pmgsync.postgres.provision import NodeFacts, read_node, renew_chain
+from pmgsync.postgres.node import read_node, renew_chain
+from pmgsync.postgres.provision import NodeFacts
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from pmgsync.agent.base import REPORT_S, Bell, Worker
 from pmgsync.config import NodeConfig
 from pmgsync.errors import PmgsyncError, ProtocolError
 from pmgsync.link import BrokerLink, Message, error_map
-from pmgsync.postgres.provision import read_node
-from pmgsync.postgres.snapshot import read_facts, take_chain_snapshot, take_database_snapshot
+from pmgsync.postgres.node import read_facts, read_node
+from pmgsync.postgres.snapshot import take_chain_snapshot, take_database_snapshot
 from pmgsync.profile import load_profile
 
 log = logging.getLogger(__name__)

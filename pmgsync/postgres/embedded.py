@@ -546,6 +546,8 @@ class EmbeddedPostgres:
         argv = [self._bindir / "postgres", "-D", self.data_dir, "-k", self.socket_dir, "-p", self._port]
         # A marker which log lines belong to this start.
         logged = self.log_path.stat().st_size if self.log_path.exists() else 0
+        # Children of a postmaster that died alone may still be about to end; until then it could not be started again.
+        guard.ask("kill")
         self._pid = self._spawn(guard, argv)
         while not self._accepts_connections():
             status = guard.ask("wait", pid=self._pid, seconds=0.01)["status"]
@@ -676,8 +678,8 @@ class EmbeddedPostgres:
     def _initialize(self, guard: _Guard, timeout: float) -> None:
         """Run initdb, beside the final place, so that a data directory is either complete or not there.
 
-        Always initdb, 0.7 s, and never a copy of a prepared directory: replication tells servers apart by the system
-        identifier, which a copy would share.
+        Always initdb, about a second, and never a copy of a prepared directory: replication tells servers apart by the
+        system identifier, which a copy would share.
         """
         new = self.data_dir.with_name("data.new")
         shutil.rmtree(new, ignore_errors=True)

@@ -1,0 +1,95 @@
+"""What a database knows of its node: the row in pmgsync.node and the slot behind it, read together, and begun anew."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import Any
+
+import psycopg2
+
+from pmgsync.errors import ChainBrokenError, MembershipError, UnreachableError
+from pmgsync.positions import format_lsn, parse_lsn
+from pmgsync.postgres.capture import SlotState, read_slot_state
+from pmgsync.postgres.provision import NodeFacts, node_facts
+from pmgsync.postgres.session import connect
+from pmgsync.postgres.snapshot import database_facts
+from pmgsync.profile import Profile
+
+log = logging.getLogger(__name__)
+
+
+def read_node(dsn: str) -> tuple[NodeFacts, SlotState]:
+    """Return what the database says of its node and of the slot.
+
+    Raises:
+        UnreachableError: when the server does not answer.
+        MembershipError: when the database was not set up by `create` or `join`.
+    """
+    connection = connect(dsn, application_name="pmgsync node")
+    try:
+        connection.autocommit = True
+        facts = node_facts(connection)
+        if facts is None:
+            raise MembershipError(
+                "the database is not set up for a cluster",
+                hint="it was replaced or restored after this node joined: run `pmgcm join` again",
+            )
+        return facts, read_slot_state(connection, facts.slot)
+    except psycopg2.Error as error:
+        raise UnreachableError(f"the database did not answer ({str(error).strip()})") from error
+    finally:
+        connection.close()
+
+
+def read_facts(dsn: str, profile: Profile) -> dict[str, Any]:
+    """Return what a newcomer must know of this database before it joins.
+
+    Raises:
+        UnreachableError: when the server does not answer.
+    """
+    connection = connect(dsn, application_name="pmgsync facts")
+    try:
+        connection.autocommit = True
+        return {**database_facts(connection), "profile_digest": profile.digest}
+    except psycopg2.Error as error:
+        raise UnreachableError(f"the database did not answer ({str(error).strip()})") from error
+    finally:
+        connection.close()
+
+
+def renew_chain(dsn: str, facts: NodeFacts) -> None:
+    """Begin a new incarnation of this node's chain: a slot made anew, which the others join with a snapshot.
+
+    Raises:
+        UnreachableError: when the server does not answer, or the old slot is in use.
+    """
+    connection = connect(dsn, application_name="pmgsync renew")
+    try:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots "
+                "WHERE slot_name = %s",
+                (facts.slot,),
+            )
+            cursor.execute(
+                "SELECT lsn::text FROM pg_catalog.pg_create_logical_replication_slot(%s, 'pgoutput')", (facts.slot,)
+            )
+            row = cursor.fetchone()
+            assert row is not None
+            start = parse_lsn(row[0].decode() if isinstance(row[0], bytes) else row[0])
+            incarnation = secrets.randbits(62) + 1
+            cursor.execute(
+                "UPDATE pmgsync.node SET incarnation = %s, start_lsn = %s, needs_snapshot = true, "
+                "system_id = (SELECT system_identifier FROM pg_catalog.pg_control_system())::text, "
+                "timeline = (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint())",
+                (incarnation, format_lsn(start)),
+            )
+            if cursor.rowcount != 1:
+                raise ChainBrokenError("the database has no row in pmgsync.node any more")
+    except psycopg2.Error as error:
+        raise UnreachableError(f"a new chain could not be begun ({str(error).strip()})") from error
+    finally:
+        connection.close()
+    log.error("action=new-chain incarnation=%016x start=%s", incarnation, format_lsn(start))
