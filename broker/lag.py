@@ -1,4 +1,4 @@
-"""How far a receiver is behind a chain in seconds: since when the head has been beyond it. Pure; callers read clocks."""
+"""How far a receiver is behind a chain in seconds: since when the head has been beyond it. Pure; no clock is read."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class LocalDesk:
                 target = number(message, "target") or broker.cid
                 begin_call(broker, session.identity, send, message, target, broker.cid)
             case "status":
-                send({"op": "status", "id": number(message, "id"), "status": broker.status()}, ())
+                send({"op": "status", "id": number(message, "id"), "status": broker.health.status()}, ())
             case "token":
                 broker.master_document()
                 ttl_s = number(message, "ttl_s")

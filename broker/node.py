@@ -15,15 +15,16 @@ from broker.calls import Calls, End
 from broker.control import MemberDesk
 from broker.door import Door
 from broker.follower import Follower
-from broker.heartbeats import DOWN_AFTER_S, Applied, Heartbeat, OwnChain, measure_machine
+from broker.health import Health
+from broker.heartbeats import Applied, Heartbeat, OwnChain
 from broker.journal import Journals
 from broker.lag import HeadClock
 from broker.local import LocalDesk
 from broker.loop import Loop, Socket
 from broker.peers import PeerLink
 from broker.retaining import Retainer
+from broker.roster import Roster
 from broker.state import NodeKeys, StateDirectory
-from broker.status import View, status_map
 from broker.streams import Streams
 from broker.tokens import Tokens
 from pmgsync.chains import ChainHead, Verdict
@@ -31,7 +32,7 @@ from pmgsync.config import NodeConfig
 from pmgsync.errors import FrameDamagedError, MembershipError, PmgsyncError, ProtocolError, UnreachableError
 from pmgsync.frames import Frame, read_frame
 from pmgsync.link import Message
-from pmgsync.membership import ClusterDocument, SignedDocument, accept_document, sign
+from pmgsync.membership import ClusterDocument, SignedDocument
 from pmgsync.positions import Position
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,6 @@ TICK_S = 0.25
 RELOAD_S = 1.0
 MARK_S = 0.5
 """Seconds between watermarks on disk: each costs an fsync, and a stopping PostgreSQL waits for the last one."""
-GRACE_S = 5.0
-"""After its start a broker does not call workers missing that have had no time to connect."""
 
 
 class Broker:
@@ -57,8 +56,7 @@ class Broker:
         self.context: zmq.Context[Socket] = zmq.Context()
         ids = itertools.count(1)
         self.new_id: Callable[[], int] = partial(next, ids)
-        self.signed: SignedDocument | None = None
-        self.cid = 0
+        self.roster = Roster(self.state, self.keys)
         self.journals: Journals | None = None
         self.streams: Streams | None = None
         self.calls = Calls(self.new_id)
@@ -74,14 +72,13 @@ class Broker:
         self._durable_told = (Position(0), 0)
         self._mark_at = 0.0
         self._marked = 0
-        self._document_stamp = 0
-        self._started = time.monotonic()
         self._publisher: Socket | None = None
         self._members: MemberDesk | None = None
         self._door: Door | None = None
-        self._doorkeeper = sockets.Doorkeeper(self.context, self.loop, self._cid_of_key)
+        self._doorkeeper = sockets.Doorkeeper(self.context, self.loop, self.roster.cid_of_key)
         self.local = LocalDesk(self, sockets.bind_local(self.context, config.broker_socket))
         self.retainer = Retainer(self)
+        self.health = Health(self)
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -111,84 +108,77 @@ class Broker:
     # -- the cluster document -----------------------------------------------------------------------------------------
 
     @property
-    def document(self) -> ClusterDocument:
-        """The cluster document held.
+    def signed(self) -> SignedDocument | None:
+        """The signed document in force, None when no cluster is defined."""
+        return self.roster.signed
 
-        Raises:
-            MembershipError: when no cluster is defined.
-        """
-        if self.signed is None or not self.cid:
-            raise MembershipError("no cluster defined", hint="run `pmgcm create`, or `pmgcm join` to join one")
-        return self.signed.document
+    @property
+    def cid(self) -> int:
+        """This node's CID, 0 when it is not in a cluster."""
+        return self.roster.cid
+
+    @property
+    def document(self) -> ClusterDocument:
+        """The document in force; raises MembershipError when no cluster is defined."""
+        return self.roster.document
 
     def master_document(self) -> ClusterDocument:
-        """The cluster document, on the master only.
-
-        Raises:
-            MembershipError: on any other node.
-        """
-        document = self.document
-        if document.master != self.cid:
-            master = document.member(document.master)
-            raise MembershipError(
-                "operation not permitted (not master)",
-                hint=f"run it on {master.name} ({master.address})" if master else "",
-            )
-        return document
+        """The document in force; raises MembershipError when this node is not the master."""
+        return self.roster.master_document()
 
     def change_document(self, document: ClusterDocument) -> SignedDocument:
         """Sign, store and spread a new cluster document."""
         if self.signed is not None and document == self.signed.document:
             return self.signed
-        signed = sign(document, self.cid, self.keys.sign_private)
-        self.state.store_document(signed)
+        signed = self.roster.store_change(document)
         self.reload()
         return signed
 
     def offer_document(self, data: bytes) -> None:
-        """Take a cluster document from the network when it is newer and properly signed.
-
-        Raises:
-            PmgsyncError: when it is not acceptable.
-        """
-        offered = SignedDocument.unpack(data)
-        if self.signed is not None and accept_document(self.signed.document, offered):
-            self.state.store_document(offered)
+        """Take a cluster document from the network; raises PmgsyncError when it is not acceptable."""
+        if self.roster.store_offered(data):
             self.reload()
 
     def _look_for_document(self) -> None:
-        try:
-            stamp = self.state.document_path.stat().st_mtime_ns
-        except FileNotFoundError:
-            stamp = 0
-        if stamp != self._document_stamp:
-            self.reload()
+        if self.roster.changed_on_disk():
+            try:
+                self.reload()
+            except PmgsyncError as error:
+                log.error("action=document-refused error=%s", error)
 
     def reload(self) -> None:
-        """Read the cluster document again and bring connections and doors in line with it."""
+        """Read the cluster document again and bring connections and doors in line with it.
+
+        Raises:
+            ConfigError: when the document is damaged or a port is in use; it is tried again.
+        """
+        signed, cid = self.roster.load()
         try:
-            self._document_stamp = self.state.document_path.stat().st_mtime_ns
-        except FileNotFoundError:
-            self._document_stamp = 0
-        signed = self.state.document()
+            self._put_in_force(signed, cid)
+        except PmgsyncError:
+            self._leave_cluster()
+            self.roster.signed = None
+            self.roster.forget_stamp()
+            raise
+
+    def _put_in_force(self, signed: SignedDocument | None, cid: int) -> None:
         old = self.signed
         if signed is not None and old is not None and signed.body == old.body and self.cid:
             return
-        cid = self.state.own_cid(signed.document) if signed else 0
         if signed is None or cid == 0:
             if self.cid:
                 log.warning("action=left-cluster cid=%d", self.cid)
             self._leave_cluster()
-            self.signed, self.cid = signed, 0
+            self.roster.signed = signed
             self.local.spread_document()
             return
         if self.cid and (cid != self.cid or (old and old.document.cluster != signed.document.cluster)):
             self._leave_cluster()
         removed = old is not None and bool(old.document.cids - signed.document.cids) and self.cid != 0
-        if removed and self._publisher is not None:
+        if removed:
             # Whoever is being removed should learn it from the document, not from silence.
-            self._publisher.send_multipart([b"d", signed.pack()])
-        self.signed, self.cid = signed, cid
+            self._publish(b"d", signed.pack())
+        self.roster.signed, self.roster.cid = signed, cid
         log.info("action=document cid=%d epoch=%d serial=%d", cid, signed.document.epoch, signed.document.serial)
         if self.journals is None:
             self._open_journals()
@@ -228,7 +218,7 @@ class Broker:
         self.applied.clear()
         self.acked.clear()
         self.clocks.clear()
-        self.cid = 0
+        self.roster.cid = 0
 
     def _open_members_sockets(self) -> None:
         ports = self.config
@@ -272,10 +262,6 @@ class Broker:
                     self.context, self.loop, self.keys, member,
                     on_event=self._event, on_control=self._control, on_rebuilt=self._rebuilt,
                 )  # fmt: skip
-
-    def _cid_of_key(self, key: bytes) -> int:
-        member = self.signed.document.by_key(key) if self.signed is not None and self.cid else None
-        return member.cid if member else 0
 
     # -- the own chain ------------------------------------------------------------------------------------------------
 
@@ -502,52 +488,6 @@ class Broker:
         if self._publisher is not None:
             self._publisher.send_multipart(parts)
 
-    def heartbeat(self) -> Heartbeat:
-        """Return this node's heartbeat as of now."""
-        document, machine = self.document, measure_machine(self.config.state_dir)
-        state, error, alerts = self.health()
-        return Heartbeat(
-            document.cluster, self.cid, document.epoch, document.serial, time.time_ns() // 1000,
-            machine.uptime_s, machine.load1, machine.mem_pct, machine.disk_pct,
-            state, error, tuple(alerts), self.retainer.held(), self.own, dict(self.applied),
-        )  # fmt: skip
-
-    def health(self) -> tuple[str, str, list[dict[str, str]]]:
-        """Return this node's state (`A` or `S`), what is wrong with it ("" when nothing), and its alerts."""
-        state, error = "A", ""
-        alerts = self.retainer.alerts()
-        sessions = self.local.sessions.workers()
-        for session in sessions:
-            alerts += session.alerts
-            if session.state == "S":
-                state = "S"
-            if session.error and not error:
-                error = f"{session.worker}: {session.error}"
-            if session.error:
-                text = f"{session.worker}: {session.error}" + (f" ({session.hint})" if session.hint else "")
-                since = f", for {time.monotonic() - session.error_since:.0f} s"
-                alerts.append({"kind": "error", "text": text + since})
-        if self.journals is not None and self.journals.failure is not None:
-            error = str(self.journals.failure)
-        present = {session.worker for session in sessions}
-        wanted = ["capture", *(f"apply:{cid}" for cid in sorted(self.document.cids - {self.cid}))]
-        missing = [name for name in wanted if name not in present]
-        if not error and missing and time.monotonic() - self._started > GRACE_S:
-            error = (
-                "the agent is not running"
-                if "supervisor" not in present
-                else f"not running: {', '.join(missing)}"
-            )  # fmt: skip
-        return state, error, alerts
-
-    def status(self) -> dict[str, object]:
-        """Return the map of `pmgcm status --json`."""
-        own = self.heartbeat()
-        views = {self.cid: View(own, 0.0, self.applied, "")}
-        for cid, link in self.peers.items():
-            views[cid] = View(link.heartbeat, link.age_s, self.acked.get(cid, {}), link.problem)
-        return status_map(self.document, views, self.clocks, now=time.monotonic(), down_after_s=DOWN_AFTER_S)
-
     def applied_moved(self, origin: int, applied: Applied) -> None:
         """Note what a local apply worker has committed."""
         self.applied[origin] = applied
@@ -561,7 +501,7 @@ class Broker:
 
     def _beat(self) -> None:
         if self.cid:
-            self._publish(b"h", self.heartbeat().pack())
+            self._publish(b"h", self.health.heartbeat().pack())
 
     def _send_acks(self) -> None:
         if not self._ack_due or not self.cid:
