@@ -1,47 +1,53 @@
-"""Profiles: which tables and files are kept the same, and how. Read from TOML and checked; pure but for the reading."""
+"""Profiles: which tables and files are synchronised, and how. A TOML file, read and checked into plain values."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import json
-import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pmgsync.errors import ConfigError
 
-RULE_KINDS = ("greatest", "least", "latest", "advance")
+SHIPPED = Path(__file__).with_name("profiles")
 OWN_SCHEMA = "pmgsync"
+DEFAULT_SCHEMA = "public"
+
+RuleKind = Literal["greatest", "least", "latest", "advance"]
+_KINDS: tuple[RuleKind, ...] = ("greatest", "least", "latest", "advance")
 
 
 class Policy(Enum):
-    """Who may write a table, and what the other nodes do with it."""
+    """Who may write a table, and what the others do with the changes."""
 
     MIRROR = "mirror"
+    """The master writes, the others are an exact copy."""
     OWNED = "owned"
+    """A row is written by the node whose CID stands in its owner column."""
     MERGE = "merge"
+    """Any node writes; each column says how two values become one."""
     LOCAL = "local"
+    """Never synchronised."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeRule:
-    """How two values of one column become one.
+    """How two values of one column become one; commutative, associative and idempotent.
 
     Attributes:
-        kind: `greatest`, `least`, `latest` (the value whose row has the greater `by`), or `advance` along `order`.
-        by: for `latest`, the column that decides.
-        order: for `advance`, the values from first to last.
-        tie: for `latest`, the value that wins when `by` is equal; None: the greater text wins.
+        kind: `greatest` and `least` compare in the column's type, NULL loses; `latest` takes the value of the row whose
+            `by` column is greater; `advance` takes the value that comes later in `order`.
+        by: for `latest`, the column that is compared; columns with the same `by` move together.
+        order: for `advance`, all values, first to last.
+        tie: for `latest`, the value that wins when `by` is equal; None, or neither value: the greater one.
     """
 
-    kind: str
+    kind: RuleKind
     by: str | None = None
     order: tuple[str, ...] = ()
     tie: str | None = None
@@ -49,13 +55,15 @@ class MergeRule:
 
 @dataclass(frozen=True, slots=True)
 class TableRule:
-    """One table's policy.
+    """What a profile says of one table.
 
     Attributes:
-        key: the columns that find a row, () for the table's own key.
-        owner: for `owned`, the column with the CID of the row's owner; for `merge`, of the node that inserts it.
-        local_columns: columns that differ from node to node.
-        deletes: for `merge`, whether deletes travel.
+        key: the columns that find a row; () for the table's own key.
+        owner: owned tables: the column with the CID of the node that writes the row.
+        local_columns: columns whose values each node makes by itself.
+        rules: merge tables: the rule of each column; a column without one keeps the value it was inserted with.
+        deletes: merge tables: True when deletes travel; with `inserts_by_owner` only those of the owner do.
+        inserts_by_owner: merge tables: rows are inserted (and deleted) by the node whose CID this column has.
     """
 
     schema: str
@@ -66,31 +74,65 @@ class TableRule:
     local_columns: frozenset[str] = frozenset()
     rules: Mapping[str, MergeRule] = field(default_factory=dict)
     deletes: bool = True
+    inserts_by_owner: str | None = None
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Every column that the rule refers to; the table must have them."""
+        named = {*self.key, *self.local_columns, *self.rules, *(rule.by for rule in self.rules.values())}
+        return frozenset(name for name in (*named, self.owner, self.inserts_by_owner) if name is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class FileTree:
-    """Files that are kept the same: `config` flows from the master to all, `spool` belongs to each node."""
+    """A tree of files.
 
-    kind: str
+    Attributes:
+        kind: `config` goes from the master to the others; of a `spool` each node owns `tree`.
+        root: the directory that names are relative to.
+        setting: the key of node.toml's [files] that replaces `root`, "" when none does.
+        include: patterns of names below `root`; a name that ends in "/" is a directory with all that is in it.
+        exclude: patterns that are never synchronised; they win over `include`.
+        tree: of a spool, the part that a node owns; "{cid}" stands for its CID.
+    """
+
+    kind: Literal["config", "spool"]
     root: str
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    delete: bool
+    setting: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    tree: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """A command to run when a file, or the rules (`files` empty), changed."""
+    """A command to run.
 
-    files: tuple[str, ...]
-    tables: tuple[str, ...]
-    command: tuple[str, ...]
+    Attributes:
+        run: program and arguments, no shell.
+        files: run when one of these files was changed by synchronisation; absolute paths.
+        tables: run when one of these tables was changed by synchronisation.
+        role: run when this node takes that role: `master`, `node`, or "" for neither.
+    """
+
+    run: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    role: Literal["", "master", "node"] = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Profile:
-    """What a node keeps the same as the others."""
+    """A whole profile.
+
+    Attributes:
+        all_tables: every table that is not named is mirrored.
+        sequences: a snapshot carries the sequences' values.
+        ddl: changes of the schema are carried too.
+        cid0: (table, column) where `create` puts its own CID in place of 0; tables of schema public.
+        services: stopped while the database is created or replaced.
+        digest: SHA-256 of what the profile says, comments and layout aside; 64 hexadecimal digits.
+    """
 
     name: str
     tables: tuple[TableRule, ...]
@@ -101,221 +143,350 @@ class Profile:
     services: tuple[str, ...]
     files: tuple[FileTree, ...]
     actions: tuple[Action, ...]
-
-    @cached_property
-    def _by_name(self) -> dict[tuple[str, str], TableRule]:
-        return {(rule.schema, rule.name): rule for rule in self.tables}
+    digest: str
 
     def rule_for(self, schema: str, table: str) -> TableRule | None:
-        """Return the rule of a table, None when it is not kept the same."""
-        rule = self._by_name.get((schema, table))
-        if rule is not None or not self.all_tables:
-            return rule
-        if schema == OWN_SCHEMA or schema == "information_schema" or schema.startswith("pg_"):
+        """Return what the profile says of a table, None when it is no concern of the profile's."""
+        if schema.startswith("pg_") or schema in {"information_schema", OWN_SCHEMA}:
             return None
-        return TableRule(schema, table, Policy.MIRROR)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256, in hexadecimal, of what the profile says; nodes of a cluster must agree on it."""
-
-        def plain(value: Any) -> Any:
-            return value.value if isinstance(value, Enum) else sorted(value)
-
-        text = json.dumps(
-            [[asdict(rule) for rule in self.tables], self.all_tables, self.sequences, self.ddl, self.cid0],
-            sort_keys=True,
-            default=plain,
-        )
-        return hashlib.sha256(text.encode()).hexdigest()
+        for rule in self.tables:
+            if rule.name == table and rule.schema == schema:
+                return rule
+        return TableRule(schema, table, Policy.MIRROR) if self.all_tables else None
 
 
-class _Reader:
-    """Takes keys out of a table of the file; what is left over at the end is unknown."""
+def load_profile(name_or_path: str) -> Profile:
+    """Return a profile: a shipped one by its name, any other by the path of its file.
 
-    def __init__(self, file: str, where: str, values: object) -> None:
-        self._file = file
-        self._where = where
+    Raises:
+        ConfigError: when there is none, or it says something that cannot be used; names file, key and expectation.
+    """
+    shipped = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    if "/" in name_or_path or name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+    elif name_or_path in shipped:
+        path = SHIPPED / f"{name_or_path}.toml"
+    else:
+        close = difflib.get_close_matches(name_or_path, shipped, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"shipped are {', '.join(shipped)}; or give a file's path"
+        raise ConfigError(f"there is no profile {name_or_path!r:.100}", hint=hint)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the profile {path} cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the profile {path} is not TOML ({error})") from error
+    return _profile(path, data)
+
+
+class _Section:
+    """A table of the file: every key asked for is known, every other one is an error."""
+
+    def __init__(self, path: Path, where: str, values: object) -> None:
+        self.path, self.where = path, where
         if not isinstance(values, dict):
-            raise ConfigError(f"{file}: {where} is {values!r:.60}, expected a table")
-        self._values: dict[str, Any] = dict(values)
+            raise ConfigError(f"{path}: {where} is {values!r:.60}, expected a table")
+        self.values: dict[str, Any] = values
         self._known: list[str] = []
 
-    def fail(self, key: str, expected: str) -> ConfigError:
-        return ConfigError(f"{self._file}: {self._where} {key} is {self._values.get(key)!r:.80}, expected {expected}")
-
-    def text(self, key: str, default: str | None = None, *, choices: tuple[str, ...] = ()) -> str:
-        expected = f"one of {', '.join(choices)}" if choices else "a text"
-        value = self._take(key, default)
-        if not isinstance(value, str) or not value or (choices and value not in choices):
-            raise self.fail(key, expected)
-        return value
-
-    def optional(self, key: str) -> str | None:
-        return self.text(key) if key in self._values else self._take(key, None)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._take(key, default)
-        if type(value) is not bool:
-            raise self.fail(key, "true or false")
-        return value
-
-    def texts(self, key: str, default: tuple[str, ...] = ()) -> tuple[str, ...]:
-        value = self._take(key, list(default))
-        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-            raise self.fail(key, "a list of texts")
-        if len(set(value)) != len(value):
-            raise self.fail(key, "a list without repetitions")
-        return tuple(value)
-
-    def tables(self, key: str) -> list[Any]:
-        value = self._take(key, [])
-        if not isinstance(value, list):
-            raise self.fail(key, f"tables, written [[{key}]]")
-        return value
-
-    def table(self, key: str) -> dict[str, Any]:
-        value = self._take(key, {})
-        if not isinstance(value, dict):
-            raise self.fail(key, "a table")
-        return value
-
-    def _take(self, key: str, default: Any) -> Any:
+    def take(self, key: str, default: Any, expected: str, read: Callable[[Any], Any]) -> Any:
+        """Return what `read` makes of a key's value; its ValueError becomes a sentence."""
         self._known.append(key)
-        return self._values.get(key, default)
+        if key not in self.values:
+            return default
+        value = self.values[key]
+        try:
+            return read(value)
+        except ValueError:
+            raise ConfigError(f"{self.path}: {self.name(key)} is {value!r:.100}, expected {expected}") from None
+
+    def name(self, key: str) -> str:
+        """Return a key as messages name it."""
+        return f"{self.where} {key}" if self.where else key
+
+    def fail(self, key: str, problem: str, *, hint: str = "") -> ConfigError:
+        """Return the error that a key has a problem."""
+        return ConfigError(f"{self.path}: {self.name(key)} {problem}", hint=hint)
 
     def end(self) -> None:
-        for key in self._values:
+        """Refuse what was not asked for."""
+        for key in self.values:
             if key not in self._known:
                 close = difflib.get_close_matches(key, self._known, 1)
                 hint = f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(self._known)}"
-                raise ConfigError(f"{self._file}: {self._where} {key} is not a key that pmgsync knows", hint=hint)
+                raise self.fail(key, "is not a key that pmgsync knows", hint=hint)
 
 
-def _read_rule(file: str, where: str, values: object) -> MergeRule:
-    reader = _Reader(file, where, values if not isinstance(values, str) else {"rule": values})
-    kind = reader.text("rule", choices=RULE_KINDS)
-    by, order, tie = reader.optional("by"), reader.texts("order"), reader.optional("tie")
-    reader.end()
-    if (kind == "latest") != (by is not None):
-        raise reader.fail("by", "a column, for the rule latest and no other")
-    if (kind == "advance") != (len(order) >= 2):
-        raise reader.fail("order", "at least two values, for the rule advance and no other")
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError
+    found = tuple(map(_text, value))
+    if len(set(found)) != len(found):
+        raise ValueError
+    return found
+
+
+def _one_of(*allowed: str) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if value not in allowed:
+            raise ValueError
+        return value
+
+    return read
+
+
+def _sections(path: Path, key: str, value: object) -> list[_Section]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{path}: {key} is {value!r:.60}, expected [[{key}]]")
+    return [_Section(path, f"[[{key}]] number {number}", entry) for number, entry in enumerate(value, 1)]
+
+
+def _profile(path: Path, data: dict[str, Any]) -> Profile:
+    top = _Section(path, "", data)
+    names = "a list of different names"
+    name = top.take("name", path.stem, "a name", _text)
+    top.take("description", "", "a sentence", _text)
+    all_tables = top.take("all_tables", False, "true or false", _flag)
+    sequences = top.take("sequences", True, "true or false", _flag)
+    ddl = top.take("ddl", False, "true or false", _flag)
+    cid0 = tuple(map(_split_column, top.take("cid0", (), 'a list of "table.column"', _columns)))
+    services = top.take("services", (), names, _texts)
+    raw_tables = top.take("tables", {}, "tables [tables.NAME]", _table)
+    raw_files = top.take("files", [], "[[files]]", _list)
+    raw_actions = top.take("actions", [], "[[actions]]", _list)
+    top.end()
+    tables = tuple(_table_rule(path, key, value) for key, value in raw_tables.items())
+    if not tables and not all_tables:
+        raise ConfigError(f"{path}: tables is empty, expected at least one [tables.NAME], or all_tables = true")
+    named: dict[tuple[str, str], TableRule] = {}
+    for rule in tables:
+        if named.setdefault((rule.schema, rule.name), rule) is not rule:
+            raise ConfigError(f"{path}: the table {rule.schema}.{rule.name} stands twice in [tables]")
+    for table, column in cid0:
+        _known_table(top, "cid0", table, named, all_tables=all_tables)
+        if (rule_of := named.get((DEFAULT_SCHEMA, table))) is not None and rule_of.policy is Policy.LOCAL:
+            raise top.fail("cid0", f"names {table}.{column}, but the table is local")
+    actions = tuple(map(_action, _sections(path, "actions", raw_actions)))
+    for action in actions:
+        for table in action.tables:
+            _known_table(top, "actions", table, named, all_tables=all_tables)
+    canonical = {key: value for key, value in data.items() if key != "description"} | {"name": name}
+    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return Profile(
+        name=name,
+        tables=tables,
+        all_tables=all_tables,
+        sequences=sequences,
+        ddl=ddl,
+        cid0=cid0,
+        services=services,
+        files=tuple(map(_file_tree, _sections(path, "files", raw_files))),
+        actions=actions,
+        digest=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+def _known_table(
+    top: _Section, key: str, table: str, named: Mapping[tuple[str, str], TableRule], *, all_tables: bool
+) -> None:
+    if (DEFAULT_SCHEMA, table) not in named and not all_tables:
+        names = [name for schema, name in named if schema == DEFAULT_SCHEMA]
+        close = difflib.get_close_matches(table, names, 1)
+        raise top.fail(
+            key,
+            f"names the table {table!r}, which is not in [tables]",
+            hint=f"did you mean {close[0]!r}?" if close else "",
+        )
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError
+    return value
+
+
+def _columns(value: Any) -> tuple[str, ...]:
+    texts = _texts(value)
+    for text in texts:
+        _split_column(text)
+    return texts
+
+
+def _split_column(text: str) -> tuple[str, str]:
+    table, dot, column = text.partition(".")
+    if not table or not dot or not column:
+        raise ValueError
+    return table, column
+
+
+def _table_rule(path: Path, key: str, value: object) -> TableRule:
+    where = f"[tables.{key}]" if "." not in key else f'[tables."{key}"]'
+    section = _Section(path, where, value)
+    schema, dot, name = key.partition(".")
+    if not dot:
+        schema, name = DEFAULT_SCHEMA, key
+    if not schema or not name:
+        raise ConfigError(f'{path}: {where} is not a table\'s name, expected NAME or "SCHEMA.NAME"')
+    if schema.startswith("pg_") or schema in {"information_schema", OWN_SCHEMA}:
+        raise ConfigError(f"{path}: {where} is in the schema {schema}, which is never synchronised")
+    policies = tuple(policy.value for policy in Policy)
+    columns = "a list of different column names"
+    policy_text = section.take("policy", "", f"one of {', '.join(policies)}", _one_of(*policies))
+    if not policy_text:
+        raise section.fail("policy", f"is missing, expected one of {', '.join(policies)}")
+    policy = Policy(policy_text)
+    columns_key = section.take("key", (), columns, _texts)
+    local_columns = section.take("local_columns", (), columns, _texts)
+    owner = section.take("owner", None, "a column's name", _text)
+    deletes = section.take("deletes", True, "true or false", _flag)
+    inserts_by = section.take("inserts_by_owner", None, "a column's name", _text)
+    raw_rules = section.take("merge", {}, "a table of rules", _table)
+    section.end()
+    rules = {column: _merge_rule(path, f"{where} merge.{column}", rule) for column, rule in raw_rules.items()}
+    _check_policy(section, policy)
+    for column in rules:
+        if column in columns_key:
+            raise section.fail(f"merge.{column}", "is a rule for a column of the key, which never changes")
+    for column in local_columns:
+        if column in {*columns_key, *rules, owner, inserts_by}:
+            raise section.fail("local_columns", f"names {column}, which the other keys rely on")
+    return TableRule(
+        schema, name, policy, columns_key, owner, frozenset(local_columns), rules, deletes, inserts_by
+    )  # fmt: skip
+
+
+_NEEDED = {Policy.OWNED: ("owner",), Policy.MERGE: ("merge",)}
+_ALLOWED = {
+    Policy.MIRROR: {"key", "local_columns"},
+    Policy.OWNED: {"key", "local_columns", "owner"},
+    Policy.MERGE: {"key", "local_columns", "merge", "deletes", "inserts_by_owner"},
+    Policy.LOCAL: set(),
+}
+
+
+def _check_policy(section: _Section, policy: Policy) -> None:
+    for key in _NEEDED.get(policy, ()):
+        if not section.values.get(key):
+            raise section.fail(key, f"is missing, expected with policy = {policy.value!r}")
+    for key in section.values:
+        if key != "policy" and key not in _ALLOWED[policy]:
+            raise section.fail(key, f"has no meaning with policy = {policy.value!r}")
+
+
+def _merge_rule(path: Path, where: str, value: object) -> MergeRule:
+    """Return a rule; `"greatest"` is short for `{ rule = "greatest" }`."""
+    section = _Section(path, where, {"rule": value} if isinstance(value, str) else value)
+    kind = section.take("rule", "", f"one of {', '.join(_KINDS)}", _one_of(*_KINDS))
+    if not kind:
+        raise section.fail("rule", f"is missing, expected one of {', '.join(_KINDS)}")
+    by = section.take("by", None, "a column's name", _text)
+    order = section.take("order", (), "a list of different values", _texts)
+    tie = section.take("tie", None, "a value", _text)
+    section.end()
+    for key, given, wanted in (("by", by, "latest"), ("order", order, "advance")):
+        if kind == wanted and not given:
+            raise section.fail(key, f"is missing, expected with the rule {wanted!r}")
+        if kind != wanted and given:
+            raise section.fail(key, f"has no meaning with the rule {kind!r}")
+    if kind == "advance" and len(order) < 2:
+        raise section.fail("order", "has one value, expected at least two")
     if tie is not None and kind != "latest":
-        raise reader.fail("tie", "nothing: only the rule latest has ties")
+        raise section.fail("tie", f"has no meaning with the rule {kind!r}")
     return MergeRule(kind, by, order, tie)
 
 
-def _read_table(file: str, number: int, values: object) -> TableRule:
-    where = f"[[table]] {number}"
-    reader = _Reader(file, where, values)
-    full = reader.text("name")
-    where = f"[[table]] {full}:"
-    reader = _Reader(file, where, values)
-    reader.text("name")
-    schema, dot, name = full.rpartition(".")
-    policy = Policy(reader.text("policy", choices=tuple(policy.value for policy in Policy)))
-    key, owner = reader.texts("key"), reader.optional("owner")
-    local, deletes = reader.texts("local"), reader.flag("deletes", True)
-    rules = {
-        column: _read_rule(file, f"{where} merge.{column}:", rule) for column, rule in reader.table("merge").items()
-    }
-    reader.end()
-    if policy is Policy.OWNED and owner is None:
-        raise reader.fail("owner", "the column with the owner's CID")
-    if owner is not None and policy not in {Policy.OWNED, Policy.MERGE}:
-        raise reader.fail("owner", f"nothing: a {policy.value} table has no owner column")
-    if (policy is Policy.MERGE) != bool(rules):
-        raise reader.fail("merge", "a rule a column, for the policy merge and no other")
-    if policy is Policy.MERGE and not key:
-        raise reader.fail("key", "the columns that find a row")
-    for column in (*key, *([owner] if owner else []), *rules):
-        if column in local:
-            raise reader.fail("local", f"columns that no rule uses, but {column} is used")
-    for column in rules:
-        if column in key:
-            raise reader.fail("merge", f"rules of columns that are not in the key, but {column} is")
-    return TableRule(schema if dot else "public", name, policy, key, owner, frozenset(local), rules, deletes)
+def _file_tree(section: _Section) -> FileTree:
+    patterns = "a list of different patterns relative to root"
+    kind = section.take("kind", "", 'one of "config", "spool"', _one_of("config", "spool"))
+    if not kind:
+        raise section.fail("kind", 'is missing, expected one of "config", "spool"')
+    root = section.take("root", "", "an absolute path", _absolute)
+    if not root:
+        raise section.fail("root", "is missing, expected an absolute path")
+    setting = section.take("setting", "", '"config_root" or "spool_root"', _one_of("config_root", "spool_root"))
+    include = section.take("include", (), patterns, _relative)
+    exclude = section.take("exclude", (), patterns, _relative)
+    tree = section.take("tree", "", 'a path below root with "{cid}" in it', _cid_tree)
+    section.end()
+    if (kind == "spool") != bool(tree):
+        raise section.fail("tree", f"is {'missing' if not tree else 'given'}, expected for a spool and nothing else")
+    if kind == "config" and not include:
+        raise section.fail("include", f"is missing, expected {patterns}")
+    return FileTree(kind, root, setting, include, exclude, tree)
 
 
-def _read_files(file: str, number: int, values: object) -> FileTree:
-    reader = _Reader(file, f"[[files]] {number}", values)
-    tree = FileTree(
-        reader.text("kind", choices=("config", "spool")),
-        reader.text("root"),
-        reader.texts("include"),
-        reader.texts("exclude"),
-        reader.flag("delete", True),
-    )
-    reader.end()
-    return tree
+def _action(section: _Section) -> Action:
+    run = section.take("run", (), "a list: a program and its arguments", _command)
+    if not run:
+        raise section.fail("run", "is missing, expected a list: a program and its arguments")
+    files = section.take("files", (), "a list of absolute paths", _absolutes)
+    tables = section.take("tables", (), "a list of tables", _texts)
+    role = section.take("role", "", '"master" or "node"', _one_of("master", "node"))
+    section.end()
+    if not files and not tables and not role:
+        raise section.fail("files", "is missing, expected one of files, tables, role: an action needs an occasion")
+    return Action(run, files, tables, role)
 
 
-def _read_action(file: str, number: int, values: object) -> Action:
-    reader = _Reader(file, f"[[action]] {number}", values)
-    action = Action(reader.texts("files"), reader.texts("tables"), reader.texts("command"))
-    reader.end()
-    if not action.command or not (action.files or action.tables):
-        raise reader.fail("command", "a command, and files or tables whose change asks for it")
-    return action
+def _command(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError
+    return tuple(map(_text, value))
 
 
-def read_profile(name: str, file: str, text: str) -> Profile:
-    """Return the profile in TOML text; `file` is what errors call it.
-
-    Raises:
-        ConfigError: names file, key and what was expected.
-    """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the profile {file} is not TOML ({error})") from error
-    reader = _Reader(file, "", data)
-    tables = tuple(_read_table(file, number, one) for number, one in enumerate(reader.tables("table"), 1))
-    names = [(rule.schema, rule.name) for rule in tables]
-    for each in names:
-        if names.count(each) > 1:
-            raise ConfigError(f"{file}: the table {'.'.join(each)} has more than one [[table]]")
-    cid0 = []
-    for entry in reader.texts("cid0"):
-        table, _, column = entry.rpartition(".")
-        if not table or not column:
-            raise reader.fail("cid0", 'entries such as "table.column"')
-        cid0.append((table, column))
-    profile = Profile(
-        name,
-        tables,
-        reader.flag("all_tables", False),
-        reader.flag("sequences", True),
-        reader.flag("ddl", False),
-        tuple(cid0),
-        reader.texts("services"),
-        tuple(_read_files(file, number, one) for number, one in enumerate(reader.tables("files"), 1)),
-        tuple(_read_action(file, number, one) for number, one in enumerate(reader.tables("action"), 1)),
-    )
-    reader.end()
-    if not profile.tables and not profile.all_tables:
-        raise ConfigError(f"{file}: no table is named, and all_tables is not true")
-    return profile
+def _absolute(value: Any) -> str:
+    if not Path(_text(value)).is_absolute():
+        raise ValueError
+    return str(value)
 
 
-def load_profile(name: str) -> Profile:
-    """Return a shipped profile by its name, or one in a file by its path.
+def _absolutes(value: Any) -> tuple[str, ...]:
+    return _each(value, _absolute)
 
-    Raises:
-        ConfigError: when there is none, or it says something that cannot be used.
-    """
-    if re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        shipped = resources.files("pmgsync") / "profiles"
-        file = shipped / f"{name}.toml"
-        if not file.is_file():
-            names = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir() if entry.name != "__init__")
-            raise ConfigError(
-                f"there is no profile {name!r}", hint=f"shipped are {', '.join(names)}; a file is named by its path"
-            )
-        return read_profile(name, f"profile {name}", file.read_text(encoding="utf-8"))
-    path = Path(name)
-    try:
-        return read_profile(path.stem, str(path), path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the profile {path} cannot be read ({error})") from error
+
+def _relative(value: Any) -> tuple[str, ...]:
+    return _each(value, _below)
+
+
+def _each(value: Any, check: Callable[[Any], Any]) -> tuple[str, ...]:
+    texts = _texts(value)
+    for text in texts:
+        check(text)
+    return texts
+
+
+def _below(value: Any) -> str:
+    """A name that cannot leave the root."""
+    path = Path(_text(value))
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError
+    return str(value)
+
+
+def _cid_tree(value: Any) -> str:
+    if "{cid}" not in _below(value):
+        raise ValueError
+    return str(value)
+
+
+def published(rules: Iterable[TableRule]) -> tuple[TableRule, ...]:
+    """Return the rules of tables whose changes leave their node."""
+    return tuple(rule for rule in rules if rule.policy is not Policy.LOCAL)

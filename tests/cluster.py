@@ -224,8 +224,10 @@ class Cluster:
         dbname: str = "app",
         encoding: str = "UTF8",
         extra: str = "",
+        seed: Callable[[Node], None] | None = None,
     ) -> None:
         self.schema = schema
+        self.seed = seed
         self.encoding = encoding
         self.nodes = [
             Node(
@@ -250,6 +252,8 @@ class Cluster:
             node.create_database(encoding=self.encoding)
         if self.schema:
             self.master.sql(self.schema)
+        if self.seed is not None:
+            self.seed(self.master)
         self.master.start()
         self.master.pmgcm("create")
         for node in self.nodes[1:]:

@@ -13,7 +13,6 @@ from pmgsync.positions import format_lsn, parse_lsn
 from pmgsync.postgres.capture import SlotState, read_slot_state
 from pmgsync.postgres.provision import NodeFacts, node_facts
 from pmgsync.postgres.session import connect
-from pmgsync.postgres.snapshot import database_facts
 from pmgsync.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -48,6 +47,8 @@ def read_facts(dsn: str, profile: Profile) -> dict[str, Any]:
     Raises:
         UnreachableError: when the server does not answer.
     """
+    from pmgsync.postgres.snapshot import database_facts
+
     connection = connect(dsn, application_name="pmgsync facts")
     try:
         connection.autocommit = True

@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python 3.11 or later with venv, and a network for the first `pip install`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO ?= --nodes 3 --seconds 20 --rate 50
+PYTEST ?= --numprocesses 2 --dist loadgroup
+# A second installation of PostgreSQL for the cluster tests, when this machine has the programs of a server.
+PG_BINDIR ?= $(shell bindir=$$(pg_config --bindir 2>/dev/null) && test -x "$$bindir/postgres" && echo "$$bindir")
+
+.PHONY: demo test check clean
+
+demo: $(STAMP)
+	$(BIN)/pmgcm demo $(DEMO)
+
+test: check
+	$(BIN)/pytest $(PYTEST)
+ifneq ($(PG_BINDIR),)
+	PMGSYNC_PG_BINDIR=$(PG_BINDIR) $(BIN)/pytest $(PYTEST) -m cluster
+endif
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,158 @@
+"""`pmgcm create`: checks this node, makes its database the first of a cluster, and signs the cluster document."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.console import note, say
+from cli.ports import port_findings
+from pmgsync.errors import MembershipError, PmgsyncError
+
+if TYPE_CHECKING:
+    from broker.state import NodeKeys, StateDirectory
+    from pmgsync.config import NodeConfig
+    from pmgsync.membership import Member
+    from pmgsync.postgres.preflight import Finding
+    from pmgsync.profile import Profile
+
+FIRST_CID = 1
+CLUSTER_ID_BYTES = 16
+BEGUN_FILE = "create.begun"
+"""Stands in the state directory from before the database is changed until the cluster document is stored, so that
+what an interrupted `create` left in the database can be told from a cluster."""
+
+
+def create(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Option(metavar="CLUSTERNAME", help="Default: this node's name")] = None,
+) -> None:
+    """Make this node the master of a new cluster. Its database is checked first; nothing is left half made."""
+    from broker.state import StateDirectory
+    from cli.node import held_document, load, tell_broker
+    from cli.services import stopped
+    from pmgsync.profile import load_profile
+
+    config = load(context)
+    profile = load_profile(config.profile)
+    state = StateDirectory(config.state_dir)
+    held_document(state)
+    _clear_interrupted(config, state)
+    _check(config, profile)
+    keys = state.keys()
+    cluster, cluster_name = secrets.token_bytes(CLUSTER_ID_BYTES), name or config.name
+    with stopped(profile.services):
+        _found(config, profile, state, keys, cluster, cluster_name)
+    tell_broker(config)
+    say(f"cluster {cluster_name!r} was created; this node is its master, {config.name}({FIRST_CID})")
+    note("the line that lets another node join: pmgcm join-cmd")
+
+
+def _clear_interrupted(config: NodeConfig, state: StateDirectory) -> None:
+    """Remove from the database what a `create` that was killed had made."""
+    from pmgsync.postgres.provision import deprovision
+
+    marker = state.path / BEGUN_FILE
+    if marker.exists():
+        note("an earlier `pmgcm create` was interrupted; removing what it left in the database")
+        deprovision(config.dsn)
+        marker.unlink()
+
+
+def _check(config: NodeConfig, profile: Profile) -> None:
+    """Check this node.
+
+    Raises:
+        PreflightError: with everything that must be put right first.
+        MembershipError: when the database belongs to a cluster.
+    """
+    from pmgsync.postgres.preflight import check_server, raise_for
+    from pmgsync.postgres.provision import node_facts
+    from pmgsync.postgres.session import connect
+
+    findings = port_findings(config)
+    with contextlib.closing(connect(config.dsn, application_name="pmgcm create")) as connection:
+        if node_facts(connection) is not None:
+            raise MembershipError(
+                "cluster already defined",
+                hint=f"this database belongs to one, though {config.state_dir} holds no cluster document",
+            )
+        findings += check_server(connection, profile)
+    raise_for(findings)
+    tell_informational(findings)
+
+
+def tell_informational(findings: Iterable[Finding]) -> None:
+    """Tell a person what checks have found that nobody need do anything about."""
+    for finding in findings:
+        if finding.ok and finding.problem:
+            note(f"note: {finding.problem}")
+
+
+def _found(
+    config: NodeConfig, profile: Profile, state: StateDirectory, keys: NodeKeys, cluster: bytes, cluster_name: str
+) -> None:
+    """Change the database, then store the document; the database is put back when either fails."""
+    from pmgsync.postgres.provision import provision
+
+    from pmgsync.membership import found_cluster, sign
+
+    with _undone_on_failure(config, state):
+        provision(
+            config.dsn,
+            profile,
+            cid=FIRST_CID,
+            cluster=cluster,
+            needs_snapshot=True,
+            take_over_cid0=True,
+            progress=note,
+        )
+        document = found_cluster(cluster, cluster_name, profile.name, own_member(config, keys, FIRST_CID))
+        state.store_document(sign(document, FIRST_CID, keys.sign_private))
+
+
+@contextlib.contextmanager
+def _undone_on_failure(config: NodeConfig, state: StateDirectory) -> Iterator[None]:
+    from broker.state import write_private
+    from pmgsync.postgres.provision import deprovision
+
+    marker = state.path / BEGUN_FILE
+    write_private(marker, b"")
+    try:
+        yield
+    except BaseException as error:
+        state.drop_document()
+        try:
+            deprovision(config.dsn)
+        except PmgsyncError as second:
+            # The marker stays: the next `create` finishes this.
+            error.add_note(f"what was made in the database could not be removed now ({second})")
+            raise error from None
+        marker.unlink(missing_ok=True)
+        raise
+    marker.unlink(missing_ok=True)
+
+
+def own_member(config: NodeConfig, keys: NodeKeys, cid: int) -> Member:
+    """Return this node as it stands in the cluster document.
+
+    Raises:
+        ProtocolError: when its name or address cannot stand there.
+    """
+    from pmgsync.membership import Member
+
+    member = Member(
+        cid,
+        config.name,
+        config.address,
+        config.events_port,
+        config.control_port,
+        config.join_port,
+        keys.curve_public,
+        keys.sign_public,
+    )
+    return Member.from_map(member.to_map())

@@ -1,0 +1,91 @@
+"""How far a snapshot is: a bar on a terminal, a line every few seconds without one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from cli.console import amount, duration, note
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+LINE_EVERY_S = 3.0
+
+
+def estimate_left_s(done: int, total: int, elapsed_s: float) -> float | None:
+    """Return the seconds left at the rate so far, None when nothing can be said yet."""
+    if not done or elapsed_s <= 0:
+        return None
+    return max(0, total - done) * elapsed_s / done
+
+
+class SnapshotProgress:
+    """Shows bytes, rows, rate and time left. `total` is an estimate and may be overtaken."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.rows = 0
+        self.total_bytes = 0
+        self._begun = self._told = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            self._bar = Progress(
+                TextColumn("snapshot"), BarColumn(), DownloadColumn(binary_units=True),
+                TextColumn("{task.fields[rows]:,} rows"), TransferSpeedColumn(), TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )  # fmt: skip
+            self._task = self._bar.add_task("snapshot", total=None, rows=0)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if kind is None:
+            elapsed = time.monotonic() - self._begun
+            note(f"snapshot: {amount(self.bytes)}, {self.rows:,} rows in {elapsed:.1f} s")
+
+    def plan(self, total_bytes: int) -> None:
+        """Note how much is to be expected."""
+        self.total_bytes = total_bytes
+        self._show()
+
+    def add(self, size: int, rows: int) -> None:
+        """Note that more has arrived."""
+        self.bytes += size
+        self.rows += rows
+        self._show()
+
+    def _show(self) -> None:
+        total = max(self.total_bytes, self.bytes)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.bytes, total=total or None, rows=self.rows)
+            return
+        now = time.monotonic()
+        if now - self._told < LINE_EVERY_S:
+            return
+        self._told = now
+        elapsed = now - self._begun
+        left = estimate_left_s(self.bytes, total, elapsed)
+        note(
+            f"snapshot: {amount(self.bytes)} of about {amount(total)}, {self.rows:,} rows, "
+            f"{amount(self.bytes / elapsed)}/s" + (f", about {duration(left)} left" if left is not None else "")
+        )

@@ -1,0 +1,128 @@
+"""`pmgcm status`: every member with its role, state and load. The rendering is pure; the broker has the facts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.console import CommandFailedError, printable, say, say_json
+
+if TYPE_CHECKING:
+    from pmgsync.config import NodeConfig
+
+WATCH_S = 1.0
+IN_SYNC = "A"
+NAME_WIDTH, ADDRESS_WIDTH, ROLE_WIDTH = 18, 15, 6
+_CLEAR = "\x1b[H\x1b[2J"
+
+
+def status(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON (contract: README.md)")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again each second until interrupted")] = False,
+) -> None:
+    """Show all members: role, state, load, lag. Exit code 1 when one is not in sync."""
+    from cli.node import load, member_broker, read_status
+
+    config = load(context)
+    if watch:
+        _watch(config, as_json=as_json)
+    with member_broker(config) as link:
+        current = read_status(link)
+    if as_json:
+        say_json(current)
+    else:
+        say("\n".join(render(current)))
+    if not in_sync(current):
+        raise CommandFailedError
+
+
+def _watch(config: NodeConfig, *, as_json: bool) -> None:
+    """Show the status until a signal ends it; a broker that goes away is waited for."""
+    import time
+
+    from cli.node import member_broker, read_status
+    from pmgsync.errors import UnreachableError
+
+    clear = _CLEAR if sys.stdout.isatty() and not as_json else ""
+    while True:
+        try:
+            with member_broker(config) as link:
+                while True:
+                    current = read_status(link)
+                    if as_json:
+                        say_json(current)
+                    else:
+                        say(clear + "\n".join(render(current)) + ("" if clear else "\n"))
+                    time.sleep(WATCH_S)
+        except UnreachableError as error:
+            if as_json:
+                say_json({"error": error.message})
+            else:
+                say(clear + error.message)
+            time.sleep(WATCH_S)
+
+
+def in_sync(status: Mapping[str, Any]) -> bool:
+    """Return True when every member is."""
+    return all(node["state"] == IN_SYNC for node in status["nodes"])
+
+
+def render(status: Mapping[str, Any]) -> list[str]:
+    """Return the table's lines, with the alerts of each node below it."""
+    nodes: Sequence[Mapping[str, Any]] = status["nodes"]
+    names = [printable(f"{node['name']}({node['cid']})") for node in nodes]
+    addresses = [printable(node["ip"]) for node in nodes]
+    # Wider than usual only for long names and IPv6 addresses: scripts know the columns.
+    name_width = max([NAME_WIDTH, *map(len, names)])
+    address_width = max([ADDRESS_WIDTH, *map(len, addresses)])
+    more = name_width - NAME_WIDTH + address_width - ADDRESS_WIDTH
+    lines = [f"NAME(CID){'-' * (14 + more)}IPADDRESS----ROLE-STATE---------UPTIME---LOAD----MEM---DISK"]
+    for node, name, address in zip(nodes, names, addresses, strict=True):
+        line = f"{name:<{name_width}} {address:>{address_width}}   {node['role']:<{ROLE_WIDTH}} "
+        lines.append(line + _rest(node))
+    for node, name in zip(nodes, names, strict=True):
+        lines += [f"{name}: {note}" for note in notes(node)]
+    return lines
+
+
+def _rest(node: Mapping[str, Any]) -> str:
+    if node["error"]:
+        return f"ERROR: {printable(node['error'])}"
+    load = "-" if node["load1"] is None else f"{node['load1']:.2f}"
+    uptime = "-" if node["uptime_s"] is None else format_uptime(node["uptime_s"])
+    return f"{node['state']}{uptime:>15}{load:>7}{_percent(node['mem_pct']):>7}{_percent(node['disk_pct']):>7}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}%"
+
+
+def format_uptime(seconds: float) -> str:
+    """Return an uptime as `1 day 21:18`, or `00:05` within the first day."""
+    minutes = int(seconds) // 60
+    days, minutes = divmod(minutes, 24 * 60)
+    clock = f"{minutes // 60:02}:{minutes % 60:02}"
+    return clock if not days else f"{days} day{'s' if days > 1 else ''} {clock}"
+
+
+def notes(node: Mapping[str, Any]) -> list[str]:
+    """Return what there is to say of a node beside its line: how far it is behind, what it waits for, its alerts."""
+    from cli.console import amount
+
+    found = []
+    if node["state"] != IN_SYNC and node["lag_bytes"]:
+        found.append(f"{node['lag_s']:.1f} s and {amount(node['lag_bytes'])} behind")
+    waiting = node.get("waiting_for") or []
+    if waiting and not node["error"]:
+        found.append("waiting for " + ", ".join(map(printable, waiting)))
+    shown = {node["error"]}
+    for alert in node.get("alerts") or []:
+        text = str(alert.get("text", ""))
+        if text not in shown:
+            found.append(printable(f"{alert.get('kind', 'alert')}: {text}"))
+            shown.add(text)
+    return found

@@ -1,0 +1,476 @@
+"""The applier of one origin: takes the frames of its chain and commits their transactions, in order, each once.
+
+Invariant: what is committed here is a prefix of the chain, and pmgsync.position, written by the same transactions, says
+which. So whatever ends a transaction early, the next applier goes on where this one stood.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import psycopg2
+from psycopg2.extensions import connection as Connection  # noqa: N812
+from psycopg2.extensions import cursor as Cursor  # noqa: N812
+
+from pmgsync.errors import ApplyError, PmgsyncError, ProtocolError, ResyncRequiredError, TransientApplyError
+from pmgsync.frames import Frame, is_part, unpack_body
+from pmgsync.pgoutput import Piece, transactions
+from pmgsync.policies import Writers
+from pmgsync.positions import LAST, Position, format_lsn, parse_lsn
+from pmgsync.postgres.apply.plan import ApplyStats, PlanItem, PlannedTransaction
+from pmgsync.postgres.apply.planner import Planner
+from pmgsync.postgres.apply.rows import RowExecutor
+from pmgsync.postgres.session import connect, rows
+from pmgsync.profile import Profile
+
+log = logging.getLogger(__name__)
+
+GROUP_CHANGES = 20_000
+"""Row changes of small transactions that go into one local transaction at most."""
+
+_TRANSIENT_CLASSES = ("08", "40", "53", "57")
+_TRANSIENT_STATES = {"55006", "55P03"}
+_DATABASE_DROPPED = "57P04"
+
+# One plan a statement, made without looking at values, and never a scan of the table where an index serves: statistics
+# may be older than the rows that just came in. JIT would take the disabled scan's cost for a reason to compile.
+_SESSION = b"""
+SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET jit = off; SET client_min_messages = notice"""
+
+
+@dataclass(slots=True)
+class _Half:
+    """A large transaction whose parts are executed, not committed."""
+
+    lsn: int
+    attempt: int
+    part: int
+    changes: int
+
+
+class _Notices:
+    """Stands in for psycopg2's list of notices, which keeps only the newest 50."""
+
+    def __init__(self) -> None:
+        self.missing = 0
+
+    def append(self, text: str) -> None:
+        """Take a notice of the server's."""
+        if "pgmsync missing " in text:
+            self.missing += 1
+
+
+class Applier:
+    """Applies one origin's chain to the local database. For one thread; only `cancel` may be called from another.
+
+    Args:
+        dsn: of the local database.
+        origin: CID of the node whose chain it is.
+        own_cid: CID of this node.
+        master: returns the master's CID, asked at every `apply`.
+        members: returns all members' CIDs.
+
+    Attributes:
+        stats: counters, of this object's life.
+        position: the newest complete position that is committed here.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        profile: Profile,
+        *,
+        origin: int,
+        own_cid: int,
+        master: Callable[[], int],
+        members: Callable[[], Collection[int]],
+    ) -> None:
+        assert origin != own_cid  # a node's own chain comes back to it only by a fault
+        self._dsn = dsn
+        self._profile = profile
+        self._origin = origin
+        self._master = master
+        self._members = members
+        self.stats = ApplyStats()
+        self._connection: Connection | None = None
+        self._incarnation = 0
+        self.position = Position(0, LAST)
+        self._half: _Half | None = None
+        self._notices = _Notices()
+        self._planner = Planner(profile, self.stats)
+        self._rows = RowExecutor(origin, self.stats)
+
+    # -- the session
+
+    def connect(self) -> tuple[int, Position] | None:
+        """Open the session and return what the database says of this chain: incarnation and position; None: nothing.
+
+        Raises:
+            UnreachableError: when the server does not let the session in.
+            TransientApplyError: when another session still applies this chain.
+            ApplyError: when the database is not set up.
+        """
+        self.close()
+        connection = connect(self._dsn, application_name=f"pgmsync apply {self._origin}", replica=True)
+        connection.autocommit = True
+        self._notices = _Notices()
+        connection.notices = self._notices  # type: ignore[assignment]
+        self._connection = connection
+        self._planner = Planner(self._profile, self.stats)
+        self._rows = RowExecutor(self._origin, self.stats)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(_SESSION)
+                # Marks what is written here as not this node's own, so that capture does not send it again. A second
+                # session of the same origin is refused, so there is one applier a chain.
+                name = b"'pgmsync_%d'" % self._origin
+                cursor.execute(
+                    b"SELECT pg_catalog.pg_replication_origin_create(%s) "
+                    b"WHERE pg_catalog.pg_replication_origin_oid(%s) IS NULL" % (name, name)
+                )
+                cursor.execute(b"SELECT pg_catalog.pg_replication_origin_session_setup(%s)" % name)
+                cursor.execute(
+                    b"SELECT incarnation, lsn::text, part FROM pgmsync.position WHERE origin = %d" % self._origin
+                )
+                found = rows(cursor)
+        except psycopg2.Error as error:
+            self.close()
+            raise self._failed(error, "", 0) from error
+        if not found:
+            self._incarnation, self.position = 0, Position(0, LAST)
+            return None
+        incarnation, lsn, part = found[0]
+        assert incarnation is not None and lsn is not None and part is not None
+        self._incarnation, self.position = int(incarnation), Position(parse_lsn(lsn.decode()), int(part))
+        return self._incarnation, self.position
+
+    def begin_chain(self, incarnation: int, position: Position) -> None:
+        """Begin to follow a chain, or a new incarnation of one, at a position that this database is known to have.
+
+        Raises:
+            ApplyError: when the database does not take it.
+        """
+        assert position.complete
+        with self._session() as cursor:
+            try:
+                cursor.execute(
+                    b"INSERT INTO pgmsync.position (origin, incarnation, lsn, part) VALUES (%d, %d, '%s', %d) "
+                    b"ON CONFLICT (origin) DO UPDATE SET incarnation = EXCLUDED.incarnation, lsn = EXCLUDED.lsn, "
+                    b"part = EXCLUDED.part, commit_time = NULL"
+                    % (self._origin, incarnation, format_lsn(position.lsn).encode(), position.part)
+                )
+            except psycopg2.Error as error:
+                raise self._failed(error, "", position.lsn) from error
+        self._incarnation, self.position = incarnation, position
+
+    def close(self) -> None:
+        """End the session; a half transaction is rolled back by the server."""
+        connection, self._connection, self._half = self._connection, None, None
+        if connection is not None:
+            connection.close()
+
+    def cancel(self) -> None:
+        """End the statement that is being executed, from another thread; `apply` raises TransientApplyError."""
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(psycopg2.Error):
+                connection.cancel()
+
+    def abandon(self) -> None:
+        """Drop the parts of a half transaction."""
+        if self._half is not None:
+            self._half = None
+            self._rollback()
+
+    # -- frames
+
+    def apply(self, frames: Sequence[Frame]) -> Position:
+        """Apply what follows the position, and return the newest complete position that is committed.
+
+        Frames may overlap with what is in already. Parts of a large transaction are executed at once and committed with
+        the last one.
+
+        Raises:
+            ResyncRequiredError: when a frame is of another incarnation.
+            ProtocolError: when a frame cannot be read, or leaves a gap.
+            TransientApplyError: when repeating may help.
+            ApplyError: when the chain cannot go on. What precedes the transaction named is committed.
+            UnreachableError: when the session was lost and there is no new one.
+        """
+        if self._connection is None or self._connection.closed:
+            self.connect()
+        self._planner.writers = Writers.at(self._origin, self._master(), self._members())
+        group: list[PlannedTransaction] = []
+        reached, changes = self.position, 0
+        try:
+            for frame in frames:
+                self._check(frame)
+                if frame.here <= reached:
+                    continue
+                if is_part(frame.header):
+                    self._commit_group(group, reached)
+                    group, changes = [], 0
+                    self._take_part(frame)
+                    reached = self.position
+                    continue
+                if frame.prev > reached:
+                    raise ProtocolError(f"a frame of origin {self._origin} follows {frame.prev}, here is {reached}")
+                self.abandon()
+                for piece in transactions(unpack_body(frame.body)):
+                    if piece.begin is None or piece.commit is None:
+                        raise ProtocolError("a frame of whole transactions holds a part of one")
+                    lsn = piece.commit.commit_lsn
+                    if lsn <= reached.lsn:
+                        continue
+                    if lsn > frame.here.lsn:
+                        raise ProtocolError(f"a frame that ends at {frame.here} holds a transaction beyond its end")
+                    try:
+                        items = self._plan(piece, lsn)
+                    except PmgsyncError:
+                        # What precedes it must not wait until it can be applied.
+                        self._commit_group(group, reached)
+                        raise
+                    group.append(PlannedTransaction(lsn, piece.commit.commit_time_us, items))
+                    reached = Position(lsn, LAST)
+                    changes += len(items)
+                    if changes > GROUP_CHANGES:
+                        self._commit_group(group, reached)
+                        group, changes = [], 0
+                reached = max(reached, frame.here)
+            self._commit_group(group, reached)
+        except PmgsyncError:
+            self._recover()
+            raise
+        except psycopg2.Error as error:
+            self._recover()
+            raise self._failed(error, "", reached.lsn) from error
+        return self.position
+
+    def _check(self, frame: Frame) -> None:
+        header = frame.header
+        if header.origin != self._origin:
+            raise ProtocolError(f"a frame of origin {header.origin} came to the applier of origin {self._origin}")
+        if header.incarnation != self._incarnation:
+            raise ResyncRequiredError(
+                f"the chain of origin {self._origin} was begun anew, this database has its incarnation "
+                f"{self._incarnation:016x}, the frame is of {header.incarnation:016x}",
+                hint="nothing need be done: a snapshot is taken",
+            )
+
+    def _plan(self, piece: Piece, lsn: int) -> list[PlanItem]:
+        with self._session() as cursor:
+            return self._planner.plan(cursor, piece.changes, lsn)
+
+    # -- small transactions
+
+    def _commit_group(self, group: list[PlannedTransaction], reached: Position) -> None:
+        if reached == self.position:
+            return
+        time = group[-1].commit_time if group else None
+        script = [b"BEGIN"]
+        try:
+            with self._session() as cursor:
+                self._rows.begin()
+                self._notices.missing = 0
+                self._rows.batch(cursor, [item for planned in group for item in planned.items], script)
+                self._finish(cursor, script, reached, time)
+        except (psycopg2.Error, ApplyError, ProtocolError) as error:
+            self._raise_transient(error, reached.lsn)
+            self._recover()
+            log.info("action=repeat origin=%d position=%s reason=%s", self._origin, self.position, _oneline(error))
+            self.stats.repeats += 1
+            for planned in group:
+                self._commit_one(planned)
+            if reached > self.position:
+                self._commit_group([], reached)
+            return
+        self.position = reached
+        self.stats.missing += self._notices.missing
+        self.stats.transactions += len(group)
+        self.stats.rows += sum(len(planned.items) for planned in group)
+
+    def _commit_one(self, planned: PlannedTransaction) -> None:
+        """Apply one transaction, row by row: exactly what the origin did, or the real error."""
+        with self._session() as cursor:
+            self._rows.begin()
+            cursor.execute(b"BEGIN")
+            self._planner.renew(cursor, planned.items)
+            self._one_by_one(cursor, planned)
+            reached = Position(planned.lsn, LAST)
+            try:
+                self._finish(cursor, [], reached, planned.commit_time)
+            except psycopg2.Error as error:
+                raise self._failed(error, "", planned.lsn) from error
+        self.position = reached
+        self.stats.transactions += 1
+        self.stats.rows += len(planned.items)
+
+    def _one_by_one(self, cursor: Cursor, planned: PlannedTransaction) -> None:
+        for item in planned.items:
+            try:
+                self._rows.one(cursor, item, planned.lsn)
+            except psycopg2.Error as error:
+                target = getattr(item, "target", None) or next(iter(getattr(item, "targets", ())), None)
+                name = target.relation.qualified if target is not None else ""
+                raise self._failed(error, name, planned.lsn) from error
+
+    def _finish(self, cursor: Cursor, script: list[bytes], reached: Position, time: int | None) -> None:
+        """Move the position and commit, in one round trip with what is left of the script."""
+        when = b"commit_time" if time is None else b"'epoch'::timestamptz + interval '%d us'" % time
+        script.append(
+            b"WITH hit AS (UPDATE pgmsync.position SET lsn = '%s', part = %d, commit_time = %s "
+            b"WHERE origin = %d AND incarnation = %d AND lsn = '%s' RETURNING 1) "
+            b"SELECT pgmsync.diverged() FROM hit HAVING pg_catalog.count(*) <> 1"
+            % (
+                format_lsn(reached.lsn).encode(), reached.part, when,
+                self._origin, self._incarnation, format_lsn(self.position.lsn).encode(),
+            )
+        )  # fmt: skip
+        script.append(b"COMMIT")
+        self._rows.send(cursor, script)
+
+    # -- large transactions
+
+    def _take_part(self, frame: Frame) -> None:
+        header, half = frame.header, self._half
+        if header.prev.complete:
+            if header.prev > self.position:
+                raise ProtocolError(f"a frame of origin {self._origin} follows {header.prev}, here is {self.position}")
+            self.abandon()
+            half = None
+        elif half is None or half.lsn != header.here.lsn or half.attempt != header.attempt:
+            # Of another run of capture than the parts in hand. It is begun again at its first part.
+            self.abandon()
+            return
+        elif header.here.part <= half.part:
+            return
+        elif header.prev.part != half.part:
+            raise ProtocolError(f"a part of origin {self._origin} follows {header.prev}, here is part {half.part}")
+        pieces = list(transactions(unpack_body(frame.body)))
+        if len(pieces) > 1 or (pieces and (pieces[0].begin is None) != (half is not None)):
+            raise ProtocolError("a part of a transaction holds something else")
+        piece = pieces[0] if pieces else Piece(None, [], None)
+        if (piece.commit is not None) != header.here.complete:
+            raise ProtocolError("a transaction's last part has no Commit, or another part has one")
+        lsn = header.here.lsn
+        with self._session() as cursor:
+            items = self._plan(piece, lsn)
+            if half is None:
+                cursor.execute(b"BEGIN")
+                self._rows.begin()
+                self._notices.missing = 0
+                half = self._half = _Half(lsn, header.attempt, 0, 0)
+            self._execute_part(cursor, PlannedTransaction(lsn, header.commit_time, items))
+            half.part, half.changes = header.here.part, half.changes + len(items)
+            if piece.commit is None:
+                return
+            try:
+                self._finish(cursor, [], header.here, piece.commit.commit_time_us)
+            except psycopg2.Error as error:
+                raise self._failed(error, "", lsn) from error
+        self._half = None
+        self.position = header.here
+        self.stats.transactions += 1
+        self.stats.rows += half.changes
+        self.stats.missing += self._notices.missing
+
+    def _execute_part(self, cursor: Cursor, planned: PlannedTransaction) -> None:
+        """Execute a part in the open transaction; under a savepoint, for earlier parts are not at hand any more."""
+        missing = self._notices.missing
+        script: list[bytes] = []
+        cursor.execute(b"SAVEPOINT part")
+        try:
+            self._rows.batch(cursor, planned.items, script)
+            script.append(b"RELEASE SAVEPOINT part")
+            self._rows.send(cursor, script)
+        except (psycopg2.Error, ApplyError, ProtocolError) as error:
+            self._raise_transient(error, planned.lsn)
+            cursor.execute(b"ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
+            self.stats.repeats += 1
+            self._notices.missing = missing
+            # Locks taken since the savepoint are gone.
+            self._rows.begin()
+            self._planner.forget()
+            self._rows.forget(cursor)
+            self._planner.renew(cursor, planned.items)
+            self._one_by_one(cursor, planned)
+
+    # -- errors
+
+    def _session(self) -> Cursor:
+        if self._connection is None:
+            raise TransientApplyError("the session on the local database is closed")
+        return self._connection.cursor()
+
+    def _recover(self) -> None:
+        """Roll back whatever is open and drop what was known of tables. A session that does not answer is closed."""
+        self._half = None
+        self._planner.forget()
+        connection = self._connection
+        if connection is None:
+            return
+        try:
+            self._rollback()
+            with connection.cursor() as cursor:
+                self._rows.forget(cursor)
+        except psycopg2.Error:
+            self.close()
+
+    def _rollback(self) -> None:
+        with self._session() as cursor:
+            cursor.execute(b"ROLLBACK")
+
+    def _raise_transient(self, error: Exception, lsn: int) -> None:
+        """Raise when the error is one that row by row would meet again, or that says nothing of the rows."""
+        if isinstance(error, psycopg2.Error):
+            failed = self._failed(error, "", lsn)
+            if isinstance(failed, TransientApplyError):
+                raise failed from error
+        if isinstance(error, TransientApplyError | ProtocolError):
+            raise error
+
+    def _failed(self, error: psycopg2.Error, table: str, lsn: int) -> ApplyError:
+        """Return our error for one of the server's."""
+        state = error.pgcode or ""
+        message = _oneline(error)
+        lost = not state and (self._connection is None or bool(self._connection.closed) or _is_lost(error))
+        transient = (
+            lost
+            or (state.startswith(_TRANSIENT_CLASSES) and state != _DATABASE_DROPPED)
+            or state in _TRANSIENT_STATES
+        )  # fmt: skip
+        if not table and error.diag.table_name:
+            table = f"{error.diag.schema_name}.{error.diag.table_name}"
+        where = f" in {table}" if table else ""
+        at = format_lsn(lsn) if lsn else ""
+        place = f" at {at}" if at else ""
+        kind = TransientApplyError if transient else ApplyError
+        return kind(
+            f"the chain of node {self._origin} cannot be applied{where}{place}: {message}",
+            table=table, lsn=at, sqlstate=state, hint="" if transient else _hint(state, table),
+        )  # fmt: skip
+
+
+def _is_lost(error: psycopg2.Error) -> bool:
+    return isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
+
+
+def _oneline(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = " ".join(line.strip() for line in lines if not line.startswith(("CONTEXT:", "LINE ")))
+    return f"{text[:400]}" or type(error).__name__
+
+
+def _hint(state: str, table: str) -> str:
+    match state[:2]:
+        case "23":
+            return f"a row written on this node stands against it: remove it, or run `pmgcm resync` for {table}"
+        case "42":
+            return "bring the table into agreement with the origin's, and see that pmgsync's own schema is up to date"
+        case "22":
+            return f"see whether the columns of {table} have the same types as on the origin"
+        case _:
+            return "put right what the server complains about; it is tried again until then"

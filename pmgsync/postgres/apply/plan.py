@@ -1,0 +1,87 @@
+"""The plan of a transaction: what is to be done to which target, in order. Every executor takes it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from pmgsync.pgoutput import Row
+from pmgsync.postgres.apply.target import Target
+
+WARNINGS_KEPT = 1000
+
+
+class Item(NamedTuple):
+    """One row change.
+
+    Attributes:
+        kind: insert, update or delete.
+        old: what finds the row: its key (every other value is meaningless) or, when the target is `full`, all of it.
+            None for an insert, and for an update that did not change the key.
+        new: the row's new values; None for a delete.
+    """
+
+    target: Target
+    kind: Literal["I", "U", "D"]
+    old: Row | None
+    new: Row | None
+
+
+class TruncateItem(NamedTuple):
+    """Tables emptied by one statement.
+
+    Attributes:
+        targets: emptied wholly.
+        parts: emptied of the rows for which a condition holds.
+    """
+
+    targets: tuple[Target, ...]
+    parts: tuple[tuple[Target, bytes], ...]
+    restart_identity: bool
+
+
+PlanItem = Item | TruncateItem
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTransaction:
+    """A transaction of the origin, or what a part of one holds.
+
+    Attributes:
+        lsn: of the commit.
+        commit_time: µs since 1970, None when unknown.
+    """
+
+    lsn: int
+    commit_time: int | None
+    items: list[PlanItem]
+
+
+@dataclass(slots=True)
+class ApplyStats:
+    """What an applier has done since it was made.
+
+    Attributes:
+        rows: changes that were applied.
+        transactions: transactions of the origin that were committed here.
+        skipped: changes that do not count on this node by the profile.
+        missing: rows to change or delete that were not here, where that is no divergence.
+        conflicts: rows that met another and were made equal to the origin's.
+        repeats: batches that were applied again row by row.
+        warnings: sentences on tables, each once.
+    """
+
+    rows: int = 0
+    transactions: int = 0
+    skipped: int = 0
+    missing: int = 0
+    conflicts: int = 0
+    repeats: int = 0
+    warnings: dict[str, None] = field(default_factory=dict)
+
+    def warn(self, text: str) -> None:
+        """Keep a sentence, once; the oldest goes when there are too many."""
+        if text not in self.warnings:
+            self.warnings[text] = None
+            if len(self.warnings) > WARNINGS_KEPT:
+                self.warnings.pop(next(iter(self.warnings)))

@@ -1,0 +1,322 @@
+"""The row executor: one statement a row change, in order, many to a round trip; runs of inserts by COPY.
+
+In a batch every statement sees to it by itself that it hits exactly one row, and anything unexpected fails the batch.
+Then the same plan is executed one by one, which is exact and says which row of which table it was.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from psycopg2.extensions import cursor as Cursor  # noqa: N812
+
+from pmgsync.errors import ApplyError, ProtocolError
+from pmgsync.pgoutput import UNCHANGED, Row, Value
+from pmgsync.positions import format_lsn
+from pmgsync.postgres.apply import statements
+from pmgsync.postgres.apply.plan import ApplyStats, Item, PlanItem, TruncateItem
+from pmgsync.postgres.apply.statements import OLD, Statement
+from pmgsync.postgres.apply.target import Target
+from pmgsync.postgres.apply.truncate import truncate
+from pmgsync.postgres.session import quote_literal
+from pmgsync.profile import Policy
+
+SCRIPT_BYTES = 256 << 10
+"""A script is sent when it is this long."""
+COPY_ROWS = 8
+"""A run of inserts into one table is copied from this length on."""
+MAX_PREPARED = 1000
+"""Prepared statements that are kept; each holds a plan in the server's memory."""
+MERGE_LOCK = 0x706D_6773
+"""First key of the advisory locks under which rows without a unique key are merged; the second is the table's OID."""
+
+
+class _Prepared(NamedTuple):
+    head: bytes
+    arguments: Callable[[Row], Any]
+    """Picks the parameters from the old row, if there is one, followed by the new one, if there is one."""
+    one: bool
+    none: bool
+
+
+class RowExecutor:
+    """Executes plans on a session. One session, one executor: it knows what is prepared there."""
+
+    def __init__(self, origin: int, stats: ApplyStats) -> None:
+        self._origin = origin
+        self._stats = stats
+        self._count = 0
+        self._prepared: list[Target] = []
+        self._locked: set[int] = set()
+
+    def begin(self) -> None:
+        """A local transaction begins: no lock is held."""
+        self._locked.clear()
+
+    # -- batches
+
+    def batch(self, cursor: Cursor, items: Sequence[PlanItem], script: list[bytes]) -> None:
+        """Execute a plan. What is left over when it ends is in the script, to be sent with what follows.
+
+        Args:
+            script: statements to be sent first; left with those not sent yet.
+
+        Raises:
+            psycopg2.Error: when anything did not go as planned.
+            ProtocolError: when a row has values that no row has.
+        """
+        size = 0
+        at, end = 0, len(items)
+        while at < end:
+            item = items[at]
+            at += 1
+            if isinstance(item, TruncateItem):
+                self.send(cursor, script)
+                self.trim(cursor)
+                truncate(cursor, item)
+                size = 0
+                continue
+            target = item.target
+            if item.kind == "I" and target.columns and target.rule.policy is not Policy.MERGE:
+                until = at
+                while until < end and (other := items[until])[0] is target and other[1] == "I":
+                    until += 1
+                if until - at + 1 >= COPY_ROWS:
+                    self.send(cursor, script)
+                    copy_rows(cursor, target, [other[3] for other in items[at - 1 : until]])  # type: ignore[misc]
+                    at, size = until, 0
+                    continue
+            self._lock(target, script)
+            statement = self._call(cursor, item, exact=False)
+            script.append(statement)
+            size += len(statement)
+            if size > SCRIPT_BYTES:
+                self.send(cursor, script)
+                self.trim(cursor)
+                size = 0
+
+    def send(self, cursor: Cursor, script: list[bytes]) -> None:
+        """Execute the script's statements and empty it.
+
+        Raises:
+            ProtocolError: when a statement has a byte 0, at which libpq would end it.
+        """
+        if script:
+            text = b";".join(script)
+            script.clear()
+            if b"\0" in text:
+                raise ProtocolError("a row has a value with a byte 0, which PostgreSQL never writes")
+            cursor.execute(text)
+
+    def trim(self, cursor: Cursor) -> None:
+        """Drop the prepared statements when there are many; no script may wait that refers to them."""
+        if self._count > MAX_PREPARED:
+            self.forget(cursor)
+
+    def _lock(self, target: Target, script: list[bytes]) -> None:
+        """Have the lock taken under which rows are merged without a unique key: two appliers must not both find that
+        a row is not here. One lock a table, for locks are a bounded resource of the server's."""
+        if target.rule.policy is Policy.MERGE and not target.arbiter and target.oid not in self._locked:
+            # Half of the OIDs are negative to a function that takes an integer.
+            script.append(b"SELECT pg_catalog.pg_advisory_xact_lock(%d, %d)" % (MERGE_LOCK, target.oid & 0x7FFF_FFFF))
+            self._locked.add(target.oid)
+
+    def forget(self, cursor: Cursor) -> None:
+        """Drop the prepared statements."""
+        cursor.execute(b"DEALLOCATE ALL")
+        for target in self._prepared:
+            target.prepared.clear()
+        self._prepared.clear()
+        self._count = 0
+
+    # -- one by one
+
+    def one(self, cursor: Cursor, item: PlanItem, lsn: int) -> None:
+        """Execute one item and see what it did.
+
+        Raises:
+            psycopg2.Error: when the server refuses it.
+            ApplyError: when the row to change is not here, on a table that must be an exact copy.
+        """
+        if isinstance(item, TruncateItem):
+            truncate(cursor, item)
+            return
+        target = item.target
+        owned_insert = item.kind == "I" and target.rule.policy is Policy.OWNED and target.arbiter
+        self.trim(cursor)
+        lock: list[bytes] = []
+        self._lock(target, lock)
+        self.send(cursor, lock)
+        self.send(cursor, [self._call(cursor, item, exact=True, variant="nothing" if owned_insert else "")])
+        hits = cursor.rowcount
+        if hits == 1:
+            return
+        name = target.relation.qualified
+        if owned_insert:
+            self._stats.conflicts += 1
+            self.send(cursor, [self._call(cursor, item, exact=True, variant="upsert")])
+            text = quote_literal(name.encode())
+            cursor.execute(
+                b"SELECT pgmsync.log_conflict(%d, '%s', %s, 'insert of a row that was here')"
+                % (self._origin, format_lsn(lsn).encode(), text)
+            )
+        elif hits < 1 and not target.strict:
+            self._stats.missing += 1
+        elif target.rule.policy is not Policy.MERGE:
+            verb = "update" if item.kind == "U" else "delete" if item.kind == "D" else "insert"
+            raise ApplyError(
+                f"the row to {verb} in {name} is here {max(hits, 0)} times: this copy is not what the origin has",
+                table=name,
+                lsn=format_lsn(lsn),
+                hint=f"something wrote to {name} on this node: run `pmgcm resync`",
+            )
+
+    # -- statements
+
+    def _call(self, cursor: Cursor, item: Item, *, exact: bool, variant: str = "") -> bytes:
+        """Return the EXECUTE of an item's statement, prepared now if it was not."""
+        target, kind, old, new = item
+        nulls: frozenset[int] = frozenset()
+        written: tuple[int, ...] | None = None
+        if target.full and old is not None:
+            nulls = frozenset(place for place in target.indexed if old[place] is None)
+        if kind == "U":
+            assert new is not None
+            written = self._written(target, old, new)
+        shape = (exact, variant, kind, old is None, nulls, written)
+        prepared = target.prepared.get(shape)
+        if prepared is None:
+            prepared = self._prepare(cursor, target, shape)
+        row = (new or ()) if old is None else old if new is None else old + new
+        assert isinstance(prepared, _Prepared)
+        try:
+            if prepared.one:
+                values: Sequence[Value] = (prepared.arguments(row),)
+            elif prepared.none:
+                return prepared.head
+            else:
+                values = prepared.arguments(row)
+            return (
+                prepared.head
+                + b"("
+                + b",".join(
+                    [
+                        b"NULL" if value is None else b"'" + value.replace(b"'", b"''") + b"'"  # type: ignore[union-attr]
+                        for value in values
+                    ]
+                )
+                + b")"
+            )
+        except AttributeError as error:
+            raise ProtocolError(f"a row of {target.relation.qualified} lacks a value that identifies it") from error
+
+    @staticmethod
+    def _written(target: Target, old: Row | None, new: Row) -> tuple[int, ...] | None:
+        """Return the places that an update sets, None for the usual ones: all but the key that did not change."""
+        if UNCHANGED not in new and not target.always:
+            return None
+        return tuple(
+            place
+            for place, column in target.columns.items()
+            if new[place] is not UNCHANGED
+            and not (old is None and place in target.key)
+            and not (
+                column.identity == "a" and old is not None and (target.full or place in target.key)
+                and old[place] == new[place]
+            )
+        )  # fmt: skip
+
+    def _prepare(self, cursor: Cursor, target: Target, shape: tuple[Any, ...]) -> _Prepared:
+        exact, variant, kind, same_key, nulls, written = shape
+        name = target.relation.qualified
+        try:
+            statement = self._build(target, variant, kind, same_key, nulls, written)
+        except ValueError as error:
+            raise ApplyError(
+                f"{name} has nothing that a row could be found by", table=name,
+                hint="give the table a primary key, or name a key in the profile",
+            ) from error  # fmt: skip
+        merged = target.rule.policy is Policy.MERGE
+        if not exact and kind != "I" and not (merged and kind == "U"):
+            otherwise = b"pgmsync.diverged()" if target.strict else b"pgmsync.missing(%d)" % target.number
+            statement = statements.checked(statement, otherwise)
+        if not target.prepared:
+            self._prepared.append(target)
+        self._count += 1
+        prepared_name = b"p%d_%d" % (target.number, self._count)
+        types = b"(%s)" % b", ".join(statement.types) if statement.types else b""
+        cursor.execute(b"PREPARE %s%s AS %s" % (prepared_name, types, statement.sql))
+        width = len(target.relation.columns)
+        # An update that kept its key has no old row, a delete no new one.
+        shift = 0 if same_key or kind == "I" else width
+        places = [place if row == OLD else place + shift for row, place in statement.sources]
+        prepared = _Prepared(
+            b"EXECUTE " + prepared_name, itemgetter(*places) if places else tuple, len(places) == 1, not places
+        )
+        target.prepared[shape] = prepared
+        return prepared
+
+    def _build(
+        self, target: Target, variant: str, kind: str, same_key: bool, nulls: frozenset[int],
+        written: tuple[int, ...] | None,
+    ) -> Statement:  # fmt: skip
+        if target.rule.policy is Policy.MERGE and kind != "D":
+            complete = kind == "I" or written is None or set(target.columns) <= {*target.key, *written}
+            given = list(target.columns) if complete else sorted({*target.key, *(written or ())})
+            return statements.merge(target, given, may_insert=complete)
+        if kind == "I":
+            plain = statements.insert(target)
+            if variant == "nothing":
+                return plain._replace(body=plain.body + b" ON CONFLICT DO NOTHING")
+            return statements.upsert(target) if variant == "upsert" else plain
+        if kind == "D":
+            return statements.delete(target, nulls)
+        if written is None:
+            written = tuple(place for place in target.columns if not (same_key and place in target.key))
+        return statements.update(target, written, nulls)
+
+
+def copy_rows(cursor: Cursor, target: Target, new: Sequence[Row]) -> None:
+    """Insert rows by COPY, text format.
+
+    Raises:
+        psycopg2.Error: when the server refuses one.
+        ProtocolError: when a value is unchanged or has a byte 0.
+    """
+    data = copy_text(target, new)
+    names = b", ".join(column.name for column in target.columns.values())
+    cursor.copy_expert(b"COPY %s (%s) FROM STDIN" % (target.name, names), io.BytesIO(data), 1 << 18)
+
+
+def copy_text(target: Target, new: Sequence[Row]) -> bytes:
+    """Return rows as lines of COPY text format.
+
+    The separators are written as a byte 0 and a letter first, so that whole runs of values can be escaped at once: no
+    value of PostgreSQL has a byte 0, and counting proves that none came in.
+    """
+    places = list(target.columns)
+    rows: Sequence[Sequence[Value]] = new
+    if places != list(range(len(target.relation.columns))):
+        rows = [[row[place] for place in places] for row in new]
+    nulls = 0
+    lines: list[bytes] = []
+    try:
+        for row in rows:
+            if None in row:
+                nulls += row.count(None)
+                row = [b"\0N" if value is None else value for value in row]  # noqa: PLW2901
+            lines.append(b"\0t".join(row))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ProtocolError(f"an inserted row of {target.relation.qualified} lacks a value") from error
+    data = b"\0n".join(lines)
+    expected = (len(lines) * (len(places) - 1), len(lines) - 1, nulls)
+    found = (data.count(b"\0t"), data.count(b"\0n"), data.count(b"\0N"))
+    if found != expected or data.count(b"\0") != sum(expected):
+        raise ProtocolError("a row has a value with a byte 0, which PostgreSQL never writes")
+    for plain, escaped in ((b"\\", b"\\\\"), (b"\n", b"\\n"), (b"\r", b"\\r"), (b"\t", b"\\t")):
+        if plain in data:
+            data = data.replace(plain, escaped)
+    return data.replace(b"\0t", b"\t").replace(b"\0n", b"\n").replace(b"\0N", b"\\N") + b"\n"

@@ -1,0 +1,224 @@
+"""Targets: what the local catalog says of a table that an origin describes, and which column goes where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from psycopg2.extensions import cursor as Cursor  # noqa: N812
+
+from pmgsync.errors import ApplyError
+from pmgsync.pgoutput import Relation
+from pmgsync.postgres.session import quote_ident, quote_literal, rows
+from pmgsync.profile import Policy, TableRule
+
+
+@dataclass(frozen=True, slots=True)
+class LocalColumn:
+    """A column of a local table.
+
+    Attributes:
+        name: quoted.
+        type_name: as PREPARE wants it, without a modifier.
+        identity: "" none, "a" GENERATED ALWAYS, "d" BY DEFAULT.
+        equals: the equality operator of an index that has this column, None when no index does.
+        collatable: a collation decides how values sort.
+    """
+
+    name: bytes
+    type_name: bytes
+    not_null: bool
+    identity: str
+    generated: bool
+    equals: bytes | None
+    collatable: bool
+
+
+@dataclass(eq=False, slots=True)
+class Target:
+    """A local table beside the relation that it is written from. Places are those of the origin's columns.
+
+    Attributes:
+        number: distinguishes targets in the names of prepared statements.
+        name: qualified and quoted.
+        only: "ONLY " unless the table is partitioned: rows of inheriting tables are another table's.
+        columns: place -> local column, of all columns that are written and compared.
+        key: the places of the replica identity; () under REPLICA IDENTITY FULL.
+        full: rows are found by all their values.
+        indexed: the places that an index can find rows by.
+        arbiter: the places of a unique index that INSERT ... ON CONFLICT can name, () when there is none.
+        rest: writable local columns that the origin does not have, or that are the node's own.
+        narrow: the origin has columns that this table lacks, so it is looked up again next time.
+        strict: a row that is not there is a divergence, not a local purge.
+        always: one of the columns is GENERATED ALWAYS AS IDENTITY.
+        prepared: what an executor has prepared for this target.
+    """
+
+    number: int
+    oid: int
+    name: bytes
+    only: bytes
+    partitioned: bool
+    relation: Relation
+    rule: TableRule
+    columns: dict[int, LocalColumn]
+    key: tuple[int, ...]
+    full: bool
+    indexed: tuple[int, ...]
+    arbiter: tuple[int, ...]
+    rest: tuple[LocalColumn, ...]
+    warnings: tuple[str, ...]
+    narrow: bool
+    strict: bool = field(init=False)
+    always: bool = field(init=False)
+    prepared: dict[object, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.strict = self.rule.policy is Policy.MIRROR
+        self.always = any(column.identity == "a" for column in self.columns.values())
+
+
+_TABLE = b"""
+SELECT c.oid::int8, c.relkind::text FROM pg_catalog.pg_class AS c
+JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s"""
+
+_COLUMNS = b"""
+SELECT a.attname, pg_catalog.format_type(a.atttypid, -1), a.attnotnull, a.attidentity::text, a.attgenerated::text,
+       a.attcollation <> 0, a.attnum::int4
+FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = %d AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum"""
+
+# One row a column of an index; attnum 0 is an expression. An index serves as arbiter and for `=` when it has no
+# predicate and is valid; a deferrable one serves for `=` only.
+_INDEXES = b"""
+SELECT i.indexrelid::int8, k.attnum::int4, i.indisunique AND i.indimmediate AND k.whole, i.indisprimary,
+       CASE WHEN o.oid IS NOT NULL
+            THEN 'OPERATOR(' || pg_catalog.quote_ident(n.nspname) || '.' || o.oprname || ')' END
+FROM pg_catalog.pg_index AS i
+CROSS JOIN LATERAL (
+    SELECT p.attnum, p.place, pg_catalog.bool_and(p.attnum <> 0) OVER () AS whole
+    FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY AS p (attnum, place)
+    WHERE p.place <= i.indnkeyatts) AS k
+JOIN pg_catalog.pg_opclass AS c ON c.oid = i.indclass[k.place - 1]
+JOIN pg_catalog.pg_am AS m ON m.oid = c.opcmethod AND m.amname = 'btree'
+LEFT JOIN pg_catalog.pg_amop AS a ON a.amopfamily = c.opcfamily AND a.amopstrategy = 3
+      AND a.amoplefttype = c.opcintype AND a.amoprighttype = c.opcintype
+LEFT JOIN pg_catalog.pg_operator AS o ON o.oid = a.amopopr
+LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid = o.oprnamespace
+WHERE i.indrelid = %d AND i.indisvalid AND i.indpred IS NULL
+ORDER BY i.indisprimary DESC, i.indexrelid, k.place"""
+
+
+def load_target(cursor: Cursor, relation: Relation, rule: TableRule, number: int) -> Target:
+    """Look a relation up by its name in the local catalog.
+
+    Raises:
+        ApplyError: when there is no such table, or rows of it could not be found.
+        psycopg2.Error: when the server does not answer.
+    """
+    name = quote_ident(relation.namespace) + b"." + quote_ident(relation.name)
+    cursor.execute(_TABLE % (quote_literal(relation.namespace), quote_literal(relation.name)))
+    found = rows(cursor)
+    if not found:
+        raise ApplyError(
+            f"table {relation.qualified} does not exist here",
+            table=relation.qualified,
+            sqlstate="42P01",
+            hint="create it as it is on the origin",
+        )
+    oid, kind = int(found[0][0] or b"0"), found[0][1]
+    if kind not in {b"r", b"p"}:
+        raise ApplyError(
+            f"{relation.qualified} is not a table here", table=relation.qualified, sqlstate="42809",
+            hint="create it as it is on the origin",
+        )  # fmt: skip
+    cursor.execute(_COLUMNS % oid)
+    column_rows = rows(cursor)
+    cursor.execute(_INDEXES % oid)
+    equals, indexes = _indexes(rows(cursor))
+    local: dict[bytes, LocalColumn] = {}
+    places: dict[int, bytes] = {}
+    for attname, type_name, not_null, identity, generated, collatable, attnum in column_rows:
+        assert attname is not None and type_name is not None and attnum is not None
+        number_here = int(attnum)
+        places[number_here] = attname
+        local[attname] = LocalColumn(
+            quote_ident(attname), type_name, not_null == b"t", (identity or b"").decode(), bool(generated),
+            equals.get(number_here), collatable == b"t",
+        )  # fmt: skip
+    return _match(relation, rule, number, oid, name, kind == b"p", local, places, indexes)
+
+
+def _indexes(found: list[tuple[bytes | None, ...]]) -> tuple[dict[int, bytes], list[tuple[bool, list[int]]]]:
+    """Return the equality operator of each indexed column, and of each index whether it is an arbiter and its
+    columns."""
+    equals: dict[int, bytes] = {}
+    indexes: dict[bytes, tuple[bool, list[int]]] = {}
+    for index, attnum, unique, _, operator in found:
+        assert index is not None and attnum is not None
+        number = int(attnum)
+        indexes.setdefault(index, (unique == b"t", []))[1].append(number)
+        if number and operator is not None:
+            equals.setdefault(number, operator)
+    return equals, list(indexes.values())
+
+
+def _match(
+    relation: Relation, rule: TableRule, number: int, oid: int, name: bytes, partitioned: bool,
+    local: dict[bytes, LocalColumn], places: dict[int, bytes], indexes: list[tuple[bool, list[int]]],
+) -> Target:  # fmt: skip
+    own = {column.encode() for column in rule.local_columns}
+    columns: dict[int, LocalColumn] = {}
+    by_name: dict[bytes, int] = {}
+    warnings: list[str] = []
+    narrow = False
+    for place, column in enumerate(relation.columns):
+        here = local.get(column.name)
+        if column.name in own:
+            continue
+        if here is None:
+            narrow = True
+            text = column.name.decode(errors="backslashreplace")
+            warnings.append(f"{relation.qualified} has no column {text!r} here: its values from the origin are dropped")
+        elif not here.generated:
+            columns[place] = here
+            by_name[column.name] = place
+    full = relation.identity == "f"
+    key = () if full else tuple(place for place, column in enumerate(relation.columns) if column.key)
+    if rule.policy is Policy.MERGE:
+        named = tuple(by_name.get(column.encode(), -1) for column in rule.key)
+        key, full = named or key or _first_arbiter(indexes, places, by_name, ()), False
+    lacking = [place for place in key if place not in columns]
+    if lacking:
+        raise ApplyError(
+            f"table {relation.qualified} lacks a column of its key here", table=relation.qualified, sqlstate="42703",
+            hint="bring the table into agreement with the origin's",
+        )  # fmt: skip
+    indexed = tuple(place for place, column in columns.items() if column.equals is not None) if full else ()
+    return Target(
+        number=number,
+        oid=oid,
+        name=name,
+        only=b"" if partitioned else b"ONLY ",
+        partitioned=partitioned,
+        relation=relation,
+        rule=rule,
+        columns=columns,
+        key=key,
+        full=full,
+        indexed=indexed,
+        arbiter=_first_arbiter(indexes, places, by_name, key),
+        rest=tuple(c for n, c in local.items() if n not in by_name and not c.generated),
+        warnings=tuple(warnings),
+        narrow=narrow,
+    )
+
+
+def _first_arbiter(
+    indexes: list[tuple[bool, list[int]]], places: dict[int, bytes], by_name: dict[bytes, int], key: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the columns of the first unique index (the primary key comes first) that the origin has all values of;
+    with a key only one of exactly these columns."""
+    for unique, numbers in indexes:
+        found = tuple(by_name.get(places.get(number, b""), -1) for number in numbers)
+        if unique and -1 not in found and (not key or set(found) == set(key)):
+            return found
+    return ()

@@ -1,0 +1,386 @@
+"""Provisioning: makes a database the home of a node's chain, all of it or nothing, and takes it all away again.
+
+The order is forced by PostgreSQL. The publication must be committed before the slot begins, because a transaction that
+wrote before there was a publication jams pgoutput for good; creating the slot waits until every such transaction has
+ended, but cannot be done in a transaction that has written. So: objects, slot, and at last the row in pgmsync.node that
+makes it count. Until that row is complete everything is a leftover, which the next attempt removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import psycopg2.extensions
+
+from pmgsync.errors import MembershipError, PmgsyncError, PreflightError, UnreachableError
+from pmgsync.positions import format_lsn, parse_lsn
+from pmgsync.postgres.catalog import Table, as_text, list_tables, synchronised
+from pmgsync.postgres.session import connect, quote_ident, quote_literal
+from pmgsync.postgres.slot import Progress, create_slot
+from pmgsync.profile import Profile
+
+log = logging.getLogger(__name__)
+
+SLOT = PUBLICATION = "pgmsync"
+ORIGIN_PREFIX = "pgmsync_"
+SET_UP_ORIGIN = "pgmsync_0"
+"""Marks what provisioning writes to user tables, so that capture takes it for somebody else's; no node has CID 0."""
+SQL = Path(__file__).with_name("sql")
+LOCK_TIMEOUT_S = 2
+LOCK_TRIES = 30
+DROP_PATIENCE_S = 20.0
+POLL_S = 0.1
+
+Connection = psycopg2.extensions.connection
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What the database says of its node.
+
+    Attributes:
+        start: the commit LSN that the chain begins after: `Position(start)` is before its first transaction.
+        needs_snapshot: True when who does not know this incarnation needs a snapshot.
+        system_id: the server's identifier when the chain began.
+    """
+
+    cid: int
+    incarnation: int
+    start: int
+    system_id: str
+    timeline: int
+    slot: str
+    publication: str
+    needs_snapshot: bool
+    cluster: bytes
+    profile_digest: str
+
+
+_NODE = """
+SELECT cid, incarnation, start_lsn::text, system_id, timeline, slot, publication, needs_snapshot, cluster,
+       profile_digest
+FROM pgmsync.node WHERE start_lsn IS NOT NULL
+"""
+
+
+def node_facts(connection: Connection) -> NodeFacts | None:
+    """Return what the database says of its node, None when it was not provisioned, or not to the end.
+
+    Raises:
+        psycopg2.Error: when the server does not answer.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_catalog.to_regclass('pgmsync.node')::oid::bigint")
+        if cursor.fetchone() == (None,):
+            return None
+        cursor.execute(_NODE)
+        row = cursor.fetchone()
+    if row is None:
+        return None
+    values: list[Any] = [as_text(value) if isinstance(value, bytes) else value for value in row]
+    cid, incarnation, start, system_id, timeline, slot, publication, needs_snapshot, cluster, digest = values
+    # A commit record may stand at the consistent point itself; it is the chain's first, so the chain begins before it.
+    return NodeFacts(
+        cid, incarnation, parse_lsn(start) - 1, system_id, timeline, slot, publication, needs_snapshot,
+        bytes(cluster), digest,
+    )  # fmt: skip
+
+
+def provision(
+    dsn: str,
+    profile: Profile,
+    *,
+    cid: int,
+    cluster: bytes,
+    needs_snapshot: bool,
+    take_over_cid0: bool,
+    progress: Progress | None = None,
+) -> NodeFacts:
+    """Make the database the home of a node's chain. Whatever ends it early, a signal too, leaves nothing behind.
+
+    Args:
+        cluster: the cluster's id, 16 bytes.
+        needs_snapshot: True when the database has content that other members do not have; the positions it may hold of
+            other chains are forgotten. False when it was just restored from a member's snapshot; they are kept.
+        take_over_cid0: rows of CID 0 become this node's.
+        progress: is told what is being waited for.
+
+    Raises:
+        MembershipError: when the database belongs to a cluster already.
+        PreflightError: when the slot's name is taken.
+        UnreachableError: when the server does not answer.
+    """
+    tell = progress or (lambda text: log.info("action=provision %s", text))
+    with _session(dsn, "pmgsync provision") as connection:
+        _execute(connection, "SELECT pg_catalog.pg_advisory_lock(hashtext('pgmsync.provision'))")
+        if node_facts(connection) is not None:
+            raise MembershipError("cluster already defined", hint="this database belongs to one")
+        had_schema = bool(_value(connection, "SELECT pg_catalog.to_regnamespace('pgmsync')::oid::bigint"))
+        _check_slot_name(connection)
+        try:
+            _remove(connection, drop_schema=False)
+            incarnation = secrets.randbits(62) + 1
+            _make_objects(connection, profile, cid, cluster, incarnation, needs_snapshot, tell)
+            with _session(dsn, "pmgsync provision") as creating:
+                create_slot(creating, connection, SLOT, tell)
+            _complete(connection, profile, cid, take_over_cid0=take_over_cid0)
+        except BaseException as error:
+            # Also for KeyboardInterrupt and SystemExit.
+            tell("undoing what was done in the database")
+            try:
+                with _still_usable(connection, dsn) as undoing:
+                    _remove(undoing, drop_schema=needs_snapshot or not had_schema)
+            except PmgsyncError as second:
+                error.add_note(f"it could not be undone now ({second}); the next attempt does it")
+            raise
+        facts = node_facts(connection)
+    assert facts is not None
+    log.info("action=provisioned cid=%d incarnation=%016x start=%s", cid, facts.incarnation, format_lsn(facts.start))
+    return facts
+
+
+def deprovision(dsn: str) -> None:
+    """Remove everything that provisioning and applying made, finished or not; a database without it is no error.
+
+    Raises:
+        UnreachableError: when the server does not answer, or something is in use and stays so.
+    """
+    with _session(dsn, "pmgsync deprovision") as connection:
+        _remove(connection, drop_schema=True)
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------------
+
+
+def _make_objects(
+    connection: Connection,
+    profile: Profile,
+    cid: int,
+    cluster: bytes,
+    incarnation: int,
+    needs_snapshot: bool,
+    tell: Progress,
+) -> None:
+    """Make schema, publication and replica identities in one transaction, and the row, incomplete."""
+    for attempt in range(LOCK_TRIES):
+        try:
+            with _transaction(connection):
+                for name in ("schema.sql", "apply.sql"):
+                    _execute(connection, (SQL / name).read_bytes())
+                if needs_snapshot:
+                    _execute(connection, "DELETE FROM pgmsync.position")
+                tables = [table for table, _ in synchronised(list_tables(connection), profile)]
+                # Beside long transactions this lock could wait for hours, and everybody else would queue up behind it.
+                _execute(connection, f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'")
+                for table in tables:
+                    if not table.usable:
+                        _identity_full(connection, table)
+                _execute(connection, _publication(tables))
+                _execute(connection, "DELETE FROM pgmsync.node")
+                with connection.cursor() as cursor:
+                    cursor.execute(
+                        "INSERT INTO pgmsync.node (cid, cluster, incarnation, needs_snapshot, system_id, timeline, "
+                        "slot, publication, profile_digest) "
+                        "SELECT %s, %s, %s, %s, s.system_identifier::text, c.timeline_id, %s, %s, %s "
+                        "FROM pg_control_system() AS s, pg_control_checkpoint() AS c",
+                        (cid, cluster, incarnation, needs_snapshot, SLOT, PUBLICATION, profile.digest),
+                    )
+            return
+        except psycopg2.errors.LockNotAvailable:
+            if attempt == LOCK_TRIES - 1:
+                raise
+            tell("waiting for transactions that hold locks on tables without a key")
+
+
+def _identity_full(connection: Connection, table: Table) -> None:
+    _execute(
+        connection,
+        b"INSERT INTO pgmsync.replica_identity (schema, name, identity, index) VALUES (%s)"
+        % b", ".join(map(quote_literal, (table.schema, table.name, table.identity, table.identity_index))),
+    )
+    _execute(connection, b"ALTER TABLE %s REPLICA IDENTITY FULL" % table.quoted)
+
+
+def _publication(tables: list[Table]) -> bytes:
+    listed = b", ".join(b"ONLY " + table.quoted for table in tables)
+    return b"CREATE PUBLICATION %s%s WITH (publish = 'insert, update, delete, truncate')" % (
+        quote_ident(PUBLICATION.encode()),
+        b" FOR TABLE " + listed if listed else b"",
+    )
+
+
+def _check_slot_name(connection: Connection) -> None:
+    other = _value(
+        connection,
+        "SELECT database::text FROM pg_replication_slots WHERE slot_name = %s "
+        "AND database IS DISTINCT FROM current_database()",
+        SLOT,
+    )
+    if other is not None:
+        raise PreflightError(
+            f"the replication slot {SLOT} belongs to the database {other} of the same server",
+            hint="use a server of its own for each node; if that node is gone, "
+            f"drop the slot: SELECT pg_drop_replication_slot('{SLOT}')",
+        )
+
+
+def _complete(connection: Connection, profile: Profile, cid: int, *, take_over_cid0: bool) -> None:
+    """Take over the rows of CID 0 and complete the node's row, in one transaction."""
+    if take_over_cid0 and profile.cid0:
+        # The slot exists: marked as another origin's, the updates are not in the chain. Every snapshot has them.
+        _execute(connection, "SELECT pg_replication_origin_create(%s)", SET_UP_ORIGIN)
+        _execute(connection, "SELECT pg_replication_origin_session_setup(%s)", SET_UP_ORIGIN)
+    with _transaction(connection):
+        if take_over_cid0:
+            for table, column in profile.cid0:
+                name = quote_ident(table.encode())
+                quoted = quote_ident(column.encode())
+                statement = b"UPDATE public.%s SET %s = %d WHERE %s = 0" % (name, quoted, cid, quoted)
+                _execute(connection, statement)
+        _execute(
+            connection,
+            "UPDATE pgmsync.node SET start_lsn = (SELECT confirmed_flush_lsn FROM pg_replication_slots "
+            "WHERE slot_name = %s AND database = current_database())",
+            SLOT,
+        )
+    if take_over_cid0 and profile.cid0:
+        _execute(connection, "SELECT pg_replication_origin_session_reset()")
+        _execute(connection, "SELECT pg_replication_origin_drop(%s)", SET_UP_ORIGIN)
+
+
+def _remove(connection: Connection, *, drop_schema: bool) -> None:
+    """Remove what provisioning made, and with the schema the origins of applying; what is in use is cut off first."""
+    with _transaction(connection):
+        if _value(connection, "SELECT pg_catalog.to_regclass('pgmsync.replica_identity')::oid::bigint") is not None:
+            _restore_identities(connection)
+        _execute(connection, b"DROP PUBLICATION IF EXISTS " + quote_ident(PUBLICATION.encode()))
+        if drop_schema:
+            _execute(connection, "SET LOCAL client_min_messages = warning")
+            _execute(connection, "DROP SCHEMA IF EXISTS pgmsync CASCADE")
+        elif _value(connection, "SELECT pg_catalog.to_regclass('pgmsync.node')::oid::bigint") is not None:
+            _execute(connection, "DELETE FROM pgmsync.node")
+    _drop_in_use(
+        connection,
+        "SELECT active_pid, NULL FROM pg_replication_slots WHERE slot_name = %s AND database = current_database()",
+        "SELECT pg_drop_replication_slot(%s)",
+        SLOT,
+    )
+    origins = [SET_UP_ORIGIN]
+    if drop_schema:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT roname FROM pg_replication_origin WHERE starts_with(roname, %s)", (ORIGIN_PREFIX,))
+            origins = [as_text(name) for (name,) in cursor.fetchall()]
+    for origin in origins:
+        _drop_in_use(
+            connection,
+            "SELECT NULL, roident FROM pg_replication_origin WHERE roname = %s",
+            "SELECT pg_replication_origin_drop(%s)",
+            origin,
+        )
+
+
+def _restore_identities(connection: Connection) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT n.nspname, c.relname, i.identity::text, i.index FROM pgmsync.replica_identity AS i "
+            "JOIN pg_namespace AS n ON n.nspname = i.schema JOIN pg_class AS c ON c.relnamespace = n.oid "
+            "AND c.relname = i.name WHERE c.relreplident = 'f'"
+        )
+        for schema, name, identity, index in cursor.fetchall():
+            clause = {b"d": b"DEFAULT", b"n": b"NOTHING", b"i": b"USING INDEX " + quote_ident(index)}[identity]
+            table = quote_ident(schema) + b"." + quote_ident(name)
+            _execute(connection, b"ALTER TABLE %s REPLICA IDENTITY %s" % (table, clause))
+    _execute(connection, "DELETE FROM pgmsync.replica_identity")
+
+
+def _drop_in_use(connection: Connection, find: str, drop: str, name: str) -> None:
+    """Drop something that a session may hold, after ending that session; PostgreSQL needs an instant to notice."""
+    deadline = time.monotonic() + DROP_PATIENCE_S
+    while True:
+        with connection.cursor() as cursor:
+            cursor.execute(find, (name,))
+            found = cursor.fetchone()
+            if found is None:
+                return
+            if found[0] is not None:
+                cursor.execute("SELECT pg_terminate_backend(%s)", (found[0],))
+            try:
+                cursor.execute(drop, (name,))
+                return
+            except psycopg2.errors.UndefinedObject:
+                return
+            except psycopg2.errors.ObjectInUse as error:
+                if time.monotonic() > deadline:
+                    raise UnreachableError(
+                        f"{name} is in use and cannot be removed ({_first_line(error)})",
+                        hint="stop pmgsync-agent on this node, and try again",
+                    ) from error
+        time.sleep(POLL_S)
+
+
+# -- small things ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _session(dsn: str, name: str) -> Iterator[Connection]:
+    """Yield a session in autocommit mode; errors of the server become this project's."""
+    connection = connect(dsn, application_name=name)
+    try:
+        connection.autocommit = True
+        yield connection
+    except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+        raise UnreachableError(f"the database could not be set up ({str(error).strip()})") from error
+    except psycopg2.Error as error:
+        raise PmgsyncError(f"the database could not be set up ({str(error).strip()})") from error
+    finally:
+        with contextlib.suppress(psycopg2.Error):
+            connection.close()
+
+
+@contextlib.contextmanager
+def _still_usable(connection: Connection, dsn: str) -> Iterator[Connection]:
+    """Yield the session that holds the lock when it survived what happened, otherwise a new one."""
+    if not connection.closed and connection.info.transaction_status == psycopg2.extensions.TRANSACTION_STATUS_IDLE:
+        yield connection
+        return
+    with contextlib.suppress(psycopg2.Error):
+        connection.close()
+    with _session(dsn, "pmgsync provision") as other:
+        yield other
+
+
+@contextlib.contextmanager
+def _transaction(connection: Connection) -> Iterator[None]:
+    _execute(connection, "BEGIN")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(psycopg2.Error):
+            _execute(connection, "ROLLBACK")
+        raise
+    _execute(connection, "COMMIT")
+
+
+def _execute(connection: Connection, statement: str | bytes, *parameters: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(statement, parameters or None)
+
+
+def _value(connection: Connection, query: str, *parameters: object) -> object:
+    with connection.cursor() as cursor:
+        cursor.execute(query, parameters or None)
+        row = cursor.fetchone()
+    value = None if row is None else row[0]
+    return as_text(value) if isinstance(value, bytes) else value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
