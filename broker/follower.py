@@ -23,7 +23,7 @@ AHEAD_BYTES = 8 << 20
 JOURNAL_BACKLOG = 32 << 20
 """Bytes waiting for the disk above which a replay is given no more credit."""
 SILENCE_S = 10.0
-"""A replay with credit that sends nothing for so long is begun again, from another member where there is one."""
+"""A replay with credit that brings nothing for so long is begun again, from another member where there is one."""
 RETRY_S = 1.0
 
 
@@ -56,6 +56,7 @@ class Network(Protocol):
 class _Replay:
     request: int
     server: int
+    begun: Position
     heard: float
     owed: int = 0
 
@@ -97,21 +98,28 @@ class Follower:
         replay = self._replay
         if replay is None or replay.request != request:
             return
-        replay.heard = time.monotonic()
         replay.owed += frame.size
         verdict = self._offer(frame)
         if verdict is Verdict.GAP:
             # The server's journal does not follow ours; what it sends further on cannot either.
             self._abandon(f"member {replay.server} sent frames that do not follow {self._head().position}")
             return
+        if verdict in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
+            # What brings nothing new counts as silence: a member could send that for ever.
+            replay.heard = time.monotonic()
         self._give_credit()
 
     def ended(self, request: int) -> None:
         """The server has sent all it had."""
-        if self._replay is not None and self._replay.request == request:
-            self._replay = None
-            self._drain_ahead()
-            self._fill_if_behind()
+        replay = self._replay
+        if replay is None or replay.request != request:
+            return
+        self._replay = None
+        self._drain_ahead()
+        if self._head().position == replay.begun:
+            # It says that it has more than it sends; asking again at once would go on like that without rest.
+            self._avoid(replay.server)
+        self._fill_if_behind()
 
     def failed(self, request: int, error: PmgsyncError) -> None:
         """The server refused or broke off."""
@@ -119,16 +127,12 @@ class Follower:
         if replay is None or replay.request != request:
             return
         self._replay = None
-        self._refused[replay.server] = time.monotonic() + SILENCE_S
         log.warning(
             "action=replay-refused origin=%d server=%d position=%s error=%s",
             self.origin, replay.server, self._head().position, error,
         )  # fmt: skip
-        head = self._head()
-        if isinstance(error, ResyncRequiredError) and not self._candidates(head):
+        if not self._avoid(replay.server) and isinstance(error, ResyncRequiredError):
             self._network.lost(self.origin, error)
-        else:
-            self._retry_at = time.monotonic() + RETRY_S
 
     def heard_head(self, head: Position) -> None:
         """A heartbeat has said where the chain's newest frame ends; PUB keeps order, so what is missing was lost."""
@@ -142,8 +146,7 @@ class Follower:
         if self._replay is None:
             self._fill_if_behind()
         elif now - self._replay.heard > SILENCE_S:
-            self._refused[self._replay.server] = now + SILENCE_S
-            self._abandon(f"member {self._replay.server} sent nothing for {SILENCE_S:.0f} s")
+            self._abandon(f"member {self._replay.server} sent nothing that helps for {SILENCE_S:.0f} s")
         else:
             self._give_credit()
 
@@ -164,28 +167,27 @@ class Follower:
         self._fill_if_behind()
 
     def _offer(self, frame: Frame) -> Verdict:
+        verdict = self._take(frame)
+        if verdict in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
+            self._drain_ahead()
+        elif verdict is Verdict.DUPLICATE:
+            self.duplicates += 1
+        elif verdict is Verdict.GAP:
+            self.gaps += 1
+        return verdict
+
+    def _take(self, frame: Frame) -> Verdict:
+        """Have the journal judge a frame, and the streams follow it."""
         try:
             verdict = self._journals.accept(frame)
         except JournalError:
             # Full or failing: as if the frame had been lost on the way. It is fetched again when there is room.
             self._retry_at = time.monotonic() + RETRY_S
             return Verdict.GAP
-        match verdict:
-            case Verdict.FITS:
-                self._network.taken(frame)
-                self._drain_ahead()
-            case Verdict.BEGIN_AGAIN:
-                self._network.fell_back(self._head())
-                self._network.taken(frame)
-                self._drain_ahead()
-            case Verdict.DROP_PARTS:
-                self._network.fell_back(self._head())
-            case Verdict.DUPLICATE:
-                self.duplicates += 1
-            case Verdict.GAP:
-                self.gaps += 1
-            case Verdict.OTHER_CHAIN:
-                pass
+        if verdict in {Verdict.BEGIN_AGAIN, Verdict.DROP_PARTS}:
+            self._network.fell_back(self._head())
+        if verdict in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
+            self._network.taken(frame)
         return verdict
 
     def _keep_ahead(self, frame: Frame) -> None:
@@ -204,12 +206,8 @@ class Follower:
             if frame is None:
                 break
             self._ahead_bytes -= frame.size
-            try:
-                if self._journals.accept(frame) is not Verdict.FITS:
-                    break
-            except JournalError:
+            if self._take(frame) is not Verdict.FITS:
                 break
-            self._network.taken(frame)
         if self._replay is None:
             position = self._head().position
             for prev in [prev for prev in self._ahead if prev < position]:
@@ -249,7 +247,7 @@ class Follower:
             "credit": REPLAY_CREDIT,
         }
         if self._network.send_to(server, message):
-            self._replay = _Replay(request, server, now)
+            self._replay = _Replay(request, server, head.position, now)
             log.info("action=replay origin=%d server=%d position=%s", self.origin, server, head.position)
         else:
             self._retry_at = now + RETRY_S
@@ -264,6 +262,17 @@ class Follower:
     def _abandon(self, reason: str) -> None:
         assert self._replay is not None
         log.warning("action=replay-abandoned origin=%d reason=%s", self.origin, reason)
-        self._network.send_to(self._replay.server, {"op": "cancel", "id": self._replay.request})
+        server = self._replay.server
+        self._network.send_to(server, {"op": "cancel", "id": self._replay.request})
         self._replay = None
-        self._retry_at = time.monotonic() + RETRY_S
+        self._avoid(server)
+
+    def _avoid(self, server: int) -> bool:
+        """Ask another member next, where there is one; else the same again a little later, and return False."""
+        now = time.monotonic()
+        self._refused[server] = now + SILENCE_S
+        if self._candidates(self._head()):
+            return True
+        del self._refused[server]
+        self._retry_at = now + RETRY_S
+        return False

@@ -97,9 +97,8 @@ def _found(
     config: NodeConfig, profile: Profile, state: StateDirectory, keys: NodeKeys, cluster: bytes, cluster_name: str
 ) -> None:
     """Change the database, then store the document; the database is put back when either fails."""
-    from pmgsync.postgres.provision import provision
-
     from pmgsync.membership import found_cluster, sign
+    from pmgsync.postgres.provision import provision
 
     with _undone_on_failure(config, state):
         provision(

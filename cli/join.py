@@ -6,27 +6,30 @@ old database is dropped only when the copy is complete. Whatever fails, or is in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import contextlib
+import time
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from cli.console import amount, ask, confirm, note, printable, say
+from cli.console import ask, confirm, note, say
 from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Generator, Iterator, Sequence
 
     from broker.state import NodeKeys
     from pmgsync.config import NodeConfig
-    from pmgsync.link import Peer
-    from pmgsync.membership import ClusterDocument
+    from pmgsync.link import Message
+    from pmgsync.membership import ClusterDocument, SignedDocument
     from pmgsync.postgres.restore import DatabaseRestore
     from pmgsync.profile import Profile
 
 DEFAULT_PORT = 7672
-ROOM_FACTOR = 1.5
-"""The copy is loaded beside the old database, with its indexes and some WAL."""
 JOIN_CMD = "run `pmgcm join-cmd` on the master; it prints the whole line, with fingerprint and token"
+BEGIN_S = 20.0
+"""The master's agent may be taking notice of its new member when the snapshot is asked for."""
+BEGIN_AGAIN_S = 0.5
 
 
 def join(
@@ -41,6 +44,7 @@ def join(
     from broker.door_client import DoorClient
     from broker.state import StateDirectory
     from cli.create import own_member
+    from cli.join_checks import announcement, check_here, check_there
     from cli.node import held_document, load, tell_broker
     from cli.services import stopped
     from pmgsync.membership import parse_fingerprint
@@ -53,14 +57,118 @@ def join(
     if not fingerprint:
         raise MembershipError("the master's fingerprint is missing (--fingerprint)", hint=JOIN_CMD)
     server_key = parse_fingerprint(fingerprint)
-    local = check_here(config, profile)
+    here = check_here(config, profile)
     token = token or ask("token", without_terminal=JOIN_CMD)
     keys = state.keys()
     with DoorClient(master_ip, port, server_key, keys) as door:
         facts = door.check(token)
-        check_there(config, profile, local, facts)
-        announce(config, local, facts)
-        if not yes:
-            confirm("Go on?")
-        with stopped(profile.services):
+        check_there(profile, here, facts)
+    note(announcement(config, here, facts))
+    if not yes:
+        confirm("Go on?")
+    with _restore(config, facts) as restore:
+        # A connection of its own: whoever answers the question may take longer than a connection lasts.
+        with DoorClient(master_ip, port, server_key, keys) as door:
             cid, signed = door.admit(token, own_member(config, keys, 1))
+        _copy(restore, signed.document, keys)
+        with stopped(profile.services):
+            _take_place(config, profile, restore, signed, cid, had_node=here.was_member)
+            state.store_document(signed)
+    tell_broker(config)
+    say(f"this node is {config.name}({cid}) in the cluster {signed.document.name!r}")
+
+
+@contextlib.contextmanager
+def _restore(config: NodeConfig, facts: dict[str, object]) -> Iterator[DatabaseRestore]:
+    """Yield the new, empty database beside the old one; it is removed again unless it has taken the old one's place."""
+    from pmgsync.postgres.restore import DatabaseRestore
+
+    restore = DatabaseRestore(config.dsn, facts)
+    try:
+        restore.begin()
+        yield restore
+    except BaseException as error:
+        try:
+            restore.abandon()
+        except PmgsyncError as second:
+            error.add_note(f"the unfinished copy could not be removed now ({second}); the next join does it")
+        if isinstance(error, PmgsyncError):
+            error.add_note("this node's database is as it was")
+        raise
+
+
+def _copy(restore: DatabaseRestore, document: ClusterDocument, keys: NodeKeys) -> None:
+    """Fill the new database with a snapshot of the master's.
+
+    Raises:
+        PmgsyncError: when it did not come whole.
+    """
+    from broker.remote import remote_member
+
+    master = document.member(document.master)
+    assert master is not None
+    deadline = time.monotonic() + BEGIN_S
+    while True:
+        try:
+            with (
+                remote_member(master, keys) as peer,
+                # Closed before the socket is: the master is told that nobody takes the rest.
+                contextlib.closing(
+                    cast(
+                        "Generator[tuple[Message, Sequence[bytes]], None, None]",
+                        peer.call("snapshot", {"scope": "database"}),
+                    )
+                ) as messages,
+            ):
+                _feed(restore, messages)
+            return
+        except UnreachableError:
+            if restore.bytes or time.monotonic() > deadline:
+                raise
+            time.sleep(BEGIN_AGAIN_S)
+
+
+def _feed(restore: DatabaseRestore, messages: Iterator[tuple[Message, Sequence[bytes]]]) -> None:
+    from cli.progress import SnapshotProgress
+
+    with SnapshotProgress() as progress:
+        for message, parts in messages:
+            if message["op"] == "done":
+                restore.finish(message["result"])
+                return
+            piece = message["piece"]
+            if not isinstance(piece, dict):
+                raise ProtocolError(f"the snapshot has a piece {piece!r:.40}")
+            if piece.get("kind") == "wait":
+                progress.waiting(str(piece.get("for", "")))
+                continue
+            restore.feed(piece, parts[0] if parts else None)
+            progress.show(restore.bytes, restore.rows, restore.plan.get("bytes", 0))
+    raise ProtocolError("the snapshot ended without a result")
+
+
+def _take_place(
+    config: NodeConfig, profile: Profile, restore: DatabaseRestore, signed: SignedDocument, cid: int, *, had_node: bool
+) -> None:
+    """Make the new database this node's own, and put it in the old one's place."""
+    from pmgsync.postgres.provision import deprovision, provision
+
+    if had_node:
+        # Its slot has the name that the new one needs; nobody has read it since this node left its cluster.
+        deprovision(config.dsn)
+    provision(
+        restore.dsn,
+        profile,
+        cid=cid,
+        cluster=signed.document.cluster,
+        needs_snapshot=False,
+        take_over_cid0=False,
+        progress=note,
+    )
+    try:
+        restore.swap()
+    except BaseException:
+        # A database with a slot cannot be dropped while that slot is in use.
+        with contextlib.suppress(PmgsyncError):
+            deprovision(restore.dsn)
+        raise

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from cli.console import amount, duration, note
+from cli.console import amount, duration, note, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -29,6 +29,7 @@ class SnapshotProgress:
         self.bytes = 0
         self.rows = 0
         self.total_bytes = 0
+        self._waited: set[str] = set()
         self._begun = self._told = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -63,15 +64,15 @@ class SnapshotProgress:
             elapsed = time.monotonic() - self._begun
             note(f"snapshot: {amount(self.bytes)}, {self.rows:,} rows in {elapsed:.1f} s")
 
-    def plan(self, total_bytes: int) -> None:
-        """Note how much is to be expected."""
-        self.total_bytes = total_bytes
-        self._show()
+    def waiting(self, what: str) -> None:
+        """Tell once what the sender waits for before it can go on."""
+        if what and what not in self._waited:
+            self._waited.add(what)
+            note(f"the master waits for {printable(what)}")
 
-    def add(self, size: int, rows: int) -> None:
-        """Note that more has arrived."""
-        self.bytes += size
-        self.rows += rows
+    def show(self, done_bytes: int, rows: int, total_bytes: int) -> None:
+        """Show how much has arrived, of about how much."""
+        self.bytes, self.rows, self.total_bytes = done_bytes, rows, total_bytes
         self._show()
 
     def _show(self) -> None:

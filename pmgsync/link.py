@@ -118,6 +118,9 @@ class Peer:
         deadline = time.monotonic() + timeout_s
         while (received := self.receive(deadline - time.monotonic())) is not None:
             answer, parts = received
+            if answer["op"] == "error" and answer.get("id") == 0:
+                # Not an answer: the broker was restarted and does not know this session.
+                raise error_from(answer)
             if answer.get("id") == request:
                 if answer["op"] == "error":
                     raise error_from(answer)

@@ -54,13 +54,15 @@ def counts_wholly(rule: TableRule, writers: Writers) -> bool | None:
     return False
 
 
-def owner_index(rule: TableRule, relation: Relation) -> int:
-    """Return the place of the owner column among the origin's columns.
+def owner_index(rule: TableRule, relation: Relation) -> int | None:
+    """Return the place of the owner column among the origin's columns, None when the rule names none.
 
     Raises:
         ApplyError: when the table has none there.
     """
-    name = (rule.inserts_by_owner if rule.policy is Policy.MERGE else rule.owner) or ""
+    name = rule.inserts_by_owner if rule.policy is Policy.MERGE else rule.owner
+    if name is None:
+        return None
     for index, column in enumerate(relation.columns):
         if column.name == name.encode():
             return index
@@ -71,8 +73,13 @@ def owner_index(rule: TableRule, relation: Relation) -> int:
     )
 
 
-def select(rule: TableRule, relation: Relation, change: RowChange, writers: Writers) -> RowChange | None:
+def select(
+    rule: TableRule, relation: Relation, change: RowChange, writers: Writers, owner: int | None
+) -> RowChange | None:
     """Return what a change comes to on this node: itself, another kind of change, or None when it does not count.
+
+    Args:
+        owner: the place of the owner column, as `owner_index` says.
 
     Raises:
         ApplyError: when the owner of the row cannot be told.
@@ -82,15 +89,14 @@ def select(rule: TableRule, relation: Relation, change: RowChange, writers: Writ
         return change if wholly else None
     if rule.policy is Policy.MERGE:
         if isinstance(change, Delete):
-            if not rule.deletes or not rule.inserts_by_owner:
+            if not rule.deletes or owner is None:
                 return change if rule.deletes else None
-            owner = owner_index(rule, relation)
             _demand_owner(relation, owner, change.old_is_key)
             return change if writers.answers_for(change.old[owner]) else None
-        if isinstance(change, Insert) and rule.inserts_by_owner:
-            return change if writers.answers_for(change.new[owner_index(rule, relation)]) else None
+        if isinstance(change, Insert) and owner is not None:
+            return change if writers.answers_for(change.new[owner]) else None
         return change
-    owner = owner_index(rule, relation)
+    assert owner is not None
     match change:
         case Insert():
             return change if writers.answers_for(change.new[owner]) else None

@@ -108,6 +108,12 @@ class Pair:
         finally:
             applier.close()
 
+    def end_appliers(self) -> int:
+        """End this origin's sessions on the server's side; returns how many, when they are gone."""
+        mine = f"application_name = 'pgmsync apply {self.origin}'"
+        ended = self.run(f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE {mine}")
+        return sum(gone is True for (gone,) in ended)
+
     def apply(self, frames: Sequence[Frame] | None = None) -> Applier:
         """Apply what the slot has, all at once."""
         with self.applier() as applier:

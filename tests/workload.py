@@ -91,7 +91,7 @@ class Bank:
             cursor.execute("UPDATE account SET balance = balance - %s WHERE id = %s", (amount, source))
             if rows:
                 cursor.execute(
-                    "INSERT INTO loose SELECT g % 7, repeat('x', 30) FROM generate_series(1, %s) AS g", (rows,)
+                    "INSERT INTO loose SELECT mod(g, 7), repeat('x', 30) FROM generate_series(1, %s) AS g", (rows,)
                 )
             if pick.random() < 0.2:
                 cursor.execute("DELETE FROM loose WHERE ctid IN (SELECT ctid FROM loose LIMIT 5)")

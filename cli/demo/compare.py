@@ -46,7 +46,7 @@ def read_contents(dsn: str, profile: Profile) -> dict[str, Content]:
                 "SELECT count(*), coalesce(md5(string_agg(hash, '' ORDER BY hash)), '') FROM "
                 f"(SELECT md5(ROW({values})::text) AS hash FROM {_quoted(schema)}.{_quoted(table)}) rows"
             )
-            count, digest = cursor.fetchone()
+            ((count, digest),) = cursor.fetchall()
             contents[f"{schema}.{table}"] = Content(int(count), _text(digest))
     return contents
 

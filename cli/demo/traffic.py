@@ -162,14 +162,19 @@ class MailWriter(Writer):
         values = {
             "cid": self.cid, "rid": number, "now": int(time.time()), "size": 1000 + pick(100_000),
             "inbound": bool(pick(2)), "level": pick(15), "ptime": pick(3000), "user": user,
-            "sender": _SENDER.format(user=user), "lines": 10 + pick(300), "ticket": pick(1 << 31),
+            "sender": _SENDER.format(user=user), "lines": 10 + pick(300),
         }  # fmt: skip
         receivers = [pick(USERS) for _ in range(1 + pick(3))]
         statements = [_MAIL.format_map(values)]
         statements += [_RECEIVER.format(**values, to=to, blocked=bool(pick(2))) for to in receivers]
         if number % QUARANTINE_EVERY == 0:
             statements.append(_STORED.format_map(values))
-            statements += [_STORED_RECEIVER.format(**values, to=to) for to in dict.fromkeys(receivers)]
+            # The ticket is what a receiver's row is found by; a mail never has the same one twice.
+            tickets = self._random.sample(range(1 << 31), len(receivers))
+            statements += [
+                _STORED_RECEIVER.format(**values, to=to, ticket=ticket)
+                for to, ticket in zip(receivers, tickets, strict=True)
+            ]
         if number % GREYLIST_EVERY == 0:
             statements.append(_GREYLIST.format(**values, to=receivers[0]))
         if number % PREFERENCE_EVERY == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -13,7 +14,7 @@ import zmq
 
 from pmgsync.agent.base import REPORT_S, Bell, SessionOverError, Worker
 from pmgsync.config import NodeConfig
-from pmgsync.errors import PmgsyncError, ResyncRequiredError
+from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
 from pmgsync.frames import Frame, read_frame
 from pmgsync.link import BrokerLink, Message
 from pmgsync.positions import Position
@@ -143,7 +144,7 @@ class ApplyWorker(Worker):
             self._resynchronise(error)
         finally:
             hand.stop()
-            if self.link is not None:
+            with contextlib.suppress(UnreachableError):  # a broker that is gone has no stream to close
                 link.send({"op": "cancel", "id": int(opened["id"])})
 
     def _stream(

@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 
 REPORT_S = 0.7
 FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 15.0
+LONGEST_PAUSE_S = 10.0
+GRACE_S = 3.0
+"""What may pass by itself is shown as synchronising for so long, then as an error."""
 
 
 class SessionOverError(UnreachableError):
@@ -40,6 +42,7 @@ class Worker:
         self.state = "A"
         self.alerts: list[dict[str, str]] = []
         self._error: PmgsyncError | None = None
+        self._failing_since = 0.0
         self._reported = 0.0
         self._pause_s = FIRST_PAUSE_S
 
@@ -71,6 +74,8 @@ class Worker:
         """Show an error in status and log, and wait before the next try."""
         level = logging.WARNING if error.recoverable else logging.ERROR
         log.log(level, "action=retry worker=%s pause_s=%.1f error=%s", self.name, self._pause_s, error)
+        if self._error is None:
+            self._failing_since = time.monotonic()
         self._error = error
         self._reported = 0.0
         self.rest(self._pause_s * random.uniform(0.8, 1.2))  # noqa: S311 -- spreads retries, no secret
@@ -95,8 +100,10 @@ class Worker:
         self._reported = time.monotonic()
         error = self._error
         message: Message = {"op": "report", "state": self.state, "error": "", "hint": "", "alerts": self.alerts}
-        if error is not None:
+        if error is not None and (not error.recoverable or time.monotonic() - self._failing_since > GRACE_S):
             message |= {"error": error.message, "hint": error.hint}
+        elif error is not None:
+            message["state"] = "S"
         try:
             self.link.send(message)
         except UnreachableError as gone:

@@ -30,6 +30,7 @@ class Column:
     not_null: bool
     generated: bool
     identity: bytes
+    collatable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ SELECT c.oid::bigint, n.nspname, c.relname, c.relfilenode::bigint, c.relpersiste
           AND a.attrelid = c.oid AND a.attnum = k.attnum),
        (SELECT string_agg(concat_ws(':', encode(textsend(a.attname::text), 'hex'),
                                     encode(textsend(format_type(a.atttypid, a.atttypmod)), 'hex'),
-                                    a.attnotnull, a.attgenerated <> '', a.attidentity), ',' ORDER BY a.attnum)
+                                    a.attnotnull, a.attgenerated <> '', a.attidentity, a.attcollation <> 0),
+                          ',' ORDER BY a.attnum)
         FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE c.relkind = 'r' AND c.relpersistence <> 't'
@@ -148,8 +150,15 @@ def _names(value: object) -> tuple[bytes, ...]:
 
 
 def _column(text: bytes) -> Column:
-    name, kind, not_null, generated, identity = text.decode().split(":")
-    return Column(bytes.fromhex(name), bytes.fromhex(kind), not_null == "t", generated == "t", identity.encode())
+    name, kind, not_null, generated, identity, collatable = text.decode().split(":")
+    return Column(
+        bytes.fromhex(name),
+        bytes.fromhex(kind),
+        not_null == "t",
+        generated == "t",
+        identity.encode(),
+        collatable == "t",
+    )
 
 
 def synchronised(tables: Collection[Table], profile: Profile) -> list[tuple[Table, TableRule]]:

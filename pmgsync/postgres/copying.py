@@ -52,7 +52,7 @@ class CopyOut:
                 yield item[start : start + MAX_CHUNK_BYTES]
 
     def close(self) -> None:
-        """End the COPY. When it was not over, the session's transaction has failed and the session is of no more use."""
+        """End the COPY; when it was not over, the session is of no more use."""
         self._abandoned.set()
         while self._thread.is_alive():
             with contextlib.suppress(psycopg2.Error):
@@ -158,6 +158,10 @@ class CopyIn:
         data = bytes(self._rest[:size])
         self._rest = self._rest[size:]
         return data
+
+    def readline(self, size: int = -1) -> bytes:
+        """Not for lines; psycopg2 demands it of a file and does not use it."""
+        return self.read(size)
 
     def _put(self, item: bytes | None) -> None:
         while True:

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import psycopg2.extensions
@@ -78,7 +78,7 @@ def _major(program: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def dump_schema(dsn: str, program: Path, *, section: str, snapshot: str) -> Iterator[None]:
+def dump_schema(dsn: str, program: Path, *, section: str, snapshot: str) -> Generator[None, None, bytes]:
     """Return, as the generator's value, a section's SQL as bytes; yields now and then while pg_dump runs.
 
     Args:
@@ -98,7 +98,7 @@ def dump_schema(dsn: str, program: Path, *, section: str, snapshot: str) -> Iter
     parameters["application_name"] = "pmgsync snapshot"
     command = [
         str(program),
-        f"--dbname={psycopg2.extensions.make_dsn('', **parameters)}",
+        f"--dbname={psycopg2.extensions.make_dsn(**parameters)}",
         "--schema-only",
         f"--section={section}",
         f"--snapshot={snapshot}",
@@ -135,10 +135,14 @@ def dump_schema(dsn: str, program: Path, *, section: str, snapshot: str) -> Iter
         return plain_sql(output.read())
 
 
+_HEAD_END = b"\nSELECT pg_catalog.set_config('search_path'"
+_TAIL_BEGIN = b"\n-- PostgreSQL database dump complete\n"
 # pg_dump's guard against psql's own commands in a dump, and a setting that servers before 17 do not know.
-_NOT_SQL = re.compile(rb"^(?:\\(?:un)?restrict [^\n]*|SET transaction_timeout = 0;)\n", re.MULTILINE)
+_HEAD_ONLY = re.compile(rb"^(?:\\restrict [^\n]*|SET transaction_timeout = 0;)$", re.MULTILINE)
 
 
 def plain_sql(dump: bytes) -> bytes:
-    """Return a dump without what only psql understands."""
-    return _NOT_SQL.sub(b"", dump)
+    """Return a dump without what only psql understands; what lies between head and tail is not looked at."""
+    head, head_end, rest = dump.partition(_HEAD_END)
+    body, _, _ = rest.rpartition(_TAIL_BEGIN)
+    return _HEAD_ONLY.sub(b"", head) + head_end + (body or rest)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import psycopg2
+import psycopg2.errors
 from psycopg2.extensions import connection as Connection  # noqa: N812
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
@@ -28,6 +30,8 @@ from pmgsync.profile import Profile
 
 log = logging.getLogger(__name__)
 
+PREDECESSOR_S = 3.0
+"""Seconds that a session of the same origin is given to end."""
 GROUP_CHANGES = 20_000
 """Row changes of small transactions that go into one local transaction at most."""
 
@@ -131,7 +135,7 @@ class Applier:
                     b"SELECT pg_catalog.pg_replication_origin_create(%s) "
                     b"WHERE pg_catalog.pg_replication_origin_oid(%s) IS NULL" % (name, name)
                 )
-                cursor.execute(b"SELECT pg_catalog.pg_replication_origin_session_setup(%s)" % name)
+                _take_origin(cursor, name)
                 cursor.execute(
                     b"SELECT incarnation, lsn::text, part FROM pgmsync.position WHERE origin = %d" % self._origin
                 )
@@ -269,14 +273,14 @@ class Applier:
     def _commit_group(self, group: list[PlannedTransaction], reached: Position) -> None:
         if reached == self.position:
             return
-        time = group[-1].commit_time if group else None
+        when = group[-1].commit_time if group else None
         script = [b"BEGIN"]
         try:
             with self._session() as cursor:
                 self._rows.begin()
                 self._notices.missing = 0
                 self._rows.batch(cursor, [item for planned in group for item in planned.items], script)
-                self._finish(cursor, script, reached, time)
+                self._finish(cursor, script, reached, when)
         except (psycopg2.Error, ApplyError, ProtocolError) as error:
             self._raise_transient(error, reached.lsn)
             self._recover()
@@ -317,9 +321,11 @@ class Applier:
                 name = target.relation.qualified if target is not None else ""
                 raise self._failed(error, name, planned.lsn) from error
 
-    def _finish(self, cursor: Cursor, script: list[bytes], reached: Position, time: int | None) -> None:
+    def _finish(self, cursor: Cursor, script: list[bytes], reached: Position, commit_time: int | None) -> None:
         """Move the position and commit, in one round trip with what is left of the script."""
-        when = b"commit_time" if time is None else b"'epoch'::timestamptz + interval '%d us'" % time
+        when = b"commit_time"
+        if commit_time is not None:
+            when = b"'epoch'::timestamptz + interval '%d us'" % commit_time
         script.append(
             b"WITH hit AS (UPDATE pgmsync.position SET lsn = '%s', part = %d, commit_time = %s "
             b"WHERE origin = %d AND incarnation = %d AND lsn = '%s' RETURNING 1) "
@@ -452,6 +458,19 @@ class Applier:
             f"the chain of node {self._origin} cannot be applied{where}{place}: {message}",
             table=table, lsn=at, sqlstate=state, hint="" if transient else _hint(state, table),
         )  # fmt: skip
+
+
+def _take_origin(cursor: Cursor, name: bytes) -> None:
+    """Make the session the origin's. The server takes a moment to end the session that a predecessor has closed."""
+    deadline = time.monotonic() + PREDECESSOR_S
+    while True:
+        try:
+            cursor.execute(b"SELECT pg_catalog.pg_replication_origin_session_setup(%s)" % name)
+            return
+        except psycopg2.errors.ObjectInUse:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def _is_lost(error: psycopg2.Error) -> bool:

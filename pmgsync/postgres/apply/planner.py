@@ -62,6 +62,7 @@ class Planner:
         raw: bytes | None = None
         rule: TableRule | None = None
         target: Target | None = None
+        owner: int | None = None
         wholly: bool | None = False
         for change in changes:
             if isinstance(change, Truncated):
@@ -72,13 +73,14 @@ class Planner:
                 raw, target = relation.raw, None
                 rule = self._rule(relation)
                 wholly = counts_wholly(rule, self.writers) if rule is not None else False
+                owner = owner_index(rule, relation) if rule is not None and wholly is None else None
             if wholly is False:
                 self._stats.skipped += 1
                 continue
             assert rule is not None and isinstance(row, Insert | Update | Delete)
             if wholly is None:
                 try:
-                    kept = select(rule, relation, row, self.writers)
+                    kept = select(rule, relation, row, self.writers, owner)
                 except ApplyError as error:
                     error.lsn = format_lsn(lsn)
                     raise
@@ -162,7 +164,9 @@ class Planner:
     def _owned(self, rule: TableRule, relation: Relation) -> bytes:
         """Return the condition that a row is the origin's to write."""
         writers = self.writers
-        column = quote_ident(relation.columns[owner_index(rule, relation)].name)
+        owner = owner_index(rule, relation)
+        assert owner is not None
+        column = quote_ident(relation.columns[owner].name)
         condition = b"%s = %s" % (column, quote_literal(b"%d" % writers.origin))
         if writers.origin == writers.master:
             members = b", ".join(quote_literal(b"%d" % member) for member in sorted(writers.members)) or b"NULL"

@@ -1,0 +1,148 @@
+"""What `pmgcm join` checks on both sides before anything changes, and what it says is going to happen."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cli.console import amount, printable
+from cli.ports import port_findings
+from pmgsync.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from pmgsync.config import NodeConfig
+    from pmgsync.profile import Profile
+
+ROOM_FACTOR = 1.5
+"""The copy is loaded beside the old database, with its indexes and some WAL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """What is known of this node's server.
+
+    Attributes:
+        version: major version of PostgreSQL.
+        database: name of the database that is to be replaced.
+        size: its bytes, None when there is none yet.
+        was_member: True when it was set up for a cluster before.
+        free: bytes free where the server keeps its data, None when that is not on this machine.
+    """
+
+    version: int
+    system_id: str
+    database: str
+    size: int | None
+    was_member: bool
+    free: int | None
+
+
+def check_here(config: NodeConfig, profile: Profile) -> Here:
+    """Check this node, without its tables: they are going to be replaced.
+
+    Raises:
+        PreflightError: with everything that must be put right first.
+        UnreachableError: when the server does not answer.
+    """
+    from pmgsync.postgres.databases import maintenance
+    from pmgsync.postgres.preflight import check_server, raise_for
+    from pmgsync.postgres.restore import DatabaseRestore
+    from pmgsync.postgres.session import connect
+
+    name = DatabaseRestore(config.dsn, {}).name
+    findings = port_findings(config)
+    with maintenance(config.dsn, name) as cursor:
+        cursor.execute(
+            "SELECT current_setting('server_version_num')::int / 10000, current_setting('data_directory'), "
+            "(SELECT system_identifier FROM pg_control_system())::text, "
+            "(SELECT pg_database_size(oid) FROM pg_database WHERE datname = %s)",
+            (name,),
+        )
+        row = cursor.fetchone()
+        assert row is not None
+        version, data, system_id, size = row
+        if size is None:
+            findings += check_server(cursor.connection, profile, tables=False)
+    was_member = False
+    if size is not None:
+        from pmgsync.postgres.provision import node_facts
+
+        with contextlib.closing(connect(config.dsn, application_name="pmgcm join")) as connection:
+            findings += check_server(connection, profile, tables=False)
+            was_member = node_facts(connection) is not None
+    raise_for(findings)
+    return Here(version, system_id.decode(), name, size, was_member, _free(data.decode("utf-8", "surrogateescape")))
+
+
+def _free(directory: str) -> int | None:
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return None
+
+
+def check_there(profile: Profile, here: Here, facts: Mapping[str, Any]) -> None:
+    """Check that this node's server and profile fit the cluster's.
+
+    Raises:
+        PreflightError: with everything that must be put right first.
+        ProtocolError: when the master's facts are malformed.
+    """
+    from pmgsync.postgres.preflight import Finding, raise_for
+
+    try:
+        version = int(facts["server_version"]) // 10000
+        size = int(facts["bytes"])
+        digest, name, system_id = (str(facts[key]) for key in ("profile_digest", "profile", "system_id"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"the master's answer lacks what a newcomer must know ({error})") from error
+    findings = [
+        Finding(
+            "profile", digest == profile.digest,
+            f"the cluster's profile {printable(name)!r} is not the same as this node's {profile.name!r}",
+            "set [node] profile in node.toml as on the master, and install the same version of pmgsync",
+        ),
+        Finding(
+            "version", version <= here.version,
+            f"the master's server is PostgreSQL {version}, this node's is {here.version}: "
+            "an earlier version cannot load a later one's schema",
+            f"upgrade this node to PostgreSQL {version} or later",
+        ),
+        Finding(
+            "server", system_id != here.system_id,
+            "the dsn of this node leads to the master's own server, or to a physical copy of it",
+            "each node needs a server of its own, made by initdb: correct [postgres] dsn in node.toml",
+        ),
+    ]  # fmt: skip
+    need = round(size * ROOM_FACTOR)
+    if here.free is not None:
+        findings.append(
+            Finding(
+                "room", here.free >= need,
+                f"the copy needs about {amount(need)} beside the old database, {amount(here.free)} are free",
+                "make room where the server keeps its data",
+            )
+        )  # fmt: skip
+    raise_for(findings)
+
+
+def announcement(config: NodeConfig, here: Here, facts: Mapping[str, Any]) -> str:
+    """Return what is going to happen, for the person who is to agree to it."""
+    members = facts.get("members")
+    count = len(members) if isinstance(members, list) else 0
+    if here.size is None:
+        fate = f"The database {here.database!r} will be made on this node"
+    else:
+        fate = f"The database {here.database!r} on this node ({amount(here.size)}) will be REPLACED"
+    nodes = f"{count} node{'s' if count != 1 else ''}"
+    cluster = printable(str(facts.get("cluster")))
+    lines = [
+        f"This node, {config.name} ({config.address}), will join the cluster {cluster!r} of {nodes}.",
+        f"{fate} by a copy of the master's ({amount(int(facts['bytes']))}).",
+    ]
+    if here.was_member:
+        lines.append("It belonged to a cluster before; what is left of that will be removed.")
+    return "\n".join(lines)

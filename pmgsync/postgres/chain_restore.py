@@ -1,0 +1,267 @@
+"""Restoring what one origin answers for: its rows are replaced, or merged in, in one transaction with its position."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import psycopg2
+import psycopg2.extensions
+
+from pmgsync.errors import PmgsyncError, ProtocolError, UnreachableError
+from pmgsync.merging import merge_expressions
+from pmgsync.postgres.catalog import Table, as_bytes, as_text, list_tables
+from pmgsync.postgres.copying import CopyIn
+from pmgsync.postgres.pieces import checked_vector, copy_from, set_position, table_piece
+from pmgsync.postgres.provision import ORIGIN_PREFIX
+from pmgsync.postgres.session import connect, quote_ident
+from pmgsync.postgres.snapshot import chain_condition, owner_condition
+from pmgsync.profile import Policy, Profile, TableRule
+
+log = logging.getLogger(__name__)
+
+ORIGIN_PATIENCE_S = 20.0
+POLL_S = 0.2
+STAGING = b"pg_temp.pgmsync_staging"
+
+Connection = psycopg2.extensions.connection
+
+
+class ChainRestore:
+    """Takes the pieces of a chain snapshot into the database that is there.
+
+    `feed` each piece, `finish`; `close` in any case. Nothing is visible before `finish`, without it nothing happened.
+    Readers are not kept waiting: rows are deleted, not truncated.
+
+    Attributes:
+        rows, bytes: how much has been fed.
+    """
+
+    def __init__(
+        self, dsn: str, profile: Profile, *, origin: int, own_cid: int, master: int, members: Collection[int]
+    ) -> None:
+        """Begin the transaction, with the origin's name on it, so that capture does not send it on.
+
+        Raises:
+            UnreachableError: when the server does not let it in, or another session applies this origin's chain.
+        """
+        self.rows = self.bytes = 0
+        self._profile = profile
+        self._origin, self._master = origin, master
+        self._members = frozenset(members) | {own_cid}
+        self._copy: CopyIn | None = None
+        self._table: Table | None = None
+        self._rule: TableRule | None = None
+        self._columns: list[bytes] = []
+        self._seen: set[int] = set()
+        self._connection = connect(dsn, application_name=f"pmgsync resync {origin}", replica=True)
+        try:
+            self._connection.autocommit = True
+            self._take_origin()
+            self._execute(b"BEGIN")
+            self._tables = {(table.schema, table.name): table for table in list_tables(self._connection)}
+        except psycopg2.Error as error:
+            self.close()
+            raise UnreachableError(f"the database did not answer ({str(error).strip()})") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def feed(self, piece: Mapping[str, Any], attachment: bytes | None) -> None:
+        """Take the next piece.
+
+        Raises:
+            ProtocolError: when it cannot stand here, or speaks of what the origin does not answer for.
+            PmgsyncError: when the server refuses it.
+        """
+        data = attachment or b""
+        with self._errors():
+            match piece.get("kind"):
+                case "wait" | "plan":
+                    pass
+                case "table" if self._copy is None:
+                    self._begin_table(piece)
+                case "rows" if self._copy is not None:
+                    self._copy.feed(data)
+                    self.bytes += len(data)
+                    self.rows += data.count(b"\n")
+                case "table-end" if self._copy is not None:
+                    self._copy.finish()
+                    self._copy = None
+                    self._end_table()
+                case kind:
+                    raise ProtocolError(f"the snapshot has a piece {kind!r:.40} where none can stand")
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Set the position and commit: from now on everything is visible, and durable.
+
+        Raises:
+            ProtocolError: when something is missing.
+        """
+        vector = checked_vector(result)
+        with self._errors():
+            if self._copy is not None or result.get("rows") != self.rows or self._origin not in vector:
+                raise ProtocolError(f"the snapshot ended after {self.rows} of {result.get('rows')} rows")
+            self._execute(set_position(self._origin, *vector[self._origin]))
+            self._execute(b"COMMIT")
+        log.info("action=chain-restored origin=%d rows=%d bytes=%d", self._origin, self.rows, self.bytes)
+
+    def close(self) -> None:
+        """End the session; without `finish` everything is rolled back."""
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
+        with contextlib.suppress(psycopg2.Error):
+            self._connection.close()
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    def _begin_table(self, piece: Mapping[str, Any]) -> None:
+        schema, name, columns = table_piece(piece)
+        label = f"{piece['schema']}.{piece['table']}"
+        rule = self._profile.rule_for(as_text(schema), as_text(name))
+        condition = None if rule is None else chain_condition(rule, self._origin, self._master, self._members)
+        if rule is None or condition is None:
+            raise ProtocolError(f"node {self._origin} sent rows of {label}, which it does not answer for")
+        table = self._tables.get((schema, name))
+        if table is None:
+            raise PmgsyncError(
+                f"the table {label} is not in this database", hint="bring its schema in line with the other nodes'"
+            )
+        if table.oid in self._seen:
+            raise ProtocolError(f"the snapshot has the table {label} twice")
+        here = set(table.copied(rule.local_columns))
+        unknown = sorted(as_text(column) for column in columns if column not in here)
+        if unknown:
+            raise PmgsyncError(
+                f"the table {label} lacks columns here that it has on node {self._origin}: {', '.join(unknown)}",
+                hint="bring its schema in line with the other nodes'",
+            )
+        self._seen.add(table.oid)
+        self._table, self._rule, self._columns = table, rule, columns
+        if rule.policy is Policy.MERGE:
+            listed = b", ".join(map(quote_ident, columns))
+            self._execute(b"DROP TABLE IF EXISTS %s" % STAGING)
+            self._execute(
+                b"CREATE TEMPORARY TABLE pgmsync_staging ON COMMIT DROP AS SELECT %s FROM %s WITH NO DATA"
+                % (listed, table.quoted)
+            )
+            self._copy = CopyIn(self._connection, copy_from(STAGING, columns))
+            return
+        self._execute(b"DELETE FROM ONLY %s%s" % (table.quoted, b" WHERE " + condition if condition else b""))
+        # The condition once more: rows of other owners are not this origin's to bring.
+        self._copy = CopyIn(self._connection, copy_from(table.quoted, columns, condition))
+
+    def _end_table(self) -> None:
+        table, rule = self._table, self._rule
+        assert table is not None
+        assert rule is not None
+        if rule.policy is Policy.MERGE:
+            self._execute(b"ANALYZE %s" % STAGING)
+            for statement in merge_statements(
+                table, rule, self._columns, origin=self._origin, master=self._master, members=self._members
+            ):
+                self._execute(statement)
+        self._table = self._rule = None
+
+    # -- the session ---------------------------------------------------------------------------------------------------
+
+    def _take_origin(self) -> None:
+        name = f"{ORIGIN_PREFIX}{self._origin}"
+        deadline = time.monotonic() + ORIGIN_PATIENCE_S
+        while True:
+            with self._connection.cursor() as cursor:
+                cursor.execute("SELECT pg_replication_origin_oid(%s) IS NULL", (name,))
+                try:
+                    if cursor.fetchone() == (True,):
+                        cursor.execute("SELECT pg_replication_origin_create(%s)", (name,))
+                    cursor.execute("SELECT pg_replication_origin_session_setup(%s)", (name,))
+                    return
+                except psycopg2.errors.UniqueViolation:
+                    continue  # made by the apply worker at the same instant
+                except psycopg2.errors.ObjectInUse as error:
+                    if time.monotonic() > deadline:
+                        raise UnreachableError(
+                            f"the chain of node {self._origin} is being applied by another session"
+                        ) from error
+            time.sleep(POLL_S)
+
+    def _execute(self, sql: bytes) -> None:
+        with self._connection.cursor() as cursor:
+            cursor.execute(sql)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except psycopg2.Error as error:
+            where = f" at the table {self._table.label}" if self._table is not None else ""
+            text = f"the rows of node {self._origin} cannot be restored{where} ({str(error).strip()})"
+            if isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError):
+                raise UnreachableError(text) from error
+            raise PmgsyncError(text) from error
+
+
+def merge_statements(
+    table: Table,
+    rule: TableRule,
+    columns: Sequence[bytes],
+    *,
+    origin: int,
+    master: int,
+    members: Collection[int],
+) -> list[bytes]:
+    """Return the SQL that merges the staged rows into a table: known rows by the rules, missing ones as they are.
+
+    Of a table whose rows only their owner inserts, missing rows of other owners are left to those owners' chains, and
+    rows of this origin that it has no more are deleted if deletes travel.
+
+    Raises:
+        PmgsyncError: when the table has no key to find a row by.
+    """
+    key = [as_bytes(name) for name in rule.key] or list(table.primary_key)
+    if not key:
+        raise PmgsyncError(f"rows of {table.label} cannot be merged, it has no primary key, the profile names none")
+    target, listed = table.quoted, b", ".join(map(quote_ident, columns))
+    types = {column.name: column for column in table.columns}
+    # Rows are joined by hash only with "=", and one by one otherwise.
+    same = b" AND ".join(
+        (b"t.%s = s.%s" if types[name].not_null else b"t.%s IS NOT DISTINCT FROM s.%s")
+        % (quote_ident(name), quote_ident(name))
+        for name in key
+    )
+    incoming = b", ".join(b"s." + quote_ident(name) for name in columns)
+    owned = b"true"
+    statements: list[bytes] = []
+    if rule.inserts_by_owner is not None:
+        owned = owner_condition(rule.inserts_by_owner, origin, master, members)
+        if rule.deletes:
+            statements.append(
+                b"DELETE FROM ONLY %s AS t WHERE %s AND NOT EXISTS (SELECT FROM %s AS s WHERE %s)"
+                % (target, owned, STAGING, same)
+            )
+    expressions = merge_expressions(
+        rule.rules,
+        {
+            as_text(name): (b"t." + quote_ident(name), b"s." + quote_ident(name), types[name].collatable)
+            for name in columns
+        },
+        lambda expression: b"(%s)::text" % expression,
+    )
+    if expressions:
+        assignments = b", ".join(b"%s = %s" % (quote_ident(as_bytes(name)), sql) for name, sql in expressions.items())
+        changed = b" OR ".join(
+            b"t.%s IS DISTINCT FROM %s" % (quote_ident(as_bytes(name)), sql) for name, sql in expressions.items()
+        )
+        statements.append(
+            b"UPDATE ONLY %s AS t SET %s FROM %s AS s WHERE %s AND (%s)" % (target, assignments, STAGING, same, changed)
+        )
+    statements.append(
+        b"INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE SELECT %s FROM (SELECT * FROM %s WHERE %s) AS s "
+        b"WHERE NOT EXISTS (SELECT FROM ONLY %s AS t WHERE %s)"
+        % (target, listed, incoming, STAGING, owned, target, same)
+    )
+    return statements
