@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from broker.heartbeats import DOWN_AFTER_S
 from broker.journal import Journals
 from pmgsync.chains import ChainHead, Verdict
 from pmgsync.errors import JournalError, PmgsyncError, ResyncRequiredError
@@ -72,6 +73,7 @@ class Follower:
         self._ahead_bytes = 0
         self._replay: _Replay | None = None
         self._known_head: Position | None = None
+        self._head_heard = time.monotonic()
         self._retry_at = 0.0
         self._refused: dict[int, float] = {}
         self.gaps = 0
@@ -136,7 +138,7 @@ class Follower:
 
     def heard_head(self, head: Position) -> None:
         """A heartbeat has said where the chain's newest frame ends; PUB keeps order, so what is missing was lost."""
-        self._known_head = head
+        self._known_head, self._head_heard = head, time.monotonic()
         self._fill_if_behind()
 
     def tick(self) -> None:
@@ -214,8 +216,11 @@ class Follower:
                 self._ahead_bytes -= self._ahead.pop(prev).size
 
     def _fill_if_behind(self) -> None:
-        position = self._head().position
-        if (self._known_head is not None and self._known_head > position) or self._ahead:
+        head = self._head()
+        behind = self._known_head is not None and self._known_head > head.position
+        # While the origin says nothing of its chain, the others' heartbeats tell what there is of it.
+        silent = time.monotonic() - self._head_heard > DOWN_AFTER_S
+        if behind or self._ahead or (silent and self._candidates(head)):
             self._fill()
 
     def _candidates(self, head: ChainHead) -> list[int]:

@@ -21,8 +21,8 @@ from pmgsync.membership import Member
 log = logging.getLogger(__name__)
 
 REBUILD_AFTER_S = 5.0
-"""Silence after which the sockets are made anew: a peer that vanished without FIN looks alive, and a socket that ZAP
-has denied once never asks again."""
+"""Silence after which a socket is made anew: a peer that vanished without FIN looks alive, and libzmq gives a socket up
+for good that ZAP has denied, or that received something damaged."""
 
 _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -33,6 +33,87 @@ _EVENTS = (
     | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CONNECT_RETRIED
 )
+
+
+class _Connection:
+    """One connecting socket with its monitor: libzmq itself does not tell why nothing comes.
+
+    Attributes:
+        problem: why there is no connection, "" while there is one.
+        established: True from the handshake to the end of the connection.
+        changed: when `established` last changed, or the socket was made.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Socket],
+        loop: Loop,
+        keys: NodeKeys,
+        member: Member,
+        kind: int,
+        port: int,
+        *,
+        receive: Callable[[list[zmq.Frame]], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self.problem = ""
+        self.established = False
+        self.changed = time.monotonic()
+        self._member = member
+        self._where = f"{member.name} ({member.cid}) at {member.address}:{port}"
+        self._loop = loop
+        self._ended = ended
+        self.socket = sockets.open_socket(
+            context, kind, max_bytes=MAX_BODY, hwm=sockets.EVENTS_HWM if kind == zmq.SUB else sockets.CONTROL_HWM
+        )
+        if kind == zmq.SUB:
+            self.socket.subscribe(b"")
+        self._monitor = self.socket.get_monitor_socket(_EVENTS)
+        loop.add_socket(self._monitor, self._watch)
+        loop.add_socket(self.socket, receive)
+        try:
+            sockets.connect(self.socket, keys, member.curve_key, member.address, port)
+        except zmq.ZMQError as error:
+            # A member's address comes from the member: one that libzmq will not have must stop nobody's broker.
+            self._note(f"{self._where} is not an address to connect to ({error.strerror})")
+
+    def close(self) -> None:
+        """Close it without a word."""
+        for socket in (self._monitor, self.socket):
+            self._loop.remove(socket)
+        self.socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self.socket.close(linger=0)
+
+    def _watch(self, parts: list[zmq.Frame]) -> None:
+        event = parse_monitor_message([part.bytes for part in parts])["event"]
+        greeted = self.established
+        match event:
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                problem = ""
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                problem = f"{self._where} refuses this node's key"
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                problem = f"the handshake with {self._where} failed: its key is not the one in the cluster document"
+            case zmq.EVENT_DISCONNECTED if greeted:
+                problem = f"{self._where} closed the connection"
+            case zmq.EVENT_DISCONNECTED:
+                problem = f"{self._where} closed the connection before the handshake: its key may have changed"
+            case zmq.EVENT_CONNECT_RETRIED:
+                problem = self.problem or f"{self._where} does not accept connections"
+            case _:
+                return
+        self.established = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        if self.established != greeted:
+            self.changed = time.monotonic()
+        self._note(problem)
+        if greeted and not self.established:
+            self._ended()
+
+    def _note(self, problem: str) -> None:
+        if problem and problem != self.problem:
+            log.warning("action=link-problem cid=%d problem=%s", self._member.cid, problem)
+        self.problem = problem
 
 
 class PeerLink:
@@ -49,9 +130,9 @@ class PeerLink:
         on_control: Callable[[PeerLink, Sequence[zmq.Frame]], None],
         on_rebuilt: Callable[[PeerLink], None],
     ) -> None:
+        """`on_rebuilt` is called when what was asked of the member will not be answered any more."""
         self.member = member
         self.heartbeat: Heartbeat | None = None
-        self.problem = ""
         self.reconnects = 0
         self._context = context
         self._loop = loop
@@ -60,8 +141,18 @@ class PeerLink:
         self._on_control = on_control
         self._on_rebuilt = on_rebuilt
         self._heard = time.monotonic()
-        self._greeted = False
-        self._open()
+        self._events = self._open_events()
+        self._control = self._open_control()
+
+    @property
+    def problem(self) -> str:
+        """Why the member is not heard, "" when that is not known."""
+        return self._events.problem
+
+    @property
+    def control_problem(self) -> str:
+        """Why nothing can be asked of the member, "" while it can."""
+        return self._control.problem
 
     @property
     def age_s(self) -> float:
@@ -76,74 +167,54 @@ class PeerLink:
     def heard(self, heartbeat: Heartbeat) -> None:
         """Note a heartbeat."""
         self.heartbeat = heartbeat
-        self._heard = heartbeat.received
-        self.problem = ""
 
     def send(self, message: Mapping[str, Any], attachments: Sequence[bytes] = ()) -> bool:
         """Send a control message; False when the member is not connected."""
         try:
-            self._control.send_multipart([pack(message), *attachments], zmq.NOBLOCK)
+            self._control.socket.send_multipart([pack(message), *attachments], zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
 
     def tick(self) -> None:
-        """Make the sockets anew when nothing was heard for long."""
-        if time.monotonic() - self._heard > REBUILD_AFTER_S:
+        """Make the sockets anew when nothing was heard for long, or the control connection does not come back."""
+        now = time.monotonic()
+        if now - self._heard > REBUILD_AFTER_S:
             self.rebuild()
+        elif not self._control.established and now - self._control.changed > REBUILD_AFTER_S:
+            # The events connection is well and must not lose anything because the control port is shut.
+            self._control.close()
+            self._control = self._open_control()
 
     def rebuild(self) -> None:
         """Close both connections and make new ones."""
         self.close()
         self.reconnects += 1
         self._heard = time.monotonic()
-        self._open()
+        self._events = self._open_events()
+        self._control = self._open_control()
         self._on_rebuilt(self)
 
     def close(self) -> None:
         """Close both connections."""
-        for socket in (self._monitor, self._events, self._control):
-            self._loop.remove(socket)
-        self._events.disable_monitor()
-        self._monitor.close(linger=0)
-        self._events.close(linger=0)
-        self._control.close(linger=0)
+        self._events.close()
+        self._control.close()
 
-    def _open(self) -> None:
-        member = self.member
-        self._greeted = False
-        self._events = sockets.open_socket(self._context, zmq.SUB, max_bytes=MAX_BODY)
-        self._events.subscribe(b"")
-        self._monitor = self._events.get_monitor_socket(_EVENTS)
-        self._control = sockets.open_socket(self._context, zmq.DEALER, max_bytes=MAX_BODY, hwm=10_000)
-        self._loop.add_socket(self._monitor, self._watch)
-        self._loop.add_socket(self._events, lambda parts: self._on_event(self, parts))
-        self._loop.add_socket(self._control, lambda parts: self._on_control(self, parts))
-        sockets.connect(self._events, self._keys, member.curve_key, member.address, member.events)
-        sockets.connect(self._control, self._keys, member.curve_key, member.address, member.control)
+    def _open_events(self) -> _Connection:
+        def receive(parts: list[zmq.Frame]) -> None:
+            self._heard = time.monotonic()
+            self._on_event(self, parts)
 
-    def _watch(self, parts: list[zmq.Frame]) -> None:
-        event = parse_monitor_message([part.bytes for part in parts])["event"]
-        where = f"{self.member.name} ({self.member.cid}) at {self.member.address}:{self.member.events}"
-        match event:
-            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._greeted = True
-                problem = ""
-            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                problem = f"{where} refuses this node's key"
-            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                problem = f"the handshake with {where} failed: its key is not the one in the cluster document"
-            case zmq.EVENT_DISCONNECTED:
-                problem = (
-                    f"{where} closed the connection"
-                    if self._greeted
-                    else f"{where} closed the connection before the handshake: its key may have changed"
-                )
-                self._greeted = False
-            case zmq.EVENT_CONNECT_RETRIED:
-                problem = self.problem or f"{where} does not accept connections"
-            case _:
-                return
-        if problem and problem != self.problem:
-            log.warning("action=link-problem cid=%d problem=%s", self.member.cid, problem)
-        self.problem = problem
+        return self._open(zmq.SUB, self.member.events, receive, lambda: None)
+
+    def _open_control(self) -> _Connection:
+        return self._open(
+            zmq.DEALER, self.member.control, lambda parts: self._on_control(self, parts), lambda: self._on_rebuilt(self)
+        )
+
+    def _open(
+        self, kind: int, port: int, receive: Callable[[list[zmq.Frame]], None], ended: Callable[[], None]
+    ) -> _Connection:
+        return _Connection(
+            self._context, self._loop, self._keys, self.member, kind, port, receive=receive, ended=ended
+        )

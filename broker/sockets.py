@@ -18,6 +18,7 @@ HEARTBEAT_MS = 1_000
 HEARTBEAT_TIMEOUT_MS = 5_000
 EVENTS_HWM = 1_000
 """Frames of at most 64 KiB (larger only for single huge rows): 64 MiB for a subscriber that stalls."""
+CONTROL_HWM = 10_000
 CONTROL_MAX_BYTES = 1 << 20
 JOIN_MAX_BYTES = 64 << 10
 MEMBERS_DOMAIN = b"members"
@@ -26,8 +27,14 @@ BIND_PATIENCE_S = 2.0
 """A port that this process has just closed may be taken for an instant longer."""
 
 
-def open_socket(context: zmq.Context[Socket], kind: int, *, max_bytes: int = -1, hwm: int = EVENTS_HWM) -> Socket:
-    """Return a socket with the options that all TCP sockets share."""
+def open_socket(
+    context: zmq.Context[Socket], kind: int, *, max_bytes: int = JOIN_MAX_BYTES, hwm: int = EVENTS_HWM
+) -> Socket:
+    """Return a socket with the options that all TCP sockets share.
+
+    `max_bytes` bounds what comes in, also what a stranger sends instead of a handshake: it must be set for whatever
+    binds, even for a PUB that receives nothing but subscriptions.
+    """
     socket = context.socket(kind)
     socket.linger = 0
     socket.ipv6 = True

@@ -124,13 +124,13 @@ def tell_broker(config: NodeConfig) -> bool:
 
 
 def held_document(state: StateDirectory) -> None:
-    """Refuse when a cluster is defined here already.
+    """Refuse when a cluster is defined here already; the document of one that this node was removed from is none.
 
     Raises:
         MembershipError: when it is.
     """
     signed = state.document()
-    if signed is not None:
+    if signed is not None and state.own_cid(signed.document):
         raise MembershipError(
             "cluster already defined",
             hint=f"this node belongs to the cluster {signed.document.name!r}; `pmgcm status` shows it",

@@ -313,6 +313,7 @@ class Source:
         self._frames: Iterator[Frame] = iter(())
         self._in_flight: list[tuple[Position, int]] = []
         self._pending = 0
+        self._told_durable = Position(0)
         self._reported = 0.0
         self.done = False
 
@@ -364,11 +365,14 @@ class Source:
         self._attempt += 1
         self._frames = make_frames(self._rng, self.transactions, position, attempt=self._attempt)
         self._in_flight, self._pending, self.done = [], 0, False
+        self._told_durable = Position(0)
 
     def _note(self, position: Position) -> None:
         if position.complete:
-            assert position >= self.durable, "what is durable never goes back"
-            self.durable = position
+            # A restarted broker counts as durable only what it has synced itself: it tells less at first.
+            assert position >= self._told_durable, "what is durable never goes back"
+            self._told_durable = position
+            self.durable = max(self.durable, position)
         while self._in_flight and self._in_flight[0][0] <= position:
             self._pending -= self._in_flight.pop(0)[1]
 

@@ -228,6 +228,7 @@ class Cluster:
     ) -> None:
         self.schema = schema
         self.seed = seed
+        self._directory = directory
         self.encoding = encoding
         self.nodes = [
             Node(
@@ -258,6 +259,22 @@ class Cluster:
         self.master.pmgcm("create")
         for node in self.nodes[1:]:
             self.join(node)
+
+    def add_node(self, name: str) -> Node:
+        """Return one more node like the others, which has not joined yet."""
+        like = self.master
+        node = Node(
+            self._directory / name,
+            name,
+            profile=like.profile,
+            dbname=like.dbname,
+            address=like.address,
+            extra=like.extra,
+        )
+        self.nodes.append(node)
+        node.prepare()
+        node.create_database(encoding=self.encoding)
+        return node
 
     def join(self, node: Node) -> None:
         """Have a node join, with the line that the master prints."""

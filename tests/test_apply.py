@@ -430,8 +430,10 @@ def test_local_triggers_do_not_fire(make_pair: MakePair) -> None:
     )
     pair.run(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'not here'; END $$;"
-        "CREATE TRIGGER refuse BEFORE INSERT OR UPDATE OR DELETE ON t FOR EACH ROW EXECUTE FUNCTION refuse()", on=pair.target
-    )  # fmt: skip
+        "CREATE TRIGGER refuse BEFORE INSERT OR UPDATE OR DELETE ON t FOR EACH ROW "
+        "EXECUTE FUNCTION refuse()",
+        on=pair.target,
+    )
     pair.both("INSERT INTO t VALUES (1), (2); INSERT INTO r VALUES (1, 1), (2, 2); DELETE FROM t WHERE id = 1")
 
 

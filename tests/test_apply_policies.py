@@ -237,7 +237,8 @@ def test_receivers(make_pair: MakePair) -> None:
 
 def test_greylist(make_pair: MakePair) -> None:
     schema = (
-        "CREATE TABLE cgreylist (ipnet varchar(49) NOT NULL, sender varchar(255) NOT NULL, receiver varchar(255) NOT NULL, "
+        "CREATE TABLE cgreylist (ipnet varchar(49) NOT NULL, sender varchar(255) NOT NULL,"
+        "receiver varchar(255) NOT NULL,"
         "instance varchar(255), "
         "rctime int NOT NULL, extime int NOT NULL, delay int DEFAULT 0 NOT NULL, blocked int NOT NULL,"
         "passed int NOT NULL, cid int NOT NULL, mtime int NOT NULL, PRIMARY KEY (sender, ipnet, receiver))"

@@ -24,7 +24,7 @@ from broker.door_client import DoorClient
 from broker.state import NodeKeys, StateDirectory
 from cli.demo.hold import free_ports
 from pmgsync.errors import MembershipError, UnreachableError
-from pmgsync.membership import Member, found_cluster, sign, with_member
+from pmgsync.membership import Member, found_cluster, sign, with_member, without_member
 from pmgsync.postgres.embedded import EmbeddedPostgres
 from pmgsync.postgres.provision import deprovision
 from pmgsync.postgres.session import connect
@@ -82,14 +82,17 @@ def refused(done: subprocess.CompletedProcess[str], *expected: str, code: int = 
         assert part in done.stderr
 
 
-def found(node: Node, *, master: bool = True) -> None:
-    """Put a cluster document into a node's state directory: of a cluster of this node and one other."""
+def found(node: Node, *, master: bool = True, removed: bool = False) -> None:
+    """Put a cluster document into a node's state directory: of a cluster of this node (unless it was removed) and one
+    other."""
     state = StateDirectory(node.state)
     keys, other = state.keys(), StateDirectory(node.directory / "other").keys()
     mine, theirs = _member(1, "pmg1", keys, node.ports), _member(2, "pmg2", other, free_ports(3))
     founder, newcomer = (mine, theirs) if master else (theirs, mine)
     document = found_cluster(b"c" * 16, "test", "pmg", Member.from_map({**founder.to_map(), "cid": 1}))
     document = with_member(document, newcomer)
+    if removed:
+        document = without_member(document, 2)
     state.store_document(sign(document, 1, (keys if master else other).sign_private))
 
 
@@ -206,6 +209,12 @@ def test_join_and_create_refuse_a_node_that_is_a_member(node: Node) -> None:
     found(node)
     refused(node.pmgcm("create"), "cluster already defined")
     refused(node.pmgcm("join", "127.0.0.1", "--fingerprint", FINGERPRINT, "--token", "x"), "cluster already defined")
+
+
+def test_a_node_that_was_removed_may_join_again(node: Node) -> None:
+    found(node, master=False, removed=True)
+    # It gets as far as the database, which is not there.
+    refused(node.pmgcm("join", "127.0.0.1", "--fingerprint", FINGERPRINT, "--token", "x"), "does not accept a session")
 
 
 # -- the door, as a newcomer meets it --------------------------------------------------------------------------------
@@ -329,6 +338,7 @@ def untouched(node: Node, dsn: str) -> None:
     assert not (node.state / "create.begun").exists()
 
 
+@pytest.mark.cluster
 def test_create_makes_a_cluster_of_one(node: Node, server: EmbeddedPostgres) -> None:
     dsn = on_database(node, server, "made")
     execute(dsn, "INSERT INTO public.localstat (time, cid, mtime) VALUES (1, 0, 1)")
@@ -352,6 +362,7 @@ def test_create_makes_a_cluster_of_one(node: Node, server: EmbeddedPostgres) -> 
     untouched(node, dsn)
 
 
+@pytest.mark.cluster
 def test_create_takes_up_after_one_that_was_killed(node: Node, server: EmbeddedPostgres) -> None:
     dsn = on_database(node, server, "killed")
     assert node.pmgcm("create").returncode == 0
@@ -364,6 +375,7 @@ def test_create_takes_up_after_one_that_was_killed(node: Node, server: EmbeddedP
     deprovision(dsn)
 
 
+@pytest.mark.cluster
 def test_create_names_everything_that_must_be_put_right(node: Node, server: EmbeddedPostgres) -> None:
     dsn = on_database(node, server, "lacking")
     execute(dsn, "DROP TABLE public.userprefs")
@@ -378,6 +390,7 @@ def test_create_names_everything_that_must_be_put_right(node: Node, server: Embe
     untouched(node, dsn)
 
 
+@pytest.mark.cluster
 def test_create_says_how_to_get_logical_decoding(node: Node) -> None:
     with EmbeddedPostgres(settings={"wal_level": "replica"}) as plain:
         dsn = on_database(node, plain, "plain")
@@ -385,6 +398,7 @@ def test_create_says_how_to_get_logical_decoding(node: Node) -> None:
         untouched(node, dsn)
 
 
+@pytest.mark.cluster
 def test_create_refuses_an_address_that_is_not_its_own(node: Node, server: EmbeddedPostgres) -> None:
     dsn = on_database(node, server, "elsewhere")
     node.config.write_text(node.config.read_text().replace('"127.0.0.1"', '"192.0.2.1"'))
@@ -392,6 +406,7 @@ def test_create_refuses_an_address_that_is_not_its_own(node: Node, server: Embed
     untouched(node, dsn)
 
 
+@pytest.mark.cluster
 def test_an_interrupted_create_leaves_nothing(node: Node, server: EmbeddedPostgres) -> None:
     dsn = on_database(node, server, "interrupted")
     with contextlib.closing(connect(dsn, application_name="open")) as open_transaction:
@@ -414,5 +429,6 @@ def test_an_interrupted_create_leaves_nothing(node: Node, server: EmbeddedPostgr
     untouched(node, dsn)
 
 
+@pytest.mark.cluster
 def test_a_server_that_is_away_is_told(node: Node) -> None:
     refused(node.pmgcm("create"), "the database does not accept a session", "hint:")

@@ -60,10 +60,7 @@ def test_join_while_the_master_is_written_to(new_cluster: NewCluster) -> None:
     work = Stoppable(bank.step)
     try:
         eventually(lambda: bank.committed > 200)
-        newcomer = Cluster(cluster.master.directory.parent / "more", nodes=1).nodes[0]
-        cluster.nodes.append(newcomer)
-        newcomer.prepare()
-        newcomer.create_database()
+        newcomer = cluster.add_node("newcomer")
         cluster.join(newcomer)
         witness = Witness(newcomer)
         watch = Stoppable(witness.step)

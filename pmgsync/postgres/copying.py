@@ -36,8 +36,9 @@ class CopyOut:
         self._abandoned = threading.Event()
         self._pending: list[bytes] = []
         self._size = 0
-        self._thread = threading.Thread(target=self._run, args=(statement,), name="copy-out", daemon=True)
-        self._thread.start()
+        # Not Thread.join: when a signal's exception ends it, the thread counts as ended although it runs.
+        self._over = threading.Event()
+        threading.Thread(target=self._run, args=(statement,), name="copy-out", daemon=True).start()
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield chunks of whole rows of at most `MAX_CHUNK_BYTES`, and longer rows in parts.
@@ -54,10 +55,10 @@ class CopyOut:
     def close(self) -> None:
         """End the COPY; when it was not over, the session is of no more use."""
         self._abandoned.set()
-        while self._thread.is_alive():
+        while not self._over.is_set():
             with contextlib.suppress(psycopg2.Error):
                 self._connection.cancel()
-            self._thread.join(POLL_S)
+            self._over.wait(POLL_S)
 
     def write(self, row: bytes) -> int:
         """Take one row; psycopg2 calls this in the thread."""
@@ -95,6 +96,8 @@ class CopyOut:
         except Exception as error:
             with contextlib.suppress(_AbandonedError):
                 self._put(error)
+        finally:
+            self._over.set()
 
 
 class CopyIn:
@@ -105,11 +108,11 @@ class CopyIn:
         self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUED_CHUNKS)
         self._abandoned = threading.Event()
         self._rest = memoryview(b"")
-        self._over = False
+        self._ended = False
         self._error: BaseException | None = None
         self._copied = 0
-        self._thread = threading.Thread(target=self._run, args=(statement,), name="copy-in", daemon=True)
-        self._thread.start()
+        self._over = threading.Event()
+        threading.Thread(target=self._run, args=(statement,), name="copy-in", daemon=True).start()
 
     def feed(self, data: bytes) -> None:
         """Take a piece.
@@ -126,8 +129,8 @@ class CopyIn:
             psycopg2.Error: when the server refused the rows.
         """
         self._put(None)
-        while self._thread.is_alive():
-            self._thread.join(POLL_S)
+        while not self._over.wait(POLL_S):
+            pass
         if self._error is not None:
             raise self._error
         return self._copied
@@ -135,15 +138,15 @@ class CopyIn:
     def close(self) -> None:
         """Give up, if it is not finished; the COPY fails and writes nothing."""
         self._abandoned.set()
-        while self._thread.is_alive():
+        while not self._over.is_set():
             with contextlib.suppress(psycopg2.Error):
                 self._connection.cancel()
-            self._thread.join(POLL_S)
+            self._over.wait(POLL_S)
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes, b"" at the end; psycopg2 calls this in the thread."""
         while not self._rest:
-            if self._over:
+            if self._ended:
                 return b""
             try:
                 item = self._queue.get(timeout=POLL_S)
@@ -152,7 +155,7 @@ class CopyIn:
                     raise _AbandonedError from None
                 continue
             if item is None:
-                self._over = True
+                self._ended = True
             else:
                 self._rest = memoryview(item)
         data = bytes(self._rest[:size])
@@ -165,7 +168,7 @@ class CopyIn:
 
     def _put(self, item: bytes | None) -> None:
         while True:
-            if not self._thread.is_alive():
+            if self._over.is_set():
                 raise self._error or psycopg2.InterfaceError("the COPY is over")
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=POLL_S)
@@ -178,3 +181,5 @@ class CopyIn:
                 self._copied = cursor.rowcount
         except Exception as error:
             self._error = error
+        finally:
+            self._over.set()

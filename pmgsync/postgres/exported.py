@@ -87,7 +87,9 @@ def export_snapshot(dsn: str) -> Generator[str, None, ExportedSnapshot]:
     parameters |= {"client_encoding": PINNED["client_encoding"], "application_name": "pmgsync snapshot"}
     watching = connect(dsn, application_name="pmgsync snapshot")
     replicating: Connection | None = None
-    thread: threading.Thread | None = None
+    # Not Thread.join: when a signal's exception ends it, the thread counts as ended although it runs.
+    over = threading.Event()
+    started = False
     outcome: list[tuple[str, str] | Exception] = []
     done = False
     try:
@@ -104,13 +106,14 @@ def export_snapshot(dsn: str) -> Generator[str, None, ExportedSnapshot]:
                 outcome.append((as_text(row[1]), as_text(row[2])))
             except Exception as error:
                 outcome.append(error)
+            finally:
+                over.set()
 
-        thread = threading.Thread(target=create, name="export-snapshot", daemon=True)
-        thread.start()
+        started = True
+        threading.Thread(target=create, name="export-snapshot", daemon=True).start()
         noticed = time.monotonic()
-        while thread.is_alive():
-            thread.join(POLL_S)
-            if thread.is_alive() and time.monotonic() - noticed > WAIT_NOTICE_S:
+        while not over.wait(POLL_S):
+            if time.monotonic() - noticed > WAIT_NOTICE_S:
                 noticed = time.monotonic()
                 yield ", ".join(waited_for(watching, replicating.info.backend_pid))
         result = outcome[0]
@@ -124,9 +127,9 @@ def export_snapshot(dsn: str) -> Generator[str, None, ExportedSnapshot]:
     finally:
         watching.close()
         if replicating is not None and not done:
-            while thread is not None and thread.is_alive():
+            while started and not over.is_set():
                 replicating.cancel()
-                thread.join(POLL_S)
+                over.wait(POLL_S)
             replicating.close()
 
 

@@ -349,6 +349,8 @@ def _session(dsn: str, name: str) -> Iterator[Connection]:
 def _still_usable(connection: Connection, dsn: str) -> Iterator[Connection]:
     """Yield the session that holds the lock when it survived what happened, otherwise a new one."""
     if not connection.closed and connection.info.transaction_status == psycopg2.extensions.TRANSACTION_STATUS_IDLE:
+        if _value(connection, "SELECT pg_replication_origin_session_is_setup()"):
+            _execute(connection, "SELECT pg_replication_origin_session_reset()")
         yield connection
         return
     with contextlib.suppress(psycopg2.Error):

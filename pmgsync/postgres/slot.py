@@ -29,6 +29,8 @@ def create_slot(creating: Connection, watching: Connection, slot: str, tell: Pro
         psycopg2.Error: when the server does not create it; there is none then.
     """
     outcome: list[psycopg2.Error | None] = []
+    # Not Thread.join: when a signal's exception ends it, the thread counts as ended although it runs.
+    over = threading.Event()
     with creating.cursor() as cursor:
         # Without it the server would go on waiting, and create the slot, for a process that was killed meanwhile.
         cursor.execute("SET client_connection_check_interval = '1s'")
@@ -40,23 +42,23 @@ def create_slot(creating: Connection, watching: Connection, slot: str, tell: Pro
                 outcome.append(None)
             except psycopg2.Error as error:
                 outcome.append(error)
+            finally:
+                over.set()
 
-        thread = threading.Thread(target=create, name="create-slot", daemon=True)
-        thread.start()
+        threading.Thread(target=create, name="create-slot", daemon=True).start()
         told: list[str] = []
         try:
-            while thread.is_alive():
-                thread.join(POLL_S)
-                for text in waited_for(watching, pid) if thread.is_alive() else []:
+            while not over.wait(POLL_S):
+                for text in waited_for(watching, pid):
                     if text not in told:
                         told.append(text)
                         tell(f"waiting for {text} to end")
         except BaseException:
             # Again and again: the first may come before the statement has reached the server.
             deadline = time.monotonic() + CANCEL_S
-            while thread.is_alive() and time.monotonic() < deadline:
+            while not over.is_set() and time.monotonic() < deadline:
                 creating.cancel()
-                thread.join(POLL_S)
+                over.wait(POLL_S)
             raise
     if outcome[0] is not None:
         raise outcome[0]

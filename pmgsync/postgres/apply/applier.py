@@ -206,7 +206,7 @@ class Applier:
         """
         if self._connection is None or self._connection.closed:
             self.connect()
-        self._planner.writers = Writers.at(self._origin, self._master(), self._members())
+        self._planner.set_writers(Writers.at(self._origin, self._master(), self._members()))
         group: list[PlannedTransaction] = []
         reached, changes = self.position, 0
         try:

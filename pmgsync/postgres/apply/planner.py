@@ -17,23 +17,27 @@ from pmgsync.profile import Policy, Profile, TableRule
 
 
 class Planner:
-    """Keeps what it has learned of tables until it is told to forget.
-
-    Attributes:
-        writers: who may write what; to be set before planning.
-    """
+    """Keeps what it has learned of tables until it is told to forget."""
 
     def __init__(self, profile: Profile, stats: ApplyStats) -> None:
-        self.writers = Writers(0, 0, frozenset())
+        self._writers = Writers(0, 0, frozenset())
         self._profile = profile
         self._stats = stats
         self._rules: dict[tuple[bytes, bytes], TableRule | None] = {}
+        self._routes: dict[bytes, tuple[TableRule | None, bool | None, int | None]] = {}
         self._targets: dict[bytes, Target] = {}
         self._number = 0
+
+    def set_writers(self, writers: Writers) -> None:
+        """Say who may write what, from the next plan on."""
+        if writers != self._writers:
+            self._writers = writers
+            self._routes.clear()
 
     def forget(self) -> None:
         """Look every table up again at its next use."""
         self._targets.clear()
+        self._routes.clear()
 
     def renew(self, cursor: Cursor, items: list[PlanItem]) -> None:
         """Put what the catalog says now into a plan that was made earlier.
@@ -71,16 +75,17 @@ class Planner:
             relation, row = change
             if relation.raw is not raw:
                 raw, target = relation.raw, None
-                rule = self._rule(relation)
-                wholly = counts_wholly(rule, self.writers) if rule is not None else False
-                owner = owner_index(rule, relation) if rule is not None and wholly is None else None
+                route = self._routes.get(raw)
+                if route is None:
+                    route = self._routes[raw] = self._route(relation)
+                rule, wholly, owner = route
             if wholly is False:
                 self._stats.skipped += 1
                 continue
             assert rule is not None and isinstance(row, Insert | Update | Delete)
             if wholly is None:
                 try:
-                    kept = select(rule, relation, row, self.writers, owner)
+                    kept = select(rule, relation, row, self._writers, owner)
                 except ApplyError as error:
                     error.lsn = format_lsn(lsn)
                     raise
@@ -118,6 +123,14 @@ class Planner:
             items.append(Item(target, "D", old, None))
         items.append(Item(target, "U", None, new))
 
+    def _route(self, relation: Relation) -> tuple[TableRule | None, bool | None, int | None]:
+        """Return a table's rule, whether all or none of its changes count, and the place of the owner otherwise."""
+        rule = self._rule(relation)
+        if rule is None:
+            return None, False, None
+        wholly = counts_wholly(rule, self._writers)
+        return rule, wholly, owner_index(rule, relation) if wholly is None else None
+
     def _rule(self, relation: Relation) -> TableRule | None:
         key = (relation.namespace, relation.name)
         if key not in self._rules:
@@ -144,7 +157,7 @@ class Planner:
         parts: list[tuple[Target, bytes]] = []
         for relation in change.relations:
             rule = self._rule(relation)
-            if rule is None or rule.policy is Policy.LOCAL or counts_wholly(rule, self.writers) is False:
+            if rule is None or rule.policy is Policy.LOCAL or counts_wholly(rule, self._writers) is False:
                 self._stats.skipped += 1
             elif rule.policy is Policy.MIRROR or (rule.policy is Policy.MERGE and rule.deletes):
                 target = self._target(cursor, relation, rule, lsn)
@@ -163,7 +176,7 @@ class Planner:
 
     def _owned(self, rule: TableRule, relation: Relation) -> bytes:
         """Return the condition that a row is the origin's to write."""
-        writers = self.writers
+        writers = self._writers
         owner = owner_index(rule, relation)
         assert owner is not None
         column = quote_ident(relation.columns[owner].name)
