@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pmgsync.merging import merge_rows
+from pmgsync.positions import LAST, Position
 from pmgsync.postgres.embedded import EmbeddedPostgres
 from pmgsync.profile import MergeRule, Policy, Profile, load_profile
 from tests.server import Pair, make_profile, rule
@@ -110,6 +111,24 @@ def test_what_was_purged_here_is_not_missed(make_pair: MakePair) -> None:
     ]
     assert pair.run("SELECT id FROM o WHERE rid = 50", on=pair.target) == [(999,)]  # the node's own number stays
     assert len(pair.run("SELECT * FROM pgmsync.conflict", on=pair.target)) == 1
+
+
+def test_a_part_is_repeated_row_by_row(make_pair: MakePair) -> None:
+    """Parts before it stay, its own rows meet what is here, and the whole is still one transaction."""
+    pair = make_pair(SCHEMA, OWNED)
+    pair.run("INSERT INTO o (cid, rid, v) VALUES (2, 150, 'here')", on=pair.target)
+    pair.run("INSERT INTO o (cid, rid, v) SELECT 2, g, repeat('v', 90) FROM generate_series(1, 300) g")
+    messages = pair.messages()
+    pair.again(Position(0, LAST), frame_bytes=3000)
+    frames = pair.frames(messages)
+    with pair.applier() as applier:
+        for frame in frames[:-1]:
+            applier.apply([frame])
+        assert owners(pair) == [(2, 1)] and applier.stats.repeats == 1
+        applier.apply(frames[-1:])
+        assert (applier.stats.rows, applier.stats.conflicts) == (300, 1)
+    columns = "cid, rid, v"
+    assert pair.table("o", on=pair.target, columns=columns) == pair.table("o", columns=columns)
 
 
 def test_owned_rows_without_a_key(make_pair: MakePair) -> None:

@@ -143,6 +143,10 @@ def _write(cluster: DemoCluster, latency: Latency, seconds: float, rate: float) 
         for thread in (*watchers, *writers):
             thread.start()
         begun = time.monotonic()
+        timer = threading.Timer(seconds, stop.set)
+        timer.daemon = True
+        stack.callback(timer.cancel)
+        timer.start()
 
         def progress() -> str:
             figures = latency.summary()
@@ -151,8 +155,7 @@ def _write(cluster: DemoCluster, latency: Latency, seconds: float, rate: float) 
             return f"{elapsed:.0f} of {seconds:g} s: {sum(mail.done for mail in mails)} mails{lag}"
 
         with Display() as display:
-            _show_until(cluster, display, progress, lambda: time.monotonic() - begun >= seconds, [*watchers, *writers])
-            stop.set()
+            _show_until(cluster, display, progress, stop.is_set, [*watchers, *writers])
             for writer in writers:
                 writer.join()
             drained = time.monotonic() + DRAIN_S

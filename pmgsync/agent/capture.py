@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ ASK_S = 0.5
 ASK_FAST_S = 0.02
 ASK_FAST_FOR_S = 2.0
 SLOT_CHECK_S = 10.0
+RENEW_POLL_S = 0.2
 RETAINED_ALERT_BYTES = 1 << 30
 
 _FRAME = pack({"op": "frame"})
@@ -61,7 +63,7 @@ class CaptureWorker(Worker):
         except ChainBrokenError as error:
             log.error("action=chain-broken position=%s error=%s", position, error)
             self.fail(error)
-            renew_chain(self.config.dsn, facts)
+            self._renew(facts)
             return
         start = max(position.lsn + 1, safe)
         reader = SlotReader(self.config.dsn, slot=facts.slot, publication=facts.publication, start_lsn=start)
@@ -71,6 +73,23 @@ class CaptureWorker(Worker):
         finally:
             reader.close()
 
+
+    def _renew(self, facts: NodeFacts) -> None:
+        """Begin a new chain, with signs of life: making the slot waits for every open transaction."""
+        failed: list[PmgsyncError] = []
+
+        def renew() -> None:
+            try:
+                renew_chain(self.config.dsn, facts)
+            except PmgsyncError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=renew, name="renew", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            self.rest(RENEW_POLL_S)
+        if failed:
+            raise failed[0]
 
 class _Stream:
     """One run of capture: a replication connection and a session with the broker."""

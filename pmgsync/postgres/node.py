@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
 
 from pmgsync.errors import ChainBrokenError, MembershipError, UnreachableError
-from pmgsync.positions import format_lsn, parse_lsn
 from pmgsync.postgres.capture import SlotState, read_slot_state
 from pmgsync.postgres.provision import NodeFacts, node_facts
 from pmgsync.postgres.session import connect
+from pmgsync.postgres.slot import create_slot
 from pmgsync.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -62,35 +64,45 @@ def read_facts(dsn: str, profile: Profile) -> dict[str, Any]:
 def renew_chain(dsn: str, facts: NodeFacts) -> None:
     """Begin a new incarnation of this node's chain: a slot made anew, which the others join with a snapshot.
 
+    Interrupted at any instant it is done again: a slot that does not fit the row in pgmsync.node is a broken chain.
+
     Raises:
         UnreachableError: when the server does not answer, or the old slot is in use.
+        ChainBrokenError: when the database has no node any more.
     """
-    connection = connect(dsn, application_name="pmgsync renew")
+    incarnation = secrets.randbits(62) + 1
     try:
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute(
-                "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots "
-                "WHERE slot_name = %s",
-                (facts.slot,),
-            )
-            cursor.execute(
-                "SELECT lsn::text FROM pg_catalog.pg_create_logical_replication_slot(%s, 'pgoutput')", (facts.slot,)
-            )
-            row = cursor.fetchone()
-            assert row is not None
-            start = parse_lsn(row[0].decode() if isinstance(row[0], bytes) else row[0])
-            incarnation = secrets.randbits(62) + 1
-            cursor.execute(
-                "UPDATE pmgsync.node SET incarnation = %s, start_lsn = %s, needs_snapshot = true, "
-                "system_id = (SELECT system_identifier FROM pg_catalog.pg_control_system())::text, "
-                "timeline = (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint())",
-                (incarnation, format_lsn(start)),
-            )
-            if cursor.rowcount != 1:
-                raise ChainBrokenError("the database has no row in pmgsync.node any more")
+        with _session(dsn) as watching, _session(dsn) as creating:
+            with watching.cursor() as cursor:
+                cursor.execute(
+                    "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots "
+                    "WHERE slot_name = %s",
+                    (facts.slot,),
+                )
+            # In a session of its own: one that has made a logical slot does not find every table afterwards.
+            create_slot(creating, watching, facts.slot, lambda text: log.warning("action=new-chain %s", text))
+            with watching.cursor() as cursor:
+                cursor.execute(
+                    "UPDATE pgmsync.node SET incarnation = %s, needs_snapshot = true, "
+                    "start_lsn = (SELECT confirmed_flush_lsn FROM pg_catalog.pg_replication_slots "
+                    "WHERE slot_name = %s), "
+                    "system_id = (SELECT system_identifier FROM pg_catalog.pg_control_system())::text, "
+                    "timeline = (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint())",
+                    (incarnation, facts.slot),
+                )
+                if cursor.rowcount != 1:
+                    raise ChainBrokenError("the database has no row in pgmsync.node any more")
     except psycopg2.Error as error:
         raise UnreachableError(f"a new chain could not be begun ({str(error).strip()})") from error
+    log.error("action=new-chain incarnation=%016x", incarnation)
+
+
+@contextlib.contextmanager
+def _session(dsn: str) -> Iterator[psycopg2.extensions.connection]:
+    connection = connect(dsn, application_name="pmgsync new chain")
+    try:
+        connection.autocommit = True
+        yield connection
     finally:
-        connection.close()
-    log.error("action=new-chain incarnation=%016x start=%s", incarnation, format_lsn(start))
+        with contextlib.suppress(psycopg2.Error):
+            connection.close()

@@ -22,6 +22,7 @@ from pmgsync.frames import Frame, is_part, unpack_body
 from pmgsync.pgoutput import Piece, transactions
 from pmgsync.policies import Writers
 from pmgsync.positions import LAST, Position, format_lsn, parse_lsn
+from pmgsync.postgres.apply.failures import apply_error, one_line
 from pmgsync.postgres.apply.plan import ApplyStats, PlanItem, PlannedTransaction
 from pmgsync.postgres.apply.planner import Planner
 from pmgsync.postgres.apply.rows import RowExecutor
@@ -34,10 +35,6 @@ PREDECESSOR_S = 3.0
 """Seconds that a session of the same origin is given to end."""
 GROUP_CHANGES = 20_000
 """Row changes of small transactions that go into one local transaction at most."""
-
-_TRANSIENT_CLASSES = ("08", "40", "53", "57")
-_TRANSIENT_STATES = {"55006", "55P03"}
-_DATABASE_DROPPED = "57P04"
 
 # One plan a statement, made without looking at values, and never a scan of the table where an index serves: statistics
 # may be older than the rows that just came in. JIT would take the disabled scan's cost for a reason to compile.
@@ -284,7 +281,7 @@ class Applier:
         except (psycopg2.Error, ApplyError, ProtocolError) as error:
             self._raise_transient(error, reached.lsn)
             self._recover()
-            log.info("action=repeat origin=%d position=%s reason=%s", self._origin, self.position, _oneline(error))
+            log.info("action=repeat origin=%d position=%s reason=%s", self._origin, self.position, one_line(error))
             self.stats.repeats += 1
             for planned in group:
                 self._commit_one(planned)
@@ -439,25 +436,7 @@ class Applier:
             raise error
 
     def _failed(self, error: psycopg2.Error, table: str, lsn: int) -> ApplyError:
-        """Return our error for one of the server's."""
-        state = error.pgcode or ""
-        message = _oneline(error)
-        lost = not state and (self._connection is None or bool(self._connection.closed) or _is_lost(error))
-        transient = (
-            lost
-            or (state.startswith(_TRANSIENT_CLASSES) and state != _DATABASE_DROPPED)
-            or state in _TRANSIENT_STATES
-        )  # fmt: skip
-        if not table and error.diag.table_name:
-            table = f"{error.diag.schema_name}.{error.diag.table_name}"
-        where = f" in {table}" if table else ""
-        at = format_lsn(lsn) if lsn else ""
-        place = f" at {at}" if at else ""
-        kind = TransientApplyError if transient else ApplyError
-        return kind(
-            f"the chain of node {self._origin} cannot be applied{where}{place}: {message}",
-            table=table, lsn=at, sqlstate=state, hint="" if transient else _hint(state, table),
-        )  # fmt: skip
+        return apply_error(error, origin=self._origin, table=table, lsn=lsn)
 
 
 def _take_origin(cursor: Cursor, name: bytes) -> None:
@@ -471,25 +450,3 @@ def _take_origin(cursor: Cursor, name: bytes) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
-
-
-def _is_lost(error: psycopg2.Error) -> bool:
-    return isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
-
-
-def _oneline(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    text = " ".join(line.strip() for line in lines if not line.startswith(("CONTEXT:", "LINE ")))
-    return f"{text[:400]}" or type(error).__name__
-
-
-def _hint(state: str, table: str) -> str:
-    match state[:2]:
-        case "23":
-            return f"a row written on this node stands against it: remove it, or run `pmgcm resync` for {table}"
-        case "42":
-            return "bring the table into agreement with the origin's, and see that pmgsync's own schema is up to date"
-        case "22":
-            return f"see whether the columns of {table} have the same types as on the origin"
-        case _:
-            return "put right what the server complains about; it is tried again until then"
