@@ -5,8 +5,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= --nodes 3 --seconds 20 --rate 50
 PYTEST ?= --numprocesses 2 --dist loadgroup
-# A second installation of PostgreSQL for the cluster tests, when this machine has the programs of a server.
-PG_BINDIR ?= $(shell bindir=$$(pg_config --bindir 2>/dev/null) && test -x "$$bindir/postgres" && echo "$$bindir")
 
 .PHONY: demo test check clean
 
@@ -15,9 +13,6 @@ demo: $(STAMP)
 
 test: check
 	$(BIN)/pytest $(PYTEST)
-ifneq ($(PG_BINDIR),)
-	PMGSYNC_PG_BINDIR=$(PG_BINDIR) $(BIN)/pytest $(PYTEST) -m cluster
-endif
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -83,6 +83,8 @@ def common(broker: Broker, owner: object, send: Send, message: Message, attachme
         case "cancel":
             if not broker.calls.from_caller(owner, message) and broker.streams is not None:
                 broker.streams.close(owner, number(message, "id"))
+        case "ping":
+            send({"op": "pong", "id": number(message, "id")}, ())
         case "document":
             signed = broker.signed
             parts = (signed.pack(),) if signed is not None else ()

@@ -200,6 +200,8 @@ class LocalDesk:
                 follower = broker.followers.get(frame.header.origin)
                 if follower is not None and frame.header.cluster == broker.document.cluster:
                     follower.replayed(request, frame)
+            case "pong":
+                pass
             case "end":
                 for follower in list(broker.followers.values()):
                     follower.ended(request)

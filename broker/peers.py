@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 REBUILD_AFTER_S = 5.0
 """Silence after which a socket is made anew: a peer that vanished without FIN looks alive, and libzmq gives a socket up
 for good that ZAP has denied, or that received something damaged."""
+PING_S = 1.0
+"""A control connection that carries nothing is asked for a sign of life so often."""
 
 _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -141,6 +143,8 @@ class PeerLink:
         self._on_control = on_control
         self._on_rebuilt = on_rebuilt
         self._heard = time.monotonic()
+        self._asked: float | None = None
+        self._answered = 0.0
         self._events = self._open_events()
         self._control = self._open_control()
 
@@ -181,10 +185,19 @@ class PeerLink:
         now = time.monotonic()
         if now - self._heard > REBUILD_AFTER_S:
             self.rebuild()
-        elif not self._control.established and now - self._control.changed > REBUILD_AFTER_S:
+        elif not self._control_lives(now):
             # The events connection is well and must not lose anything because the control port is shut.
             self._control.close()
             self._control = self._open_control()
+            self._on_rebuilt(self)
+
+    def _control_lives(self, now: float) -> bool:
+        """Return False when the control connection has been gone, or has not answered, for too long."""
+        if not self._control.established:
+            return now - self._control.changed <= REBUILD_AFTER_S
+        if self._asked is None and now - self._answered >= PING_S and self.send({"op": "ping", "id": 0}):
+            self._asked = now
+        return self._asked is None or now - self._asked <= REBUILD_AFTER_S
 
     def rebuild(self) -> None:
         """Close both connections and make new ones."""
@@ -208,9 +221,13 @@ class PeerLink:
         return self._open(zmq.SUB, self.member.events, receive, lambda: None)
 
     def _open_control(self) -> _Connection:
-        return self._open(
-            zmq.DEALER, self.member.control, lambda parts: self._on_control(self, parts), lambda: self._on_rebuilt(self)
-        )
+        self._asked, self._answered = None, time.monotonic()
+
+        def receive(parts: list[zmq.Frame]) -> None:
+            self._asked, self._answered = None, time.monotonic()
+            self._on_control(self, parts)
+
+        return self._open(zmq.DEALER, self.member.control, receive, lambda: self._on_rebuilt(self))
 
     def _open(
         self, kind: int, port: int, receive: Callable[[list[zmq.Frame]], None], ended: Callable[[], None]

@@ -14,8 +14,10 @@ from broker.loop import Loop, Socket
 from broker.state import NodeKeys
 from pmgsync.errors import ConfigError
 
-HEARTBEAT_MS = 1_000
-HEARTBEAT_TIMEOUT_MS = 5_000
+DEAD_MS = 5_000
+"""How long TCP may go without an acknowledgement, or with a peer that reads nothing. ZMTP's own heartbeats are not used:
+libzmq 4.3.5 aborts the process ("Assertion failed: !_io_error", its issues 4364 and 4767) when one falls due on a
+connection that has ended while its receive queue was full. Silence above TCP is noticed by `broker.peers`."""
 EVENTS_HWM = 1_000
 """Frames of at most 64 KiB (larger only for single huge rows): 64 MiB for a subscriber that stalls."""
 CONTROL_HWM = 10_000
@@ -41,9 +43,11 @@ def open_socket(
     socket.setsockopt(zmq.SNDHWM, hwm)
     socket.setsockopt(zmq.RCVHWM, hwm)
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.TCP_MAXRT, DEAD_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 2)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5_000)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)

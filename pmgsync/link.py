@@ -104,6 +104,11 @@ class Peer:
         first, *attachments = self.socket.recv_multipart()
         return unpack(first), attachments
 
+    def pending(self) -> Iterator[tuple[Message, Sequence[bytes]]]:
+        """Yield the messages that have arrived, without waiting for more."""
+        while (received := self.receive(0)) is not None:
+            yield received
+
     def request(
         self, message: Mapping[str, Any], *attachments: bytes, timeout_s: float = REPLY_TIMEOUT_S
     ) -> tuple[Message, Sequence[bytes]]:

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -486,8 +486,3 @@ def _cid_tree(value: Any) -> str:
     if "{cid}" not in _below(value):
         raise ValueError
     return str(value)
-
-
-def published(rules: Iterable[TableRule]) -> tuple[TableRule, ...]:
-    """Return the rules of tables whose changes leave their node."""
-    return tuple(rule for rule in rules if rule.policy is not Policy.LOCAL)

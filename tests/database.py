@@ -48,7 +48,7 @@ class Database:
             return cursor.fetchall() if cursor.description else []
 
     def provision(self, profile: Profile, **options: Any) -> NodeFacts:
-        given = {"cid": 1, "cluster": CLUSTER, "needs_snapshot": True, "take_over_cid0": True} | options
+        given: dict[str, Any] = {"cid": 1, "cluster": CLUSTER, "needs_snapshot": True, "take_over_cid0": True} | options
         return provision(self.dsn, profile, **given)
 
     def facts(self) -> NodeFacts | None:

@@ -188,6 +188,8 @@ class FakeMember:
                 self._replays = [
                     replay for replay in self._replays if (replay.peer, replay.request) != (peer, message["id"])
                 ]
+            case "ping":
+                self._send(peer, {"op": "pong", "id": message["id"]})
             case "ack":
                 self.acks.update(message["applied"])
             case _:

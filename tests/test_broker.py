@@ -45,7 +45,8 @@ class Broker:
 
     def member(self) -> Member:
         keys = StateDirectory(self.state_dir).keys()
-        return Member(1, self.name, "127.0.0.1", *self.ports, keys.curve_public, keys.sign_public)
+        events, control, join = self.ports
+        return Member(1, self.name, "127.0.0.1", events, control, join, keys.curve_public, keys.sign_public)
 
     def start(self) -> None:
         with (self.config.with_suffix(".log")).open("ab") as log:

@@ -25,7 +25,7 @@ from tests.cluster import eventually
 from tests.database import CLUSTER, GATEWAY, Database
 
 ALL_BYTES = bytes(range(1, 256))
-OURS = "FROM pg_stat_activity WHERE application_name IN ('pgmsync snapshot', 'pmgsync snapshot')"
+OURS = "FROM pg_stat_activity WHERE application_name LIKE '%sync snapshot'"
 
 
 @pytest.fixture
@@ -153,7 +153,8 @@ def test_a_table_that_was_truncated_is_not_taken_for_empty(
     app = Database(server)
     app.sql("CREATE TABLE public.t (id int PRIMARY KEY); INSERT INTO public.t SELECT generate_series(1, 10)")
     made = app.provision(mirror)
-    real, calls = snapshot_module.hold_tables, []
+    real: Any = vars(snapshot_module)["hold_tables"]
+    calls: list[int] = []
 
     def hold(connection: Any, dsn: str, tables: list[Table]) -> Iterator[str]:
         calls.append(1)
@@ -204,8 +205,10 @@ CREATE SCHEMA sales;
 CREATE TABLE sales.orders (
     id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v text, twice text GENERATED ALWAYS AS (v || v) STORED);
 INSERT INTO sales.orders (v) SELECT 'v' || g FROM generate_series(1, 1000) AS g;
-CREATE TABLE sales.lines (order_id int REFERENCES sales.orders (id) ON DELETE CASCADE, n numeric, d timestamptz, f float8);
-INSERT INTO sales.lines VALUES (1, 1.0, '2024-02-29 12:00+02', 0.1), (1, 1.00, 'infinity', 'NaN'), (NULL, NULL, NULL, NULL);
+CREATE TABLE sales.lines (
+    order_id int REFERENCES sales.orders (id) ON DELETE CASCADE, n numeric, d timestamptz, f float8);
+INSERT INTO sales.lines VALUES
+    (1, 1.0, '2024-02-29 12:00+02', 0.1), (1, 1.00, 'infinity', 'NaN'), (NULL, NULL, NULL, NULL);
 CREATE TABLE sales.parted (id int, v text) PARTITION BY RANGE (id);
 CREATE TABLE sales.parted1 PARTITION OF sales.parted FOR VALUES FROM (0) TO (10);
 CREATE TABLE sales.parted2 PARTITION OF sales.parted FOR VALUES FROM (10) TO (20);
@@ -220,10 +223,10 @@ CREATE VIEW sales.totals AS SELECT order_id, sum(n) FROM sales.lines GROUP BY 1;
 CREATE SEQUENCE sales.numbers;
 SELECT nextval('sales.numbers') FROM generate_series(1, 42);
 CREATE FUNCTION sales.noisy() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
+BEGIN /*
 SET transaction_timeout = 0;
-\\restrict is not SQL, but a function may say so
-RAISE 'must not fire while rows are loaded'; END $$;
+\\restrict in a function is not the dump's
+*/ RAISE 'must not fire while rows are loaded'; END $$;
 CREATE TRIGGER noisy BEFORE INSERT ON sales.huge FOR EACH ROW EXECUTE FUNCTION sales.noisy();
 ALTER DATABASE app SET search_path TO sales, public;
 ALTER DATABASE app SET work_mem TO '7MB';
@@ -248,8 +251,8 @@ def test_a_whole_database_is_restored_and_swapped_in(
     restore = DatabaseRestore(target.dsn, facts_of(source))
     restore.begin()
     result = copied(restore, take_database_snapshot(source.dsn, mirror, own=(1, made.incarnation)))
-    assert restore.plan["tables"] == 7
-    assert (restore.rows, result["rows"]) == (1027 - 2, 1025)
+    assert restore.plan["tables"] == 6
+    assert (restore.rows, result["rows"]) == (1025, 1025)
     # Provisioned beside the old one, so that what is swapped in is a node at once.
     joined = provision(restore.dsn, mirror, cid=2, cluster=CLUSTER, needs_snapshot=False, take_over_cid0=False)
     assert target.sql("SELECT to_regclass('public.old') IS NOT NULL") == [(True,)]
@@ -388,14 +391,17 @@ def test_a_chain_is_restored_into_a_database_in_use(
     source.sql(
         "INSERT INTO public.objectgroup (name, class) VALUES ('new', 'x');"
         "INSERT INTO public.localstat (time, cid, mtime) VALUES (1, 1, 1), (1, 2, 1), (1, 9, 1);"
-        "INSERT INTO public.cgreylist VALUES ('a', 'b', 'c', 'i', 5, 5, 5, 5, 5, 1, 1), ('x', 'b', 'c', 'i', 1, 1, 1, 1, 1, 1, 1);"
-        f"{receiver} (1, 1, 'p', 'r', 1, 'N', 'S', 20, 5), (1, 2, 'p', 'r', 1, 'N', 'N', 0, 5), (2, 9, 'p', 'r', 1, 'D', 'N', 0, 5)"
+        "INSERT INTO public.cgreylist VALUES ('a', 'b', 'c', 'i', 5, 5, 5, 5, 5, 1, 1),"
+        "('x', 'b', 'c', 'i', 1, 1, 1, 1, 1, 1, 1);"
+        f"{receiver} (1, 1, 'p', 'r', 1, 'N', 'S', 20, 5),"
+        "(1, 2, 'p', 'r', 1, 'N', 'N', 0, 5), (2, 9, 'p', 'r', 1, 'D', 'N', 0, 5)"
     )
     target.sql(
         "INSERT INTO public.objectgroup (name, class) VALUES ('stale', 'x'), ('old', 'x');"
         "INSERT INTO public.localstat (time, cid, mtime) VALUES (7, 1, 1), (1, 2, 77), (7, 9, 1);"
         "INSERT INTO public.cgreylist VALUES ('a', 'b', 'c', 'i', 1, 9, 0, 9, 0, 2, 9);"
-        f"{receiver} (1, 1, 'p', 'r', 1, 'D', 'N', 10, 9), (1, 7, 'p', 'r', 1, 'N', 'N', 0, 5), (2, 1, 'p', 'r', 1, 'N', 'N', 0, 5)"
+        f"{receiver} (1, 1, 'p', 'r', 1, 'D', 'N', 10, 9),"
+        "(1, 7, 'p', 'r', 1, 'N', 'N', 0, 5), (2, 1, 'p', 'r', 1, 'N', 'N', 0, 5)"
     )
     made = source.facts()
     assert made is not None
@@ -412,7 +418,7 @@ def test_a_chain_is_restored_into_a_database_in_use(
         ],
     }  # fmt: skip
     before = {query: target.sql(query) for query in queries}
-    options = {"origin": 1, "master": 1, "members": (1, 2)}
+    options: dict[str, Any] = {"origin": 1, "master": 1, "members": (1, 2)}
     pieces = list(take_chain_snapshot(source.dsn, gateway, own=(1, made.incarnation), **options))
     for finished in (False, True):
         restore = ChainRestore(target.dsn, gateway, own_cid=2, **options)
@@ -445,7 +451,7 @@ def test_what_an_origin_does_not_answer_for_is_refused(server: EmbeddedPostgres,
         for table in ("rule", "clusterinfo", "nothing"):
             with pytest.raises(ProtocolError, match="does not answer for"):
                 restore.feed({"kind": "table", "schema": "public", "table": table, "columns": [b"id"]}, None)
-        with pytest.raises(ProtocolError, match="does not answer for"):
+        with pytest.raises(ProtocolError, match="malformed"):
             restore.feed({"kind": "table", "schema": "pgmsync", "table": "node", "columns": [b"cid"]}, None)
         with pytest.raises(PmgsyncError, match="lacks columns here"):
             restore.feed({"kind": "table", "schema": "public", "table": "localstat", "columns": [b"later"]}, None)

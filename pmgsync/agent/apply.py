@@ -156,10 +156,7 @@ class ApplyWorker(Worker):
         used, last = 0, time.monotonic()
         while True:
             poller.poll(round(REPORT_S * 1000))
-            while link.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-                received = link.receive(0)
-                if received is None:
-                    break
+            for received in link.pending():
                 self._take(hand, stream, *received)
             self._bell.hush()
             moved = False
@@ -204,7 +201,7 @@ class ApplyWorker(Worker):
                 poll.register(self.link.socket, zmq.POLLIN)
                 poll.poll(round(REPORT_S * 1000))
                 self._bell.hush()
-                while (received := self.link.receive(0)) is not None:
+                for received in self.link.pending():
                     self.waiting(*received)
                 self.alerts = [{"kind": "resync", "text": resync.progress()}]
                 self.report()

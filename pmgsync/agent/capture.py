@@ -137,10 +137,7 @@ class _Stream:
                 drained = self._read()
             wait = 0 if not drained else self._timeout_ms()
             poller.poll(wait)
-            while link.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-                received = link.receive(0)
-                if received is None:
-                    break
+            for received in link.pending():
                 self._take(*received)
             room = self._outstanding_bytes < WINDOW_BYTES
             if room != reading:

@@ -93,10 +93,7 @@ class SnapshotWorker(Worker):
         try:
             while True:
                 poller.poll(round(REPORT_S * 1000))
-                while link.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-                    received = link.receive(0)
-                    if received is None:
-                        break
+                for received in link.pending():
                     self._take(link, *received)
                 self._bell.hush()
                 for request in list(self._serving):

@@ -22,8 +22,9 @@ import psycopg2.extensions
 
 from pmgsync.errors import MembershipError, PmgsyncError, PreflightError, UnreachableError
 from pmgsync.positions import format_lsn, parse_lsn
-from pmgsync.postgres.catalog import Table, as_text, list_tables, synchronised
-from pmgsync.postgres.session import connect, quote_ident, quote_literal
+from pmgsync.postgres import watch
+from pmgsync.postgres.catalog import as_text
+from pmgsync.postgres.session import connect, quote_ident
 from pmgsync.postgres.slot import Progress, create_slot
 from pmgsync.profile import Profile
 
@@ -177,13 +178,14 @@ def _make_objects(
                     _execute(connection, (SQL / name).read_bytes())
                 if needs_snapshot:
                     _execute(connection, "DELETE FROM pgmsync.position")
-                tables = [table for table, _ in synchronised(list_tables(connection), profile)]
                 # Beside long transactions this lock could wait for hours, and everybody else would queue up behind it.
                 _execute(connection, f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'")
-                for table in tables:
-                    if not table.usable:
-                        _identity_full(connection, table)
-                _execute(connection, _publication(tables))
+                # From 18 on a published key may hold generated columns only when these are published.
+                stored = ", publish_generated_columns = stored" if connection.server_version >= 180000 else ""
+                options = f"publish = 'insert, update, delete, truncate'{stored}"
+                _execute(connection, f"CREATE PUBLICATION {PUBLICATION} WITH ({options})")
+                watch.install(connection, profile)
+                watch.arm(connection)
                 _execute(connection, "DELETE FROM pgmsync.node")
                 with connection.cursor() as cursor:
                     cursor.execute(
@@ -198,23 +200,6 @@ def _make_objects(
             if attempt == LOCK_TRIES - 1:
                 raise
             tell("waiting for transactions that hold locks on tables without a key")
-
-
-def _identity_full(connection: Connection, table: Table) -> None:
-    _execute(
-        connection,
-        b"INSERT INTO pgmsync.replica_identity (schema, name, identity, index) VALUES (%s)"
-        % b", ".join(map(quote_literal, (table.schema, table.name, table.identity, table.identity_index))),
-    )
-    _execute(connection, b"ALTER TABLE %s REPLICA IDENTITY FULL" % table.quoted)
-
-
-def _publication(tables: list[Table]) -> bytes:
-    listed = b", ".join(b"ONLY " + table.quoted for table in tables)
-    return b"CREATE PUBLICATION %s%s WITH (publish = 'insert, update, delete, truncate')" % (
-        quote_ident(PUBLICATION.encode()),
-        b" FOR TABLE " + listed if listed else b"",
-    )
 
 
 def _check_slot_name(connection: Connection) -> None:
@@ -259,6 +244,8 @@ def _complete(connection: Connection, profile: Profile, cid: int, *, take_over_c
 def _remove(connection: Connection, *, drop_schema: bool) -> None:
     """Remove what provisioning made, and with the schema the origins of applying; what is in use is cut off first."""
     with _transaction(connection):
+        # First: they would make the identities FULL again.
+        watch.disarm(connection)
         if _value(connection, "SELECT pg_catalog.to_regclass('pgmsync.replica_identity')::oid::bigint") is not None:
             _restore_identities(connection)
         _execute(connection, b"DROP PUBLICATION IF EXISTS " + quote_ident(PUBLICATION.encode()))
@@ -290,14 +277,20 @@ def _remove(connection: Connection, *, drop_schema: bool) -> None:
 def _restore_identities(connection: Connection) -> None:
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT n.nspname, c.relname, i.identity::text, i.index FROM pgmsync.replica_identity AS i "
-            "JOIN pg_namespace AS n ON n.nspname = i.schema JOIN pg_class AS c ON c.relnamespace = n.oid "
-            "AND c.relname = i.name WHERE c.relreplident = 'f'"
+            "SELECT DISTINCT ON (c.oid) n.nspname, c.relname, i.identity::text, "
+            "CASE WHEN EXISTS (SELECT FROM pg_class AS x JOIN pg_index AS k ON k.indexrelid = x.oid "
+            "WHERE k.indrelid = c.oid AND x.relname = i.index) THEN i.index ELSE '' END "
+            "FROM pgmsync.replica_identity AS i JOIN pg_class AS c ON c.relkind = 'r' AND c.relreplident = 'f' "
+            "JOIN pg_namespace AS n ON n.oid = c.relnamespace "
+            "WHERE CASE WHEN i.relation IS NULL THEN n.nspname = i.schema AND c.relname = i.name "
+            "ELSE c.oid = i.relation END ORDER BY c.oid, i.noticed"
         )
         for schema, name, identity, index in cursor.fetchall():
-            clause = {b"d": b"DEFAULT", b"n": b"NOTHING", b"i": b"USING INDEX " + quote_ident(index)}[identity]
+            clause = {b"d": b"DEFAULT", b"i": b"USING INDEX " + quote_ident(index)}.get(identity, b"NOTHING")
+            if identity == b"i" and not index:
+                clause = b"NOTHING"  # as it was: the index had been dropped
             table = quote_ident(schema) + b"." + quote_ident(name)
-            _execute(connection, b"ALTER TABLE %s REPLICA IDENTITY %s" % (table, clause))
+            _execute(connection, b"ALTER TABLE ONLY %s REPLICA IDENTITY %s" % (table, clause))
     _execute(connection, "DELETE FROM pgmsync.replica_identity")
 
 

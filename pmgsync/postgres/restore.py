@@ -98,7 +98,8 @@ class DatabaseRestore:
         self._execute(b"SET synchronous_commit = off")
         self._execute(b"SET maintenance_work_mem = '256MB'")
         # First: triggers of the gateway's tables may call functions of it.
-        for name in ("schema.sql", "apply.sql"):
+        # The watch's, too: a dump has its event triggers, which do nothing until the node is provisioned.
+        for name in ("schema.sql", "apply.sql", "watch.sql"):
             self._execute((SQL / name).read_bytes())
 
     def feed(self, piece: Mapping[str, Any], attachment: bytes | None) -> None:

@@ -229,7 +229,7 @@ def _published(connection: Connection) -> set[int]:
     """The tables whose changes this node sends: a table that was created later is no concern of the others' yet."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT r.prrelid::bigint FROM pg_publication_rel AS r JOIN pg_publication AS p ON p.oid = r.prpubid "
+            "SELECT t.relid::bigint FROM pg_publication AS p, pg_get_publication_tables(p.pubname) AS t "
             "WHERE p.pubname = %s",
             (PUBLICATION,),
         )

@@ -63,7 +63,8 @@ def histories(draw: st.DrawFn) -> tuple[list[bytes], list[tuple[int, list[tuple[
 
 def read_back(frames: list[Frame]) -> list[tuple[int, list[tuple[bytes, bytes]]]]:
     out: list[tuple[int, list[tuple[bytes, bytes]]]] = []
-    lsn, open_changes = 0, []
+    lsn = 0
+    open_changes: list[tuple[bytes, bytes]] = []
     for frame in frames:
         described: dict[bytes, bytes] = {}
         for message in unpack_body(read_frame(frame.header_bytes, frame.body).body):

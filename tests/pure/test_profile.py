@@ -33,7 +33,7 @@ def test_the_gateways_profile_follows_its_facts() -> None:
 
     mails = profile.rule_for("public", "cmailstore")
     assert mails is not None
-    assert (mails.owner, mails.local_columns) == ("cid", {"id"})
+    assert (mails.owner, mails.local_columns) == ("cid", frozenset({"id"}))
     receivers = profile.rule_for("public", "cmsreceivers")
     assert receivers is not None
     assert receivers.key == ("cmailstore_cid", "cmailstore_rid", "ticketid")

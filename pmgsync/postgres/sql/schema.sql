@@ -22,11 +22,13 @@ COMMENT ON COLUMN pgmsync.node.start_lsn IS
 COMMENT ON COLUMN pgmsync.node.needs_snapshot IS
     'true: who does not know this incarnation needs a snapshot; false: it starts from the state of the cluster';
 
--- Tables that were given REPLICA IDENTITY FULL because they have no usable key, and what they had before.
+-- Tables that were given REPLICA IDENTITY FULL because they have no usable key, and what they had before; the first
+-- record of a table counts. No key: it is written inside somebody's DDL, and must never make that wait or fail.
 CREATE TABLE IF NOT EXISTS pgmsync.replica_identity (
     schema name NOT NULL,
     name name NOT NULL,
     identity "char" NOT NULL,
     index name NOT NULL DEFAULT '',
-    PRIMARY KEY (schema, name)
+    relation oid,
+    noticed timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
 );

@@ -1,0 +1,118 @@
+"""The watch: event triggers that keep publication and replica identities right while tables come, change and go.
+
+sql/watch.sql has the rules. Made by provisioning, tended by the agent, gone with the node.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psycopg2.extensions
+
+from pmgsync.postgres.catalog import as_bytes, as_text
+from pmgsync.postgres.session import quote_literal
+from pmgsync.profile import Profile
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection  # noqa: N812
+
+SQL = Path(__file__).with_name("sql")
+TEND_LOCK_MS = 50
+"""Milliseconds that tending waits for a lock: everybody else queues up behind it meanwhile."""
+
+_TAGS = (
+    "CREATE TABLE", "CREATE TABLE AS", "SELECT INTO", "ALTER TABLE",
+    "CREATE SCHEMA", "ALTER SCHEMA", "CREATE EXTENSION", "ALTER EXTENSION",
+)  # fmt: skip
+_EVENT_TRIGGERS = {
+    # ALWAYS: schema changes that come through the stream are made under session_replication_role = replica.
+    "pgmsync_watch": f"ON ddl_command_end WHEN TAG IN ({', '.join(map(repr, _TAGS))}) EXECUTE FUNCTION pgmsync.watch()",
+    "pgmsync_watch_drop": "ON sql_drop EXECUTE FUNCTION pgmsync.watch()",
+}
+GUARD_TRIGGER = "pgmsync_guard"
+EVENT_TRIGGERS = (*_EVENT_TRIGGERS, GUARD_TRIGGER)
+"""Event triggers that pgmsync may have made in a database."""
+
+
+def install(connection: Connection, profile: Profile) -> None:
+    """Make the functions, note the profile, and complete identities and publication, in the caller's transaction.
+
+    The event triggers follow with `arm`; until then nothing happens by itself.
+
+    Raises:
+        psycopg2.Error: LockNotAvailable among others, when a table without a key is in use and lock_timeout is set.
+    """
+    named = b", ".join(
+        b"(%s)" % b", ".join(quote_literal(as_bytes(part)) for part in (rule.schema, rule.name, rule.policy.value))
+        for rule in profile.tables
+    )
+    with connection.cursor() as cursor:
+        cursor.execute("SET LOCAL client_min_messages = warning")
+        for name in ("watch.sql", "guard.sql"):
+            cursor.execute((SQL / name).read_bytes())
+        cursor.execute("DELETE FROM pgmsync.profile; DELETE FROM pgmsync.profile_table")
+        cursor.execute("INSERT INTO pgmsync.profile (all_tables) VALUES (%s)", (profile.all_tables,))
+        if named:
+            cursor.execute(b"INSERT INTO pgmsync.profile_table (schema, name, policy) VALUES " + named)
+        cursor.execute("SELECT pgmsync.tend()")
+
+
+def arm(connection: Connection) -> None:
+    """Make the event triggers, in the caller's transaction."""
+    with connection.cursor() as cursor:
+        disarm(connection, *_EVENT_TRIGGERS)
+        for name, definition in _EVENT_TRIGGERS.items():
+            cursor.execute(f"CREATE EVENT TRIGGER {name} {definition}")
+            cursor.execute(f"ALTER EVENT TRIGGER {name} ENABLE ALWAYS")
+
+
+def disarm(connection: Connection, *names: str) -> None:
+    """Remove event triggers, all of pmgsync's unless some are named."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT evtname FROM pg_catalog.pg_event_trigger")
+        here = {as_text(name) for (name,) in cursor.fetchall()}
+        for name in names or EVENT_TRIGGERS:
+            if name in here:
+                cursor.execute(f"DROP EVENT TRIGGER {name}")
+
+
+def armed(connection: Connection) -> bool:
+    """Return True when the event triggers are there and fire."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT count(*) FROM pg_catalog.pg_event_trigger WHERE evtname = ANY (%s) AND evtenabled = 'A'",
+            (list(_EVENT_TRIGGERS),),
+        )
+        return cursor.fetchone() == (len(_EVENT_TRIGGERS),)
+
+
+def tend(connection: Connection) -> None:
+    """Make good what the event triggers could not do; the session is in autocommit mode.
+
+    Raises:
+        psycopg2.errors.LockNotAvailable: when a table or the publication is in use; it is to be tried again.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        try:
+            cursor.execute(f"SET LOCAL lock_timeout = {TEND_LOCK_MS}")
+            cursor.execute("SELECT pgmsync.tend()")
+            cursor.execute("COMMIT")
+        except psycopg2.Error:
+            if not connection.closed:
+                cursor.execute("ROLLBACK")
+            raise
+
+
+_LEFT_OUT = """
+SELECT t.schema, t.name FROM pgmsync.tables AS t
+WHERE t.policy <> 'local' AND NOT t.extension AND t.persistence = 'p' AND NOT t.wanted ORDER BY 1, 2
+"""
+
+
+def left_out(connection: Connection) -> list[str]:
+    """Return the tables that PostgreSQL cannot publish: without a usable key, and with a virtual generated column."""
+    with connection.cursor() as cursor:
+        cursor.execute(_LEFT_OUT)
+        return [f"{as_text(schema)}.{as_text(name)}" for schema, name in cursor.fetchall()]

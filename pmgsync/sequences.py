@@ -1,0 +1,213 @@
+"""Sequences: how far ahead of the master's value the other nodes' copies stand, so that none is handed out twice. Pure.
+
+Sequences leave no trace in a chain of row changes. The master publishes a *ceiling* now and then, a value that it has
+not handed out yet, and the others set their copy to it; a node that is promoted goes on behind the ceiling.
+
+What holds: the master looks at a sequence at an interval. As long as it hands out at most `Ceiling.allowance` values
+from one look to the next, no value handed out is beyond the ceiling that was in force meanwhile. A ceiling comes before
+the rows with its values in the chain, so this is true of every prefix of the chain that a node may be promoted with.
+The allowance is at least half of `MIN_MARGIN` and four times the most that was seen lately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgpack
+
+from pmgsync.errors import ProtocolError
+
+PREFIX = "pgmsync.sequence"
+"""Of the logical message that carries ceilings."""
+MIN_MARGIN = 4096
+"""Values a ceiling is ahead at least; that many are skipped when a node is promoted."""
+FACTOR = 8
+"""How many times the highest recent consumption of an interval a ceiling is ahead."""
+SHARE = 16
+"""At most one part in so many of all values of a sequence is skipped: a smallint sequence must not end early."""
+FORGET = 16
+"""An interval's consumption counts half after so many intervals."""
+MAX_NAME = 1024
+
+Name = tuple[bytes, bytes]
+"""Schema and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """A sequence as the catalog describes it, and where it stands.
+
+    Attributes:
+        last: the newest value that may have been handed out; with a cache sessions may hold values up to it. None
+            before the first.
+    """
+
+    increment: int
+    minimum: int
+    maximum: int
+    cycle: bool
+    last: int | None
+
+    @property
+    def size(self) -> int:
+        """How many values it has."""
+        return (self.maximum - self.minimum) // abs(self.increment) + 1
+
+    def steps(self, start: int, end: int) -> int:
+        """Return how many values lie between two, in the direction of the sequence; negative when `end` is behind."""
+        distance = end - start
+        return distance // self.increment if distance % self.increment == 0 else -(-distance // self.increment)
+
+    def after(self, value: int, steps: int) -> int:
+        """Return the value so many steps on: never beyond the end unless it cycles."""
+        first, last = (self.minimum, self.maximum) if self.increment > 0 else (self.maximum, self.minimum)
+        room = max(0, abs(last - value) // abs(self.increment)) if self.minimum <= value <= self.maximum else 0
+        if steps <= room:
+            return value + steps * self.increment
+        if not self.cycle:
+            # At the end a promoted node has none left, as the master will have soon: never one twice.
+            return last
+        return first + (steps - room - 1) % self.size * self.increment
+
+
+class Value(NamedTuple):
+    """What a node sets its copy of a sequence to.
+
+    Attributes:
+        exact: also when that is behind: the master's was set back, or it cycles. Otherwise only forward.
+    """
+
+    schema: bytes
+    name: bytes
+    value: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What is published of one sequence.
+
+    Attributes:
+        value: of the newest ceiling, None when there is none yet.
+        left: values that the master may hand out until it reaches it, at the newest look.
+        last: where the master's stood then.
+        recent: the consumption per interval that is expected.
+    """
+
+    value: int | None = None
+    left: int = 0
+    last: int | None = None
+    recent: int = 0
+
+    @property
+    def allowance(self) -> int:
+        """How many values may be handed out until the next look."""
+        return self.left
+
+
+def margin(sequence: Sequence, recent: int) -> int:
+    """Return how many values a new ceiling is ahead."""
+    return max(1, min(max(MIN_MARGIN, FACTOR * recent), sequence.size // SHARE))
+
+
+def look(ceiling: Ceiling, sequence: Sequence) -> tuple[Ceiling, int | None, bool]:
+    """Return what is known after a look, the value to publish or None, and whether it is exact."""
+    if sequence.last is None:
+        # Nothing was handed out, or it was restarted; the first value may come right after this look.
+        start = sequence.minimum if sequence.increment > 0 else sequence.maximum
+        if ceiling.value is None or ceiling.last is not None:
+            return _renewed(sequence, start, None, ceiling.recent, exact=ceiling.value is not None)
+        return ceiling, None, False
+    last = sequence.last
+    if ceiling.value is None:
+        return _renewed(sequence, last, last, 0, exact=False)
+    if ceiling.last is None:
+        # Not where it was: the first values since the newest look; how many is not known, so it counts as restarted
+        # unless it is within what was allowed.
+        used = _used(sequence, sequence.minimum if sequence.increment > 0 else sequence.maximum, last)
+    else:
+        used = _used(sequence, ceiling.last, last)
+    if used is None or used > sequence.size:
+        return _renewed(sequence, last, last, ceiling.recent, exact=True)
+    recent = max(used, ceiling.recent - (ceiling.recent + FORGET - 1) // FORGET)
+    left = ceiling.left - used
+    if left < margin(sequence, recent) // 2 and not (not sequence.cycle and _ended(sequence, ceiling.value)):
+        return _renewed(sequence, last, last, recent, exact=sequence.cycle)
+    return Ceiling(ceiling.value, left, last, recent), None, False
+
+
+def _ended(sequence: Sequence, value: int) -> bool:
+    return not sequence.minimum <= value + sequence.increment <= sequence.maximum
+
+
+def _used(sequence: Sequence, before: int, now: int) -> int | None:
+    """Return how many values were handed out between two looks, None when it was set back."""
+    steps = sequence.steps(before, now)
+    if steps >= 0:
+        return steps
+    if not sequence.cycle:
+        return None
+    return sequence.steps(before, now) % sequence.size
+
+
+def _renewed(
+    sequence: Sequence, start: int, last: int | None, recent: int, *, exact: bool
+) -> tuple[Ceiling, int | None, bool]:
+    ahead = margin(sequence, recent)
+    value = sequence.after(start, ahead)
+    return Ceiling(value, ahead, last, recent), value, exact
+
+
+class Ceilings:
+    """The ceilings of all sequences of a master."""
+
+    def __init__(self) -> None:
+        self._known: dict[Name, Ceiling] = {}
+
+    def look(self, sequences: Mapping[Name, Sequence]) -> list[Value]:
+        """Take a look at all sequences and return what is to be published now."""
+        found: dict[Name, Ceiling] = {}
+        values = []
+        for name, sequence in sequences.items():
+            found[name], value, exact = look(self._known.get(name, Ceiling()), sequence)
+            if value is not None:
+                values.append(Value(*name, value, exact))
+        self._known = found
+        return values
+
+    def forget(self) -> None:
+        """Publish every ceiling again at the next look: whether the newest ones are in the chain is not known."""
+        self._known.clear()
+
+
+def pack_values(values: Iterable[Value]) -> bytes:
+    """Return the content of a message."""
+    return msgpack.packb([list(value) for value in values], use_bin_type=True)  # type: ignore[no-any-return]
+
+
+def unpack_values(content: bytes) -> list[Value]:
+    """Return what a message says. Elements after the fourth belong to a later version and are ignored.
+
+    Raises:
+        ProtocolError: when it is not what `pack_values` makes.
+    """
+    try:
+        found = msgpack.unpackb(content, use_list=True, raw=False, max_ext_len=0, max_map_len=0)
+    except Exception as error:  # msgpack raises ValueError, its own types and, for depth, StackError
+        raise ProtocolError(f"a message of sequences is not MessagePack ({error})") from error
+    if not isinstance(found, list):
+        raise ProtocolError("a message of sequences is not an array")
+    return [_value(entry) for entry in found]
+
+
+def _value(entry: Any) -> Value:
+    match entry:
+        case [bytes(schema), bytes(name), int(value), bool(exact), *_]:
+            if (
+                type(value) is int and -(2**63) <= value < 2**63
+                and 0 < len(schema) <= MAX_NAME and 0 < len(name) <= MAX_NAME and b"\0" not in schema + name
+            ):  # fmt: skip
+                return Value(schema, name, value, exact)
+    raise ProtocolError("a message of sequences holds something other than names and values")
