@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pmgsync.errors import ConfigError
 
 SHIPPED = Path(__file__).with_name("profiles")
-OWN_SCHEMA = "pgmsync"
+OWN_SCHEMA = "pmgsync"
 """The database schema of pmgsync's own state; mind the letters, they are not those of the package."""
 DEFAULT_SCHEMA = "public"
 

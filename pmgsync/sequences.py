@@ -19,7 +19,7 @@ import msgpack
 
 from pmgsync.errors import ProtocolError
 
-PREFIX = "pgmsync.sequence"
+PREFIX = "pmgsync.sequence"
 """Of the logical message that carries ceilings."""
 MIN_MARGIN = 4096
 """Values a ceiling is ahead at least; that many are skipped when a node is promoted."""

@@ -20,7 +20,7 @@ GATEWAY = Path(pmgsync.__file__).parent / "demo" / "pmg_schema.sql"
 
 _LEFT = """
 SELECT (SELECT count(*) FROM pg_replication_slots), (SELECT count(*) FROM pg_publication),
-       (SELECT count(*) FROM pg_namespace WHERE nspname = 'pgmsync'), (SELECT count(*) FROM pg_replication_origin),
+       (SELECT count(*) FROM pg_namespace WHERE nspname = 'pmgsync'), (SELECT count(*) FROM pg_replication_origin),
        (SELECT count(*) FROM pg_class WHERE relreplident = 'f')
 """
 

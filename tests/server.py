@@ -110,7 +110,7 @@ class Pair:
 
     def end_appliers(self) -> int:
         """End this origin's sessions on the server's side; returns how many, when they are gone."""
-        mine = f"application_name = 'pgmsync apply {self.origin}'"
+        mine = f"application_name = 'pmgsync apply {self.origin}'"
         ended = self.run(f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE {mine}")
         return sum(gone is True for (gone,) in ended)
 
@@ -133,7 +133,7 @@ class Pair:
         found = self.run(
             "SELECT c.oid::regclass::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
             "WHERE c.relkind IN ('r', 'p') AND n.nspname NOT LIKE 'pg\\_%' "
-            "AND n.nspname NOT IN ('information_schema', 'pgmsync')"
+            "AND n.nspname NOT IN ('information_schema', 'pmgsync')"
         )
         for (name,) in found:
             text = name.decode() if isinstance(name, bytes) else str(name)

@@ -110,7 +110,7 @@ def test_what_was_purged_here_is_not_missed(make_pair: MakePair) -> None:
         (50, b"there"),
     ]
     assert pair.run("SELECT id FROM o WHERE rid = 50", on=pair.target) == [(999,)]  # the node's own number stays
-    assert len(pair.run("SELECT * FROM pgmsync.conflict", on=pair.target)) == 1
+    assert len(pair.run("SELECT * FROM pmgsync.conflict", on=pair.target)) == 1
 
 
 def test_a_part_is_repeated_row_by_row(make_pair: MakePair) -> None:

@@ -49,19 +49,19 @@ def test_a_lost_slot_begins_a_new_chain_and_everyone_resynchronises(new_cluster:
     master, slave = cluster.nodes
     master.sql("INSERT INTO t SELECT g, 'a' FROM generate_series(1, 100) AS g")
     cluster.wait()
-    before = slave.sql("SELECT incarnation FROM pgmsync.position WHERE origin = 1")
+    before = slave.sql("SELECT incarnation FROM pmgsync.position WHERE origin = 1")
     master.kill("agent")
     eventually(lambda: master.sql("SELECT count(*) FROM pg_stat_replication") == [(0,)])
-    master.sql("SELECT pg_drop_replication_slot('pgmsync')")
+    master.sql("SELECT pg_drop_replication_slot('pmgsync')")
     # Nobody will ever read these from the WAL.
     master.sql("UPDATE t SET v = 'lost' WHERE id <= 50")
     master.sql("DELETE FROM t WHERE id > 90")
     if remake:
-        master.sql("SELECT pg_create_logical_replication_slot('pgmsync', 'pgoutput')")
+        master.sql("SELECT pg_create_logical_replication_slot('pmgsync', 'pgoutput')")
         master.sql("INSERT INTO t VALUES (1000, 'after')")
     master.start("agent")
     eventually(
-        lambda: slave.sql("SELECT incarnation FROM pgmsync.position WHERE origin = 1") != before,
+        lambda: slave.sql("SELECT incarnation FROM pmgsync.position WHERE origin = 1") != before,
         within_s=60,
         what="a new incarnation on the slave",
     )
@@ -255,7 +255,7 @@ def test_an_error_that_does_not_pass_is_loud_and_heals_with_its_cause(new_cluste
     cluster = new_cluster(nodes=2, schema=SIMPLE + "; CREATE TABLE other (id int PRIMARY KEY)")
     master, slave = cluster.nodes
     slave.sql("SET session_replication_role = replica; INSERT INTO t VALUES (7, 'stands against it')")
-    position = "SELECT lsn FROM pgmsync.position WHERE origin = 1"
+    position = "SELECT lsn FROM pmgsync.position WHERE origin = 1"
     master.sql("INSERT INTO t VALUES (7, 'from the master')")
     text = eventually(
         lambda: alerts(master, 2) if "23505" in alerts(master, 2) or "t_pkey" in alerts(master, 2) else ""

@@ -51,17 +51,17 @@ def test_the_gateways_database(server: EmbeddedPostgres) -> None:
     ]
     made = database.provision(profile)
     assert database.facts() == made
-    assert (made.cid, made.cluster, made.slot, made.publication) == (1, CLUSTER, "pgmsync", "pgmsync")
+    assert (made.cid, made.cluster, made.slot, made.publication) == (1, CLUSTER, "pmgsync", "pmgsync")
     assert made.incarnation > 0
     assert database.sql("SELECT cid FROM public.localstat ORDER BY cid") == [(1,), (7,)]
     published = {name for (name,) in database.sql("SELECT tablename::text FROM pg_publication_tables")}
     assert len(published) == 17
     assert not published & {b"clusterinfo", b"statinfo"}
-    assert database.sql("SELECT * FROM pgmsync.position") == []
+    assert database.sql("SELECT * FROM pmgsync.position") == []
     # Taking rows over is not in the chain: the node's own updates after it are.
     database.sql("UPDATE public.localstat SET mtime = 2 WHERE cid = 1")
-    options = "'proto_version', '1', 'publication_names', 'pgmsync'"
-    messages = database.sql(f"SELECT data FROM pg_logical_slot_peek_binary_changes('pgmsync', NULL, NULL, {options})")
+    options = "'proto_version', '1', 'publication_names', 'pmgsync'"
+    messages = database.sql(f"SELECT data FROM pg_logical_slot_peek_binary_changes('pmgsync', NULL, NULL, {options})")
     transactions = b"".join(bytes(data)[:1] for (data,) in messages).split(b"C")[:-1]
     assert [kinds.replace(b"R", b"") for kinds in transactions if b"O" not in kinds] == [b"BU"]
     deprovision(database.dsn)
@@ -94,13 +94,13 @@ def test_replica_identities_come_back_as_they_were(server: EmbeddedPostgres, app
 
 def test_create_forgets_positions_and_join_keeps_them(app: Database, mirror: Profile) -> None:
     app.provision(mirror)
-    app.sql("INSERT INTO pgmsync.position (origin, incarnation, lsn) VALUES (5, 1, '0/1')")
-    app.sql("DELETE FROM pgmsync.node")
+    app.sql("INSERT INTO pmgsync.position (origin, incarnation, lsn) VALUES (5, 1, '0/1')")
+    app.sql("DELETE FROM pmgsync.node")
     app.provision(mirror, cid=2, needs_snapshot=False, take_over_cid0=False)
-    assert app.sql("SELECT origin FROM pgmsync.position") == [(5,)]
-    app.sql("DELETE FROM pgmsync.node")
+    assert app.sql("SELECT origin FROM pmgsync.position") == [(5,)]
+    app.sql("DELETE FROM pmgsync.node")
     assert app.provision(mirror).needs_snapshot
-    assert app.sql("SELECT origin FROM pgmsync.position") == []
+    assert app.sql("SELECT origin FROM pmgsync.position") == []
 
 
 # -- what it refuses ---------------------------------------------------------------------------------------------------
@@ -142,10 +142,10 @@ def test_everything_that_is_wrong_is_said_at_once(pg_bindir: str) -> None:
 
 def test_a_slot_of_another_database_is_left_alone(server: EmbeddedPostgres, app: Database, mirror: Profile) -> None:
     other = Database(server, "other")
-    other.sql("SELECT pg_create_logical_replication_slot('pgmsync', 'pgoutput')")
+    other.sql("SELECT pg_create_logical_replication_slot('pmgsync', 'pgoutput')")
     with app.connection() as connection:
         bad = [finding.problem for finding in check_server(connection, mirror) if not finding.ok]
-    assert bad == ["the replication slot pgmsync belongs to the database other of the same server"]
+    assert bad == ["the replication slot pmgsync belongs to the database other of the same server"]
     with pytest.raises(PreflightError, match="belongs to the database other"):
         app.provision(mirror)
     assert app.left() == (1, 0, 0, 0, 0)

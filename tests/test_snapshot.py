@@ -80,8 +80,8 @@ def committed(database: Database) -> dict[int, int]:
     """Return the commit LSN of each marker, from the chain's own slot."""
     found, lsn = {}, 0
     for (data,) in database.sql(
-        "SELECT data FROM pg_logical_slot_peek_binary_changes('pgmsync', NULL, NULL, "
-        "'proto_version', '1', 'publication_names', 'pgmsync')"
+        "SELECT data FROM pg_logical_slot_peek_binary_changes('pmgsync', NULL, NULL, "
+        "'proto_version', '1', 'publication_names', 'pmgsync')"
     ):
         message = bytes(data)
         if message[:1] == b"B":
@@ -136,7 +136,7 @@ def test_positions_of_others_are_those_of_the_snapshot(server: EmbeddedPostgres,
     app = Database(server)
     app.sql("CREATE TABLE public.t (id int PRIMARY KEY)")
     made = app.provision(mirror)
-    app.sql("INSERT INTO pgmsync.position (origin, incarnation, lsn) VALUES (2, 9, '0/20'), (3, 8, '0/30')")
+    app.sql("INSERT INTO pmgsync.position (origin, incarnation, lsn) VALUES (2, 9, '0/20'), (3, 8, '0/30')")
     _, result = rows_of(take_database_snapshot(app.dsn, mirror, own=(1, made.incarnation)), "t")
     assert result["vector"].keys() == {1, 2, 3}
     assert result["vector"][3] == [8, 0x30, LAST]
@@ -264,7 +264,7 @@ def test_a_whole_database_is_restored_and_swapped_in(
     assert target.sql("SELECT count(*) FROM sales.fast") == [(0,)]
     assert target.sql("INSERT INTO sales.orders (v) VALUES ('next') RETURNING id") == [(1001,)]
     incarnation, lsn, part = result["vector"][1]
-    assert target.sql("SELECT origin, incarnation, (lsn - '0/0')::bigint, part FROM pgmsync.position") == [
+    assert target.sql("SELECT origin, incarnation, (lsn - '0/0')::bigint, part FROM pmgsync.position") == [
         (1, incarnation, lsn, part)
     ]
     names = target.sql("SELECT datname FROM pg_database WHERE datname LIKE 'app%'")
@@ -300,7 +300,7 @@ def test_any_bytes_and_local_columns(
     assert target.sql("SELECT min(id), max(id) FROM public.cmailstore") == [(1, 128)]
     assert target.sql("INSERT INTO public.rule (priority) VALUES (1) RETURNING id") == [(2,)]
     assert target.sql("SELECT count(*) FROM public.statinfo") == [(0,)]
-    assert target.sql("SELECT count(*) FROM pgmsync.replica_identity") == [(2,)]
+    assert target.sql("SELECT count(*) FROM pmgsync.replica_identity") == [(2,)]
 
 
 def test_an_interrupted_restore_leaves_the_old_database(
@@ -431,11 +431,11 @@ def test_a_chain_is_restored_into_a_database_in_use(
         restore.close()
     assert {query: target.sql(query) for query in queries} == queries
     place = pieces[-1][0]["vector"][1]
-    assert target.sql("SELECT origin, incarnation, (lsn - '0/0')::bigint, part FROM pgmsync.position") == [(1, *place)]
+    assert target.sql("SELECT origin, incarnation, (lsn - '0/0')::bigint, part FROM pmgsync.position") == [(1, *place)]
     # Nothing of it is in the receiver's own chain.
     messages = target.sql(
-        "SELECT data FROM pg_logical_slot_peek_binary_changes('pgmsync', NULL, NULL, "
-        "'proto_version', '1', 'publication_names', 'pgmsync')"
+        "SELECT data FROM pg_logical_slot_peek_binary_changes('pmgsync', NULL, NULL, "
+        "'proto_version', '1', 'publication_names', 'pmgsync')"
     )
     kinds = b"".join(bytes(data)[:1] for (data,) in messages).split(b"C")
     assert len([kind for kind in kinds if b"O" in kind and (b"I" in kind or b"D" in kind)]) >= 1
@@ -452,7 +452,7 @@ def test_what_an_origin_does_not_answer_for_is_refused(server: EmbeddedPostgres,
             with pytest.raises(ProtocolError, match="does not answer for"):
                 restore.feed({"kind": "table", "schema": "public", "table": table, "columns": [b"id"]}, None)
         with pytest.raises(ProtocolError, match="malformed"):
-            restore.feed({"kind": "table", "schema": "pgmsync", "table": "node", "columns": [b"cid"]}, None)
+            restore.feed({"kind": "table", "schema": "pmgsync", "table": "node", "columns": [b"cid"]}, None)
         with pytest.raises(PmgsyncError, match="lacks columns here"):
             restore.feed({"kind": "table", "schema": "public", "table": "localstat", "columns": [b"later"]}, None)
         # Rows of others among those of the origin are passed over.

@@ -16,7 +16,7 @@ _TABLES = (
     "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
     "JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped "
     "WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND n.nspname NOT LIKE 'pg\\_%' "
-    "AND n.nspname NOT IN ('information_schema', 'pgmsync') GROUP BY 1, 2 ORDER BY 1, 2"
+    "AND n.nspname NOT IN ('information_schema', 'pmgsync') GROUP BY 1, 2 ORDER BY 1, 2"
 )
 
 

@@ -104,7 +104,7 @@ SELECT c.oid::bigint, n.nspname, c.relname, c.relfilenode::bigint, c.relpersiste
         FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE c.relkind = 'r' AND c.relpersistence <> 't'
-  AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pgmsync')
+  AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pmgsync')
   AND NOT EXISTS (SELECT FROM pg_depend AS d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
                   AND d.deptype = 'e')
 ORDER BY n.nspname, c.relname
@@ -194,7 +194,7 @@ LEFT JOIN pg_class AS t ON t.oid = d.refobjid
 LEFT JOIN pg_namespace AS tn ON tn.oid = t.relnamespace
 LEFT JOIN pg_attribute AS a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
 WHERE c.relkind = 'S' AND c.relpersistence <> 't'
-  AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pgmsync')
+  AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pmgsync')
 ORDER BY n.nspname, c.relname
 """
 

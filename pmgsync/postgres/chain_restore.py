@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 ORIGIN_PATIENCE_S = 20.0
 POLL_S = 0.2
-STAGING = b"pg_temp.pgmsync_staging"
+STAGING = b"pg_temp.pmgsync_staging"
 
 Connection = psycopg2.extensions.connection
 
@@ -146,7 +146,7 @@ class ChainRestore:
             listed = b", ".join(map(quote_ident, columns))
             self._execute(b"DROP TABLE IF EXISTS %s" % STAGING)
             self._execute(
-                b"CREATE TEMPORARY TABLE pgmsync_staging ON COMMIT DROP AS SELECT %s FROM %s WITH NO DATA"
+                b"CREATE TEMPORARY TABLE pmgsync_staging ON COMMIT DROP AS SELECT %s FROM %s WITH NO DATA"
                 % (listed, table.quoted)
             )
             self._copy = CopyIn(self._connection, copy_from(STAGING, columns))

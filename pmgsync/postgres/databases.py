@@ -15,7 +15,7 @@ from pmgsync.postgres.session import connect, quote_ident, quote_literal
 
 log = logging.getLogger(__name__)
 
-NEW_SUFFIX, OLD_SUFFIX = "_pgmsync_new", "_pgmsync_old"
+NEW_SUFFIX, OLD_SUFFIX = "_pmgsync_new", "_pmgsync_old"
 PATIENCE_S = 30.0
 POLL_S = 0.2
 

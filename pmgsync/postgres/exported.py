@@ -96,7 +96,7 @@ def export_snapshot(dsn: str) -> Generator[str, None, ExportedSnapshot]:
         watching.autocommit = True
         replicating = psycopg2.connect(**parameters, connection_factory=LogicalReplicationConnection)
         cursor = replicating.cursor()
-        slot = f"pgmsync_snapshot_{secrets.token_hex(8)}"
+        slot = f"pmgsync_snapshot_{secrets.token_hex(8)}"
 
         def create() -> None:
             try:

@@ -96,39 +96,39 @@ def unguarded(connection: Connection) -> list[str]:
 def guarded_by(connection: Connection) -> str | None:
     """Return the master's name that a refused write is told, None when nothing is refused."""
     with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_catalog.to_regclass('pgmsync.guard') IS NOT NULL")
+        cursor.execute("SELECT pg_catalog.to_regclass('pmgsync.guard') IS NOT NULL")
         if cursor.fetchone() != (True,):
             return None
-        cursor.execute("SELECT master FROM pgmsync.guard")
+        cursor.execute("SELECT master FROM pmgsync.guard")
         row = cursor.fetchone()
     return None if row is None else as_text(row[0])
 
 
 _UNGUARDED = """
-SELECT g.schema, g.name FROM pgmsync.guardable AS g
+SELECT g.schema, g.name FROM pmgsync.guardable AS g
 WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_trigger AS t WHERE t.tgrelid = g.relation
-                  AND t.tgname = 'pgmsync_guard' AND t.tgenabled = 'O')
+                  AND t.tgname = 'pmgsync_guard' AND t.tgenabled = 'O')
 ORDER BY 1, 2
 """
 _GUARDED = """
 SELECT n.nspname, c.relname
 FROM pg_catalog.pg_trigger AS t JOIN pg_catalog.pg_class AS c ON c.oid = t.tgrelid
 JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
-WHERE t.tgname = 'pgmsync_guard' AND NOT t.tgisinternal
+WHERE t.tgname = 'pmgsync_guard' AND NOT t.tgisinternal
 """
-_SUPERFLUOUS = _GUARDED + "AND c.oid NOT IN (SELECT g.relation FROM pgmsync.guardable AS g)"
+_SUPERFLUOUS = _GUARDED + "AND c.oid NOT IN (SELECT g.relation FROM pmgsync.guardable AS g)"
 
 
 def _installed(connection: Connection) -> bool:
     with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_catalog.to_regprocedure('pgmsync.guard_new()') IS NOT NULL")
+        cursor.execute("SELECT pg_catalog.to_regprocedure('pmgsync.guard_new()') IS NOT NULL")
         return cursor.fetchone() == (True,)
 
 
 def _open(connection: Connection) -> None:
     """Refuse nothing any more, at once; new tables are not guarded."""
     with connection.cursor() as cursor:
-        cursor.execute("DELETE FROM pgmsync.guard")
+        cursor.execute("DELETE FROM pmgsync.guard")
         if cursor.rowcount:
             log.info("action=guard-opened")
     disarm(connection, GUARD_TRIGGER)
@@ -136,10 +136,10 @@ def _open(connection: Connection) -> None:
 
 def _close(connection: Connection, master: Member) -> None:
     with connection.cursor() as cursor:
-        cursor.execute("SELECT master, address FROM pgmsync.guard")
+        cursor.execute("SELECT master, address FROM pmgsync.guard")
         if [tuple(map(as_text, row)) for row in cursor.fetchall()] != [(master.name, master.address)]:
             cursor.execute(
-                "INSERT INTO pgmsync.guard (master, address) VALUES (%s, %s) "
+                "INSERT INTO pmgsync.guard (master, address) VALUES (%s, %s) "
                 "ON CONFLICT (one) DO UPDATE SET (master, address) = (EXCLUDED.master, EXCLUDED.address)",
                 (master.name, master.address),
             )
@@ -149,7 +149,7 @@ def _close(connection: Connection, master: Member) -> None:
             with _transaction(connection) as cursor:
                 cursor.execute(
                     f"CREATE EVENT TRIGGER {GUARD_TRIGGER} ON ddl_command_end WHEN TAG IN ('CREATE TABLE', "
-                    "'CREATE TABLE AS', 'SELECT INTO', 'ALTER TABLE') EXECUTE FUNCTION pgmsync.guard_new()"
+                    "'CREATE TABLE AS', 'SELECT INTO', 'ALTER TABLE') EXECUTE FUNCTION pmgsync.guard_new()"
                 )
                 cursor.execute(f"ALTER EVENT TRIGGER {GUARD_TRIGGER} ENABLE ALWAYS")
 
@@ -174,13 +174,13 @@ def _each(connection: Connection, query: str, statement: object) -> list[str]:
 
 def _create(schema: bytes, name: bytes) -> bytes:
     # One that somebody has disabled is made anew.
-    return b"DROP TRIGGER IF EXISTS pgmsync_guard ON %s.%s; SELECT pgmsync.guard_table(%s, %s)" % (
+    return b"DROP TRIGGER IF EXISTS pmgsync_guard ON %s.%s; SELECT pmgsync.guard_table(%s, %s)" % (
         quote_ident(schema), quote_ident(name), quote_literal(schema), quote_literal(name),
     )  # fmt: skip
 
 
 def _drop(schema: bytes, name: bytes) -> bytes:
-    return b"DROP TRIGGER pgmsync_guard ON %s.%s" % (quote_ident(schema), quote_ident(name))
+    return b"DROP TRIGGER pmgsync_guard ON %s.%s" % (quote_ident(schema), quote_ident(name))
 
 
 @contextlib.contextmanager

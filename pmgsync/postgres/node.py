@@ -64,7 +64,7 @@ def read_facts(dsn: str, profile: Profile) -> dict[str, Any]:
 def renew_chain(dsn: str, facts: NodeFacts) -> None:
     """Begin a new incarnation of this node's chain: a slot made anew, which the others join with a snapshot.
 
-    Interrupted at any instant it is done again: a slot that does not fit the row in pgmsync.node is a broken chain.
+    Interrupted at any instant it is done again: a slot that does not fit the row in pmgsync.node is a broken chain.
 
     Raises:
         UnreachableError: when the server does not answer, or the old slot is in use.
@@ -83,7 +83,7 @@ def renew_chain(dsn: str, facts: NodeFacts) -> None:
             create_slot(creating, watching, facts.slot, lambda text: log.warning("action=new-chain %s", text))
             with watching.cursor() as cursor:
                 cursor.execute(
-                    "UPDATE pgmsync.node SET incarnation = %s, needs_snapshot = true, "
+                    "UPDATE pmgsync.node SET incarnation = %s, needs_snapshot = true, "
                     "start_lsn = (SELECT confirmed_flush_lsn FROM pg_catalog.pg_replication_slots "
                     "WHERE slot_name = %s), "
                     "system_id = (SELECT system_identifier FROM pg_catalog.pg_control_system())::text, "
@@ -91,7 +91,7 @@ def renew_chain(dsn: str, facts: NodeFacts) -> None:
                     (incarnation, facts.slot),
                 )
                 if cursor.rowcount != 1:
-                    raise ChainBrokenError("the database has no row in pgmsync.node any more")
+                    raise ChainBrokenError("the database has no row in pmgsync.node any more")
     except psycopg2.Error as error:
         raise UnreachableError(f"a new chain could not be begun ({str(error).strip()})") from error
     log.error("action=new-chain incarnation=%016x", incarnation)

@@ -55,7 +55,7 @@ def checked_vector(result: Mapping[str, Any]) -> dict[int, tuple[int, int, int]]
 def set_position(origin: int, incarnation: int, lsn: int, part: int) -> bytes:
     """Return the statement that sets the database's position on a chain."""
     return (
-        b"INSERT INTO pgmsync.position (origin, incarnation, lsn, part) VALUES (%d, %d, '%s', %d) ON CONFLICT (origin) "
+        b"INSERT INTO pmgsync.position (origin, incarnation, lsn, part) VALUES (%d, %d, '%s', %d) ON CONFLICT (origin) "
         b"DO UPDATE SET incarnation = excluded.incarnation, lsn = excluded.lsn, part = excluded.part, "
         b"commit_time = NULL" % (origin, incarnation, format_lsn(lsn).encode(), part)
     )

@@ -17,7 +17,7 @@ OLDEST, NEWEST = 15, 18
 """Major versions of PostgreSQL that are tested."""
 FREE_SLOTS = 2
 """One for the chain, one for a snapshot; as many walsenders."""
-SLOT = "pgmsync"
+SLOT = "pmgsync"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 The order is forced by PostgreSQL. The publication must be committed before the slot begins, because a transaction that
 wrote before there was a publication jams pgoutput for good; creating the slot waits until every such transaction has
-ended, but cannot be done in a transaction that has written. So: objects, slot, and at last the row in pgmsync.node that
+ended, but cannot be done in a transaction that has written. So: objects, slot, and at last the row in pmgsync.node that
 makes it count. Until that row is complete everything is a leftover, which the next attempt removes.
 """
 
@@ -30,9 +30,9 @@ from pmgsync.profile import Profile
 
 log = logging.getLogger(__name__)
 
-SLOT = PUBLICATION = "pgmsync"
-ORIGIN_PREFIX = "pgmsync_"
-SET_UP_ORIGIN = "pgmsync_0"
+SLOT = PUBLICATION = "pmgsync"
+ORIGIN_PREFIX = "pmgsync_"
+SET_UP_ORIGIN = "pmgsync_0"
 """Marks what provisioning writes to user tables, so that capture takes it for somebody else's; no node has CID 0."""
 SQL = Path(__file__).with_name("sql")
 LOCK_TIMEOUT_S = 2
@@ -68,7 +68,7 @@ class NodeFacts:
 _NODE = """
 SELECT cid, incarnation, start_lsn::text, system_id, timeline, slot, publication, needs_snapshot, cluster,
        profile_digest
-FROM pgmsync.node WHERE start_lsn IS NOT NULL
+FROM pmgsync.node WHERE start_lsn IS NOT NULL
 """
 
 
@@ -79,7 +79,7 @@ def node_facts(connection: Connection) -> NodeFacts | None:
         psycopg2.Error: when the server does not answer.
     """
     with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_catalog.to_regclass('pgmsync.node')::oid::bigint")
+        cursor.execute("SELECT pg_catalog.to_regclass('pmgsync.node')::oid::bigint")
         if cursor.fetchone() == (None,):
             return None
         cursor.execute(_NODE)
@@ -121,10 +121,10 @@ def provision(
     """
     tell = progress or (lambda text: log.info("action=provision %s", text))
     with _session(dsn, "pmgsync provision") as connection:
-        _execute(connection, "SELECT pg_catalog.pg_advisory_lock(hashtext('pgmsync.provision'))")
+        _execute(connection, "SELECT pg_catalog.pg_advisory_lock(hashtext('pmgsync.provision'))")
         if node_facts(connection) is not None:
             raise MembershipError("cluster already defined", hint="this database belongs to one")
-        had_schema = bool(_value(connection, "SELECT pg_catalog.to_regnamespace('pgmsync')::oid::bigint"))
+        had_schema = bool(_value(connection, "SELECT pg_catalog.to_regnamespace('pmgsync')::oid::bigint"))
         _check_slot_name(connection)
         try:
             _remove(connection, drop_schema=False)
@@ -177,7 +177,7 @@ def _make_objects(
                 for name in ("schema.sql", "apply.sql"):
                     _execute(connection, (SQL / name).read_bytes())
                 if needs_snapshot:
-                    _execute(connection, "DELETE FROM pgmsync.position")
+                    _execute(connection, "DELETE FROM pmgsync.position")
                 # Beside long transactions this lock could wait for hours, and everybody else would queue up behind it.
                 _execute(connection, f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'")
                 # From 18 on a published key may hold generated columns only when these are published.
@@ -186,10 +186,10 @@ def _make_objects(
                 _execute(connection, f"CREATE PUBLICATION {PUBLICATION} WITH ({options})")
                 watch.install(connection, profile)
                 watch.arm(connection)
-                _execute(connection, "DELETE FROM pgmsync.node")
+                _execute(connection, "DELETE FROM pmgsync.node")
                 with connection.cursor() as cursor:
                     cursor.execute(
-                        "INSERT INTO pgmsync.node (cid, cluster, incarnation, needs_snapshot, system_id, timeline, "
+                        "INSERT INTO pmgsync.node (cid, cluster, incarnation, needs_snapshot, system_id, timeline, "
                         "slot, publication, profile_digest) "
                         "SELECT %s, %s, %s, %s, s.system_identifier::text, c.timeline_id, %s, %s, %s "
                         "FROM pg_control_system() AS s, pg_control_checkpoint() AS c",
@@ -232,7 +232,7 @@ def _complete(connection: Connection, profile: Profile, cid: int, *, take_over_c
                 _execute(connection, statement)
         _execute(
             connection,
-            "UPDATE pgmsync.node SET start_lsn = (SELECT confirmed_flush_lsn FROM pg_replication_slots "
+            "UPDATE pmgsync.node SET start_lsn = (SELECT confirmed_flush_lsn FROM pg_replication_slots "
             "WHERE slot_name = %s AND database = current_database())",
             SLOT,
         )
@@ -246,14 +246,14 @@ def _remove(connection: Connection, *, drop_schema: bool) -> None:
     with _transaction(connection):
         # First: they would make the identities FULL again.
         watch.disarm(connection)
-        if _value(connection, "SELECT pg_catalog.to_regclass('pgmsync.replica_identity')::oid::bigint") is not None:
+        if _value(connection, "SELECT pg_catalog.to_regclass('pmgsync.replica_identity')::oid::bigint") is not None:
             _restore_identities(connection)
         _execute(connection, b"DROP PUBLICATION IF EXISTS " + quote_ident(PUBLICATION.encode()))
         if drop_schema:
             _execute(connection, "SET LOCAL client_min_messages = warning")
-            _execute(connection, "DROP SCHEMA IF EXISTS pgmsync CASCADE")
-        elif _value(connection, "SELECT pg_catalog.to_regclass('pgmsync.node')::oid::bigint") is not None:
-            _execute(connection, "DELETE FROM pgmsync.node")
+            _execute(connection, "DROP SCHEMA IF EXISTS pmgsync CASCADE")
+        elif _value(connection, "SELECT pg_catalog.to_regclass('pmgsync.node')::oid::bigint") is not None:
+            _execute(connection, "DELETE FROM pmgsync.node")
     _drop_in_use(
         connection,
         "SELECT active_pid, NULL FROM pg_replication_slots WHERE slot_name = %s AND database = current_database()",
@@ -280,7 +280,7 @@ def _restore_identities(connection: Connection) -> None:
             "SELECT DISTINCT ON (c.oid) n.nspname, c.relname, i.identity::text, "
             "CASE WHEN EXISTS (SELECT FROM pg_class AS x JOIN pg_index AS k ON k.indexrelid = x.oid "
             "WHERE k.indrelid = c.oid AND x.relname = i.index) THEN i.index ELSE '' END "
-            "FROM pgmsync.replica_identity AS i JOIN pg_class AS c ON c.relkind = 'r' AND c.relreplident = 'f' "
+            "FROM pmgsync.replica_identity AS i JOIN pg_class AS c ON c.relkind = 'r' AND c.relreplident = 'f' "
             "JOIN pg_namespace AS n ON n.oid = c.relnamespace "
             "WHERE CASE WHEN i.relation IS NULL THEN n.nspname = i.schema AND c.relname = i.name "
             "ELSE c.oid = i.relation END ORDER BY c.oid, i.noticed"
@@ -291,7 +291,7 @@ def _restore_identities(connection: Connection) -> None:
                 clause = b"NOTHING"  # as it was: the index had been dropped
             table = quote_ident(schema) + b"." + quote_ident(name)
             _execute(connection, b"ALTER TABLE ONLY %s REPLICA IDENTITY %s" % (table, clause))
-    _execute(connection, "DELETE FROM pgmsync.replica_identity")
+    _execute(connection, "DELETE FROM pmgsync.replica_identity")
 
 
 def _drop_in_use(connection: Connection, find: str, drop: str, name: str) -> None:

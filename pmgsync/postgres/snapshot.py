@@ -221,7 +221,7 @@ def owner_condition(column: str, origin: int, master: int, members: Collection[i
 def read_vector(connection: Connection) -> Vector:
     """Return the positions that the database holds, as the session's transaction sees them."""
     with connection.cursor() as cursor:
-        cursor.execute("SELECT origin, incarnation, lsn::text, part FROM pgmsync.position")
+        cursor.execute("SELECT origin, incarnation, lsn::text, part FROM pmgsync.position")
         return {origin: [incarnation, parse_lsn(as_text(lsn)), part] for origin, incarnation, lsn, part in cursor}
 
 
@@ -320,11 +320,11 @@ def _final_sql(connection: Connection, profile: Profile) -> bytes:
             name = quote_literal(sequence.quoted)
             called = b"true" if row[1] else b"false"
             statements.append(b"SELECT pg_catalog.setval(%s::regclass, %d, %s);\n" % (name, row[0], called))
-        cursor.execute("SELECT schema, name, identity::text, index FROM pgmsync.replica_identity")
+        cursor.execute("SELECT schema, name, identity::text, index FROM pmgsync.replica_identity")
         for row in cursor.fetchall():
             values = b", ".join(map(quote_literal, row))
             statements.append(
-                b"INSERT INTO pgmsync.replica_identity (schema, name, identity, index) VALUES (%s);\n" % values
+                b"INSERT INTO pmgsync.replica_identity (schema, name, identity, index) VALUES (%s);\n" % values
             )
     return b"".join(statements)
 

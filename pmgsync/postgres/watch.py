@@ -27,12 +27,12 @@ _TAGS = (
 )  # fmt: skip
 _EVENT_TRIGGERS = {
     # ALWAYS: schema changes that come through the stream are made under session_replication_role = replica.
-    "pgmsync_watch": f"ON ddl_command_end WHEN TAG IN ({', '.join(map(repr, _TAGS))}) EXECUTE FUNCTION pgmsync.watch()",
-    "pgmsync_watch_drop": "ON sql_drop EXECUTE FUNCTION pgmsync.watch()",
+    "pmgsync_watch": f"ON ddl_command_end WHEN TAG IN ({', '.join(map(repr, _TAGS))}) EXECUTE FUNCTION pmgsync.watch()",
+    "pmgsync_watch_drop": "ON sql_drop EXECUTE FUNCTION pmgsync.watch()",
 }
-GUARD_TRIGGER = "pgmsync_guard"
+GUARD_TRIGGER = "pmgsync_guard"
 EVENT_TRIGGERS = (*_EVENT_TRIGGERS, GUARD_TRIGGER)
-"""Event triggers that pgmsync may have made in a database."""
+"""Event triggers that pmgsync may have made in a database."""
 
 
 def install(connection: Connection, profile: Profile) -> None:
@@ -51,11 +51,11 @@ def install(connection: Connection, profile: Profile) -> None:
         cursor.execute("SET LOCAL client_min_messages = warning")
         for name in ("watch.sql", "guard.sql"):
             cursor.execute((SQL / name).read_bytes())
-        cursor.execute("DELETE FROM pgmsync.profile; DELETE FROM pgmsync.profile_table")
-        cursor.execute("INSERT INTO pgmsync.profile (all_tables) VALUES (%s)", (profile.all_tables,))
+        cursor.execute("DELETE FROM pmgsync.profile; DELETE FROM pmgsync.profile_table")
+        cursor.execute("INSERT INTO pmgsync.profile (all_tables) VALUES (%s)", (profile.all_tables,))
         if named:
-            cursor.execute(b"INSERT INTO pgmsync.profile_table (schema, name, policy) VALUES " + named)
-        cursor.execute("SELECT pgmsync.tend()")
+            cursor.execute(b"INSERT INTO pmgsync.profile_table (schema, name, policy) VALUES " + named)
+        cursor.execute("SELECT pmgsync.tend()")
 
 
 def arm(connection: Connection) -> None:
@@ -97,7 +97,7 @@ def tend(connection: Connection) -> None:
         cursor.execute("BEGIN")
         try:
             cursor.execute(f"SET LOCAL lock_timeout = {TEND_LOCK_MS}")
-            cursor.execute("SELECT pgmsync.tend()")
+            cursor.execute("SELECT pmgsync.tend()")
             cursor.execute("COMMIT")
         except psycopg2.Error:
             if not connection.closed:
@@ -106,7 +106,7 @@ def tend(connection: Connection) -> None:
 
 
 _LEFT_OUT = """
-SELECT t.schema, t.name FROM pgmsync.tables AS t
+SELECT t.schema, t.name FROM pmgsync.tables AS t
 WHERE t.policy <> 'local' AND NOT t.extension AND t.persistence = 'p' AND NOT t.wanted ORDER BY 1, 2
 """
 

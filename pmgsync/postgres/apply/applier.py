@@ -60,7 +60,7 @@ class _Notices:
 
     def append(self, text: str) -> None:
         """Take a notice of the server's."""
-        if "pgmsync missing " in text:
+        if "pmgsync missing " in text:
             self.missing += 1
 
 
@@ -115,7 +115,7 @@ class Applier:
             ApplyError: when the database is not set up.
         """
         self.close()
-        connection = connect(self._dsn, application_name=f"pgmsync apply {self._origin}", replica=True)
+        connection = connect(self._dsn, application_name=f"pmgsync apply {self._origin}", replica=True)
         connection.autocommit = True
         self._notices = _Notices()
         connection.notices = self._notices  # type: ignore[assignment]
@@ -127,14 +127,14 @@ class Applier:
                 cursor.execute(_SESSION)
                 # Marks what is written here as not this node's own, so that capture does not send it again. A second
                 # session of the same origin is refused, so there is one applier a chain.
-                name = b"'pgmsync_%d'" % self._origin
+                name = b"'pmgsync_%d'" % self._origin
                 cursor.execute(
                     b"SELECT pg_catalog.pg_replication_origin_create(%s) "
                     b"WHERE pg_catalog.pg_replication_origin_oid(%s) IS NULL" % (name, name)
                 )
                 _take_origin(cursor, name)
                 cursor.execute(
-                    b"SELECT incarnation, lsn::text, part FROM pgmsync.position WHERE origin = %d" % self._origin
+                    b"SELECT incarnation, lsn::text, part FROM pmgsync.position WHERE origin = %d" % self._origin
                 )
                 found = rows(cursor)
         except psycopg2.Error as error:
@@ -158,7 +158,7 @@ class Applier:
         with self._session() as cursor:
             try:
                 cursor.execute(
-                    b"INSERT INTO pgmsync.position (origin, incarnation, lsn, part) VALUES (%d, %d, '%s', %d) "
+                    b"INSERT INTO pmgsync.position (origin, incarnation, lsn, part) VALUES (%d, %d, '%s', %d) "
                     b"ON CONFLICT (origin) DO UPDATE SET incarnation = EXCLUDED.incarnation, lsn = EXCLUDED.lsn, "
                     b"part = EXCLUDED.part, commit_time = NULL"
                     % (self._origin, incarnation, format_lsn(position.lsn).encode(), position.part)
@@ -324,9 +324,9 @@ class Applier:
         if commit_time is not None:
             when = b"'epoch'::timestamptz + interval '%d us'" % commit_time
         script.append(
-            b"WITH hit AS (UPDATE pgmsync.position SET lsn = '%s', part = %d, commit_time = %s "
+            b"WITH hit AS (UPDATE pmgsync.position SET lsn = '%s', part = %d, commit_time = %s "
             b"WHERE origin = %d AND incarnation = %d AND lsn = '%s' RETURNING 1) "
-            b"SELECT pgmsync.diverged() FROM hit HAVING pg_catalog.count(*) <> 1"
+            b"SELECT pmgsync.diverged() FROM hit HAVING pg_catalog.count(*) <> 1"
             % (
                 format_lsn(reached.lsn).encode(), reached.part, when,
                 self._origin, self._incarnation, format_lsn(self.position.lsn).encode(),

@@ -160,7 +160,7 @@ class RowExecutor:
             self.send(cursor, [self._call(cursor, item, exact=True, variant="upsert")])
             text = quote_literal(name.encode())
             cursor.execute(
-                b"SELECT pgmsync.log_conflict(%d, '%s', %s, 'insert of a row that was here')"
+                b"SELECT pmgsync.log_conflict(%d, '%s', %s, 'insert of a row that was here')"
                 % (self._origin, format_lsn(lsn).encode(), text)
             )
         elif hits < 1 and not target.strict:
@@ -241,7 +241,7 @@ class RowExecutor:
             ) from error  # fmt: skip
         merged = target.rule.policy is Policy.MERGE
         if not exact and kind != "I" and not (merged and kind == "U"):
-            otherwise = b"pgmsync.diverged()" if target.strict else b"pgmsync.missing(%d)" % target.number
+            otherwise = b"pmgsync.diverged()" if target.strict else b"pmgsync.missing(%d)" % target.number
             statement = statements.checked(statement, otherwise)
         if not target.prepared:
             self._prepared.append(target)

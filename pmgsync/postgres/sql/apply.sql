@@ -1,9 +1,9 @@
 -- What applying needs in every member's database. Running it again changes nothing.
 
-CREATE SCHEMA IF NOT EXISTS pgmsync;
+CREATE SCHEMA IF NOT EXISTS pmgsync;
 
 -- The node's state vector: how far it is on each origin's chain. Written by the transaction that applies the changes.
-CREATE TABLE IF NOT EXISTS pgmsync.position (
+CREATE TABLE IF NOT EXISTS pmgsync.position (
     origin integer PRIMARY KEY,
     incarnation bigint NOT NULL,
     lsn pg_lsn NOT NULL,
@@ -12,7 +12,7 @@ CREATE TABLE IF NOT EXISTS pgmsync.position (
 );
 
 -- The newest conflicts that were resolved by a rule, for people.
-CREATE TABLE IF NOT EXISTS pgmsync.conflict (
+CREATE TABLE IF NOT EXISTS pmgsync.conflict (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     noticed timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     origin integer NOT NULL,
@@ -22,14 +22,14 @@ CREATE TABLE IF NOT EXISTS pgmsync.conflict (
 );
 
 -- Keeps the newest 10 000: the log must not fill a disk.
-CREATE OR REPLACE FUNCTION pgmsync.log_conflict(origin integer, lsn pg_lsn, table_name text, kind text) RETURNS void
+CREATE OR REPLACE FUNCTION pmgsync.log_conflict(origin integer, lsn pg_lsn, table_name text, kind text) RETURNS void
 LANGUAGE sql SET search_path = pg_catalog AS $$
-    INSERT INTO pgmsync.conflict (origin, lsn, table_name, kind) VALUES ($1, $2, $3, $4);
-    DELETE FROM pgmsync.conflict WHERE id <= (SELECT max(c.id) FROM pgmsync.conflict AS c) - 10000;
+    INSERT INTO pmgsync.conflict (origin, lsn, table_name, kind) VALUES ($1, $2, $3, $4);
+    DELETE FROM pmgsync.conflict WHERE id <= (SELECT max(c.id) FROM pmgsync.conflict AS c) - 10000;
 $$;
 
 -- Ends a batch in which a statement did not hit exactly one row. The batch is applied again row by row, which says more.
-CREATE OR REPLACE FUNCTION pgmsync.diverged() RETURNS void
+CREATE OR REPLACE FUNCTION pmgsync.diverged() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 BEGIN
     RAISE EXCEPTION 'a change did not hit exactly one row' USING ERRCODE = 'PS001';
@@ -37,9 +37,9 @@ END
 $$;
 
 -- Tells the session that a row to change was not there; "what" is a number of the session's own.
-CREATE OR REPLACE FUNCTION pgmsync.missing(what integer) RETURNS void
+CREATE OR REPLACE FUNCTION pmgsync.missing(what integer) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 BEGIN
-    RAISE NOTICE 'pgmsync missing %', what;
+    RAISE NOTICE 'pmgsync missing %', what;
 END
 $$;

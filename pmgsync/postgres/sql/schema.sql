@@ -1,10 +1,10 @@
 -- What pmgsync keeps in the database about its own node. Idempotent: it runs at every `create` and `join`.
 
-CREATE SCHEMA IF NOT EXISTS pgmsync;
-COMMENT ON SCHEMA pgmsync IS 'state of pmgsync; removed with the node';
+CREATE SCHEMA IF NOT EXISTS pmgsync;
+COMMENT ON SCHEMA pmgsync IS 'state of pmgsync; removed with the node';
 
 -- One row. It is complete when start_lsn is there; without it, provisioning was interrupted and is undone by the next.
-CREATE TABLE IF NOT EXISTS pgmsync.node (
+CREATE TABLE IF NOT EXISTS pmgsync.node (
     one boolean PRIMARY KEY DEFAULT true CHECK (one),
     cid integer NOT NULL CHECK (cid > 0),
     cluster bytea NOT NULL,
@@ -17,14 +17,14 @@ CREATE TABLE IF NOT EXISTS pgmsync.node (
     publication text NOT NULL,
     profile_digest text NOT NULL
 );
-COMMENT ON COLUMN pgmsync.node.start_lsn IS
+COMMENT ON COLUMN pmgsync.node.start_lsn IS
     'consistent point of the slot: transactions that committed at or after it are in this incarnation of the chain';
-COMMENT ON COLUMN pgmsync.node.needs_snapshot IS
+COMMENT ON COLUMN pmgsync.node.needs_snapshot IS
     'true: who does not know this incarnation needs a snapshot; false: it starts from the state of the cluster';
 
 -- Tables that were given REPLICA IDENTITY FULL because they have no usable key, and what they had before; the first
 -- record of a table counts. No key: it is written inside somebody's DDL, and must never make that wait or fail.
-CREATE TABLE IF NOT EXISTS pgmsync.replica_identity (
+CREATE TABLE IF NOT EXISTS pmgsync.replica_identity (
     schema name NOT NULL,
     name name NOT NULL,
     identity "char" NOT NULL,

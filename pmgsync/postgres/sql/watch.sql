@@ -1,16 +1,16 @@
 -- The watch: keeps the publication complete while tables come, change and go, and sees to it that no UPDATE or DELETE of
 -- an application fails because its table is published. Running it again changes nothing.
 --
--- Inside somebody's DDL it only adds to pgmsync.replica_identity and reads nothing that is ever written by others: under
+-- Inside somebody's DDL it only adds to pmgsync.replica_identity and reads nothing that is ever written by others: under
 -- SERIALIZABLE anything else could end that transaction with an error it would not have had.
 
-CREATE TABLE IF NOT EXISTS pgmsync.profile (
+CREATE TABLE IF NOT EXISTS pmgsync.profile (
     one boolean PRIMARY KEY DEFAULT true CHECK (one),
     all_tables boolean NOT NULL
 );
 
 -- The tables that the profile names.
-CREATE TABLE IF NOT EXISTS pgmsync.profile_table (
+CREATE TABLE IF NOT EXISTS pmgsync.profile_table (
     schema name NOT NULL,
     name name NOT NULL,
     policy text NOT NULL,
@@ -19,14 +19,14 @@ CREATE TABLE IF NOT EXISTS pgmsync.profile_table (
 
 -- Every table that holds rows, with what the profile and the catalog say of it. Usable: updates and deletes of it can be
 -- published. A virtual generated column (PostgreSQL 18) cannot be part of a published replica identity.
-CREATE OR REPLACE VIEW pgmsync.tables AS
+CREATE OR REPLACE VIEW pmgsync.tables AS
 SELECT c.oid AS relation, n.oid AS namespace, n.nspname AS schema, c.relname AS name, c.relpersistence AS persistence,
        c.relreplident AS identity, t.policy, t.extension, t.virtual, t.usable,
        t.policy <> 'local' AND NOT t.extension AND c.relpersistence = 'p' AND (t.usable OR NOT t.virtual) AS wanted
 FROM pg_catalog.pg_class AS c
 JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
-CROSS JOIN pgmsync.profile AS p
-LEFT JOIN pgmsync.profile_table AS named ON named.schema = n.nspname AND named.name = c.relname
+CROSS JOIN pmgsync.profile AS p
+LEFT JOIN pmgsync.profile_table AS named ON named.schema = n.nspname AND named.name = c.relname
 CROSS JOIN LATERAL (
     SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute AS a
                    WHERE a.attrelid = c.oid AND a.attgenerated = 'v' AND NOT a.attisdropped) AS virtual
@@ -43,21 +43,21 @@ CROSS JOIN LATERAL (
            END AS usable
 ) AS t
 WHERE c.relkind = 'r' AND c.relpersistence <> 't'
-  AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pgmsync');
+  AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pmgsync');
 
 -- Schemas that are published as such. That needs no lock when a table is created, has the rows of CREATE TABLE AS, and
 -- lets a table become unlogged; but every table of the schema is in.
-CREATE OR REPLACE VIEW pgmsync.whole_schemas AS
+CREATE OR REPLACE VIEW pmgsync.whole_schemas AS
 SELECT n.oid AS namespace, n.nspname AS schema
-FROM pg_catalog.pg_namespace AS n CROSS JOIN pgmsync.profile AS p
-WHERE p.all_tables AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pgmsync')
-  AND NOT EXISTS (SELECT FROM pgmsync.profile_table AS t WHERE t.schema = n.nspname AND t.policy = 'local')
-  AND NOT EXISTS (SELECT FROM pgmsync.tables AS t
+FROM pg_catalog.pg_namespace AS n CROSS JOIN pmgsync.profile AS p
+WHERE p.all_tables AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pmgsync')
+  AND NOT EXISTS (SELECT FROM pmgsync.profile_table AS t WHERE t.schema = n.nspname AND t.policy = 'local')
+  AND NOT EXISTS (SELECT FROM pmgsync.tables AS t
                   WHERE t.namespace = n.oid AND (t.extension OR (t.virtual AND NOT t.usable)));
 
 -- Gives tables without a usable key REPLICA IDENTITY FULL: one table, or all. What they had before is kept for the day
--- that pgmsync leaves, and for when they get a key.
-CREATE OR REPLACE FUNCTION pgmsync.keep_identity(one oid DEFAULT NULL) RETURNS void
+-- that pmgsync leaves, and for when they get a key.
+CREATE OR REPLACE FUNCTION pmgsync.keep_identity(one oid DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     t record;
@@ -66,30 +66,30 @@ BEGIN
         SELECT w.relation, w.schema, w.name, w.identity,
                coalesce((SELECT x.relname FROM pg_index AS i JOIN pg_class AS x ON x.oid = i.indexrelid
                          WHERE i.indrelid = w.relation AND i.indisreplident), '') AS index
-        FROM pgmsync.tables AS w
+        FROM pmgsync.tables AS w
         WHERE w.wanted AND NOT w.usable AND (one IS NULL OR w.relation = one)
     LOOP
         EXECUTE format('ALTER TABLE ONLY %I.%I REPLICA IDENTITY FULL', t.schema, t.name);
-        INSERT INTO pgmsync.replica_identity (schema, name, identity, index, relation)
+        INSERT INTO pmgsync.replica_identity (schema, name, identity, index, relation)
         VALUES (t.schema, t.name, t.identity, t.index, t.relation);
     END LOOP;
 END
 $$;
 
 -- Makes the publication what the profile and the catalog say it should be.
-CREATE OR REPLACE FUNCTION pgmsync.publish() RETURNS void
+CREATE OR REPLACE FUNCTION pmgsync.publish() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    publication oid := (SELECT p.oid FROM pg_publication AS p WHERE p.pubname = 'pgmsync');
+    publication oid := (SELECT p.oid FROM pg_publication AS p WHERE p.pubname = 'pmgsync');
     change record;
 BEGIN
     IF publication IS NULL THEN
         RETURN;
     END IF;
     FOR change IN
-        WITH whole AS MATERIALIZED (SELECT w.namespace FROM pgmsync.whole_schemas AS w),
+        WITH whole AS MATERIALIZED (SELECT w.namespace FROM pmgsync.whole_schemas AS w),
         listed AS MATERIALIZED (
-            SELECT t.relation FROM pgmsync.tables AS t
+            SELECT t.relation FROM pmgsync.tables AS t
             WHERE t.wanted AND t.namespace NOT IN (SELECT w.namespace FROM whole AS w)),
         has_tables AS (SELECT r.prrelid AS relation FROM pg_publication_rel AS r WHERE r.prpubid = publication),
         has_schemas AS (SELECT s.pnnspid AS namespace FROM pg_publication_namespace AS s WHERE s.pnpubid = publication),
@@ -114,20 +114,20 @@ BEGIN
         FROM changes AS c GROUP BY c.verb, c.kind
         ORDER BY c.verb, c.kind  -- first ADD: at no moment is a table out that stays in
     LOOP
-        EXECUTE format('ALTER PUBLICATION pgmsync %s %s %s', change.verb, change.kind, change.objects);
+        EXECUTE format('ALTER PUBLICATION pmgsync %s %s %s', change.verb, change.kind, change.objects);
     END LOOP;
 END
 $$;
 
 -- True when a table is in the publication and should not be, or the other way round. For one table: cheap.
-CREATE OR REPLACE FUNCTION pgmsync.misplaced(one oid) RETURNS boolean
+CREATE OR REPLACE FUNCTION pmgsync.misplaced(one oid) RETURNS boolean
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT t.wanted IS DISTINCT FROM (
                EXISTS (SELECT FROM pg_publication_rel AS r JOIN pg_publication AS p ON p.oid = r.prpubid
-                       WHERE p.pubname = 'pgmsync' AND r.prrelid = t.relation)
+                       WHERE p.pubname = 'pmgsync' AND r.prrelid = t.relation)
             OR EXISTS (SELECT FROM pg_publication_namespace AS s JOIN pg_publication AS p ON p.oid = s.pnpubid
-                       WHERE p.pubname = 'pgmsync' AND s.pnnspid = t.namespace))
-    FROM pgmsync.tables AS t
+                       WHERE p.pubname = 'pmgsync' AND s.pnnspid = t.namespace))
+    FROM pmgsync.tables AS t
     -- An unlogged table never is published, whatever the publication says.
     WHERE t.relation = one AND t.persistence = 'p'
 $$;
@@ -135,7 +135,7 @@ $$;
 -- The event triggers' function. Whatever goes wrong here is not the application's fault: its statement goes on, and the
 -- agent tries again within seconds. It waits for a lock no longer than lock_timeout: only tables of schemas that are not
 -- published as a whole, and new schemas, need one that others may hold.
-CREATE OR REPLACE FUNCTION pgmsync.watch() RETURNS event_trigger
+CREATE OR REPLACE FUNCTION pmgsync.watch() RETURNS event_trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
 DECLARE
     object record;
@@ -145,9 +145,9 @@ BEGIN
         -- With an index or a column a key may be gone, of any table; a table's own go with it.
         IF EXISTS (SELECT FROM pg_event_trigger_dropped_objects() AS d
                    WHERE d.object_type IN ('index', 'table constraint', 'table column') AND NOT d.is_temporary) THEN
-            PERFORM pgmsync.keep_identity();
-            IF EXISTS (SELECT FROM pgmsync.tables AS t WHERE t.virtual AND NOT t.usable) THEN
-                PERFORM pgmsync.publish();
+            PERFORM pmgsync.keep_identity();
+            IF EXISTS (SELECT FROM pmgsync.tables AS t WHERE t.virtual AND NOT t.usable) THEN
+                PERFORM pmgsync.publish();
             END IF;
         END IF;
         RETURN;
@@ -158,46 +158,46 @@ BEGIN
           AND c.classid IN ('pg_class'::regclass, 'pg_namespace'::regclass, 'pg_extension'::regclass)
     LOOP
         IF object.classid = 'pg_class'::regclass THEN
-            PERFORM pgmsync.keep_identity(object.objid);
-            publishing := publishing OR coalesce(pgmsync.misplaced(object.objid), false);
+            PERFORM pmgsync.keep_identity(object.objid);
+            publishing := publishing OR coalesce(pmgsync.misplaced(object.objid), false);
         ELSE
-            publishing := publishing OR EXISTS (SELECT FROM pgmsync.profile AS p WHERE p.all_tables);
+            publishing := publishing OR EXISTS (SELECT FROM pmgsync.profile AS p WHERE p.all_tables);
         END IF;
     END LOOP;
     IF publishing THEN
-        PERFORM pgmsync.publish();
+        PERFORM pmgsync.publish();
     END IF;
 EXCEPTION WHEN OTHERS THEN
-    RAISE WARNING 'pgmsync will look at this again: %', sqlerrm;
+    RAISE WARNING 'pmgsync will look at this again: %', sqlerrm;
 END
 $$;
 
 -- What the agent does every few seconds: all of the above for all tables, and what would be too much inside somebody's
 -- DDL: records of tables that are gone go, and a table that was given a key uses it.
-CREATE OR REPLACE FUNCTION pgmsync.tend() RETURNS void
+CREATE OR REPLACE FUNCTION pmgsync.tend() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     t record;
 BEGIN
     -- Copied from another node by name.
-    UPDATE pgmsync.replica_identity AS r SET relation = c.oid
+    UPDATE pmgsync.replica_identity AS r SET relation = c.oid
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE r.relation IS NULL AND n.nspname = r.schema AND c.relname = r.name AND c.relkind = 'r';
-    DELETE FROM pgmsync.replica_identity AS r
+    DELETE FROM pmgsync.replica_identity AS r
     WHERE NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = r.relation AND c.relreplident = 'f');
-    -- The first record says what the table had before pgmsync.
-    DELETE FROM pgmsync.replica_identity AS r
-    WHERE EXISTS (SELECT FROM pgmsync.replica_identity AS e WHERE e.relation = r.relation
+    -- The first record says what the table had before pmgsync.
+    DELETE FROM pmgsync.replica_identity AS r
+    WHERE EXISTS (SELECT FROM pmgsync.replica_identity AS e WHERE e.relation = r.relation
                   AND (e.noticed, e.ctid) < (r.noticed, r.ctid));
     FOR t IN
-        SELECT w.schema, w.name FROM pgmsync.tables AS w JOIN pgmsync.replica_identity AS r ON r.relation = w.relation
+        SELECT w.schema, w.name FROM pmgsync.tables AS w JOIN pmgsync.replica_identity AS r ON r.relation = w.relation
         WHERE w.identity = 'f' AND r.identity = 'd'
           AND EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = w.relation AND i.indisprimary AND i.indimmediate
                       AND i.indisvalid AND i.indislive)
     LOOP
         EXECUTE format('ALTER TABLE ONLY %I.%I REPLICA IDENTITY DEFAULT', t.schema, t.name);
     END LOOP;
-    PERFORM pgmsync.keep_identity();
-    PERFORM pgmsync.publish();
+    PERFORM pmgsync.keep_identity();
+    PERFORM pmgsync.publish();
 END
 $$;
