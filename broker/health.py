@@ -50,7 +50,7 @@ class Health:
         """Return the state (`A` or `S`), what is wrong ("" when nothing), and the alerts."""
         broker = self._broker
         state, error = "A", ""
-        alerts = broker.retainer.alerts()
+        alerts = [*broker.retainer.alerts(), *({"kind": "journal", "text": text} for text in broker.damage)]
         sessions = broker.local.sessions.workers()
         for session in sessions:
             alerts += session.alerts

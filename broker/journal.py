@@ -35,6 +35,10 @@ MAX_PENDING = 64 << 20
 """Bytes that are accepted but not on disk: of the own chain, and as many of all others together."""
 
 
+DAMAGE_SCAN_BYTES = 64 << 20
+"""Bytes in which a damaged frame that was just met is looked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
     """How opening a chain went.
@@ -327,6 +331,26 @@ class Journals:
             chain.first = whole
             chain.ledger.trim(whole)
             self._writer.trim(chain.path, whole)
+
+    def pass_damage(self, origin: int, after: Position) -> Position:
+        """Forget everything up to and with the first damaged transaction after a position; returns the new `first`.
+
+        Whoever needs what is forgotten is told so by `read` from now on, instead of meeting the damage again.
+        """
+        chain = self._chain(origin)
+        beyond = chain.disk
+        try:
+            if chain.reader is not None:
+                for row in journal_file.rows_between(chain.reader, after, chain.disk, DAMAGE_SCAN_BYTES):
+                    try:
+                        journal_file.load(chain.reader, row)
+                    except ProtocolError:
+                        beyond = row.here
+                        break
+        except (sqlite3.Error, TypeError, ValueError):
+            beyond = chain.disk
+        self.trim(origin, Position(beyond.lsn))
+        return chain.first
 
     def size(self, origin: int) -> int:
         """Return the bytes of headers and bodies held; after a trim up to `retention.MARK_BYTES` too many."""

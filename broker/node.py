@@ -29,7 +29,14 @@ from broker.streams import Streams
 from broker.tokens import Tokens
 from pmgsync.chains import ChainHead, Verdict
 from pmgsync.config import NodeConfig
-from pmgsync.errors import FrameDamagedError, MembershipError, PmgsyncError, ProtocolError, UnreachableError
+from pmgsync.errors import (
+    FrameDamagedError,
+    JournalDamagedError,
+    MembershipError,
+    PmgsyncError,
+    ProtocolError,
+    UnreachableError,
+)
 from pmgsync.frames import Frame, read_frame
 from pmgsync.link import Message
 from pmgsync.membership import ClusterDocument, SignedDocument
@@ -68,6 +75,7 @@ class Broker:
         self.acked: dict[int, dict[int, Applied]] = {}
         self.clocks: dict[int, HeadClock] = {}
         self.notes: list[str] = []
+        self.damage: list[str] = []
         self._ack_due = False
         self._durable_told = (Position(0), 0)
         self._mark_at = 0.0
@@ -196,7 +204,7 @@ class Broker:
     def _open_journals(self) -> None:
         self.journals = Journals(self.state.journal, self.cid)
         self.journals.start()
-        self.streams = Streams(self.journals)
+        self.streams = Streams(self.journals, self._damaged)
         self.loop.add_descriptor(self.journals.notify_fd, self._journal_moved)
         for origin in self.journals.chains():
             if origin != self.cid:
@@ -410,6 +418,12 @@ class Broker:
         """Send a control message to a member; False when it is not connected."""
         link = self.peers.get(cid)
         return link is not None and link.send(message)
+
+    def _damaged(self, origin: int, position: Position, error: JournalDamagedError) -> None:
+        """Give up what cannot be read: other members may have it, or a snapshot replaces it."""
+        first = self._journals().pass_damage(origin, position)
+        log.error("action=journal-damaged origin=%d position=%s first=%s error=%s", origin, position, first, error)
+        self.damage = [*self.damage[-9:], error.message]
 
     def _note_head(self, origin: int, head: ChainHead) -> None:
         clock = self.clocks.setdefault(origin, HeadClock())

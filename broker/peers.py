@@ -174,6 +174,8 @@ class PeerLink:
 
     def send(self, message: Mapping[str, Any], attachments: Sequence[bytes] = ()) -> bool:
         """Send a control message; False when the member is not connected."""
+        if not self._control.established:
+            return False
         try:
             self._control.socket.send_multipart([pack(message), *attachments], zmq.NOBLOCK)
         except zmq.Again:
@@ -187,9 +189,13 @@ class PeerLink:
             self.rebuild()
         elif not self._control_lives(now):
             # The events connection is well and must not lose anything because the control port is shut.
-            self._control.close()
-            self._control = self._open_control()
-            self._on_rebuilt(self)
+            self._renew_control()
+
+    def _renew_control(self) -> None:
+        """Make the control connection anew: what is queued in the old socket must not reach the member any more."""
+        self._control.close()
+        self._control = self._open_control()
+        self._on_rebuilt(self)
 
     def _control_lives(self, now: float) -> bool:
         """Return False when the control connection has been gone, or has not answered, for too long."""
@@ -227,11 +233,9 @@ class PeerLink:
             self._asked, self._answered = None, time.monotonic()
             self._on_control(self, parts)
 
-        return self._open(zmq.DEALER, self.member.control, receive, lambda: self._on_rebuilt(self))
+        return self._open(zmq.DEALER, self.member.control, receive, self._renew_control)
 
     def _open(
         self, kind: int, port: int, receive: Callable[[list[zmq.Frame]], None], ended: Callable[[], None]
     ) -> _Connection:
-        return _Connection(
-            self._context, self._loop, self._keys, self.member, kind, port, receive=receive, ended=ended
-        )
+        return _Connection(self._context, self._loop, self._keys, self.member, kind, port, receive=receive, ended=ended)

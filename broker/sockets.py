@@ -51,7 +51,8 @@ def open_socket(
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5_000)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
-    socket.setsockopt(zmq.IMMEDIATE, 1)
+    # Not ZMQ_IMMEDIATE: with it, libzmq 4.3.5 aborts the process ("Assertion failed: !_more") when a connection ends
+    # while the parts of one of its messages are being read.
     return socket
 
 

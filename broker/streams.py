@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from broker.journal import Journals
-from pmgsync.errors import PmgsyncError
+from pmgsync.errors import JournalDamagedError, PmgsyncError
 from pmgsync.frames import Frame
 from pmgsync.positions import Position
 
@@ -39,8 +39,10 @@ class Stream:
 class Streams:
     """All streams that this broker serves from its journals."""
 
-    def __init__(self, journals: Journals) -> None:
+    def __init__(self, journals: Journals, damaged: Callable[[int, Position, JournalDamagedError], None]) -> None:
+        """`damaged` is called with origin and position when what follows there cannot be read for good."""
         self._journals = journals
+        self._damaged = damaged
         self._by_owner: dict[tuple[object, int], Stream] = {}
 
     def open(self, owner: object, request: int, stream: Stream) -> None:
@@ -100,6 +102,8 @@ class Streams:
             try:
                 frames = self._journals.read(stream.origin, stream.position, min(stream.credit, READ_BYTES))
             except PmgsyncError as error:
+                if isinstance(error, JournalDamagedError):
+                    self._damaged(stream.origin, stream.position, error)
                 self._finish(stream, error)
                 return
             for frame in frames:

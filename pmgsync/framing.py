@@ -19,6 +19,10 @@ rows, small enough that a thousand of them in a stalled queue do not hurt."""
 _UNIX_TO_POSTGRES_EPOCH_US = 946_684_800_000_000
 _BEGIN = struct.Struct(">cQQI")
 _COMMIT = struct.Struct(">cBQQQ")
+_OWN_MESSAGES = b"pgmsync."
+"""What the prefixes of logical messages that travel begin with. A barrier's is `pgmsync`: it is only to be passed."""
+_MESSAGE_PREFIX_AT = 10
+_TRANSACTIONAL = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,11 @@ class Framer:
             case b"O":
                 # Applied here from another origin's chain: that chain carries it to everybody.
                 self._skip = True
-            case b"Y" | b"M":
+            case b"M":
+                # One that is not transactional comes at any point of the stream; only transactions travel.
+                if message[1] & _TRANSACTIONAL and message.startswith(_OWN_MESSAGES, _MESSAGE_PREFIX_AT):
+                    return self._change(message, ())
+            case b"Y":
                 pass
             case kind:
                 raise ProtocolError(f"the server sent a message of the unknown kind {kind!r}")

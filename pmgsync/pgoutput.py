@@ -114,17 +114,25 @@ class Commit(NamedTuple):
     commit_time_us: int
 
 
+class Emitted(NamedTuple):
+    """A logical decoding message, written by pg_logical_emit_message."""
+
+    prefix: bytes
+    content: bytes
+
+
 class Ignored(NamedTuple):
-    """An Origin, Type or logical decoding message: well known, and of no use to a receiver."""
+    """An Origin or Type message: well known, and of no use to a receiver."""
 
     kind: bytes
 
 
 RowChange = Insert | Update | Delete
-Message = Insert | Update | Delete | Truncate | Begin | Commit | Relation | Ignored
+Message = Insert | Update | Delete | Truncate | Begin | Commit | Relation | Emitted | Ignored
 
 _INSERT, _UPDATE, _DELETE = ord("I"), ord("U"), ord("D")
 _BEGIN, _COMMIT, _RELATION, _TRUNCATE = ord("B"), ord("C"), ord("R"), ord("T")
+_EMITTED = ord("M")
 _OLD, _KEY, _NEW = ord("O"), ord("K"), ord("N")
 _TEXT, _NULL, _TOAST = ord("t"), ord("n"), ord("u")
 
@@ -133,6 +141,7 @@ _u32 = struct.Struct(">I").unpack_from
 _begin = struct.Struct(">xQqI")
 _commit = struct.Struct(">xBQQq")
 _truncate = struct.Struct(">xIB")
+_emitted = struct.Struct(">xBQ")
 _column = struct.Struct(">Ii")
 
 
@@ -227,7 +236,12 @@ def _decode(data: bytes) -> Message:
             raise ProtocolError("a truncate has another length than its tables need")
         ids = struct.unpack_from(f">{count}I", data, _truncate.size)
         message = Truncate(ids, bool(options & 1), bool(options & 2))
-    elif data[:1] in b"OYM":
+    elif kind == _EMITTED:
+        prefix, start = _text(data, _emitted.size)
+        (length,) = _u32(data, start)
+        content, at = data[start + 4 : start + 4 + length], start + 4 + length
+        message = Emitted(prefix, content)
+    elif data[:1] in b"OY":
         return Ignored(data[:1])
     else:
         raise ProtocolError(f"a message has the unknown kind {data[:1]!r}")
@@ -260,7 +274,7 @@ class Truncated(NamedTuple):
     restart_identity: bool
 
 
-Change = tuple[Relation, RowChange] | Truncated
+Change = tuple[Relation, RowChange] | Truncated | Emitted
 
 
 class Piece(NamedTuple):
@@ -329,6 +343,10 @@ def transactions(messages: Iterable[bytes]) -> Iterator[Piece]:
                     raise ProtocolError("a frame truncates a table that it does not describe")
                 described = tuple(relations[number] for number in message.relation_ids)
                 append(Truncated(described, message.cascade, message.restart_identity))
+            case Emitted():
+                if not started:
+                    raise ProtocolError("a frame has a message outside a transaction")
+                append(message)
             case _:
                 pass
     if begin is not None or changes:

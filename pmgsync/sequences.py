@@ -40,36 +40,46 @@ class Sequence:
     """A sequence as the catalog describes it, and where it stands.
 
     Attributes:
-        last: the newest value that may have been handed out; with a cache sessions may hold values up to it. None
-            before the first.
+        last: the newest value that may have been handed out (with a cache, sessions hold values up to it); of a
+            sequence that was not used yet, one increment before its first.
     """
 
     increment: int
     minimum: int
     maximum: int
     cycle: bool
-    last: int | None
+    last: int
 
     @property
     def size(self) -> int:
         """How many values it has."""
         return (self.maximum - self.minimum) // abs(self.increment) + 1
 
-    def steps(self, start: int, end: int) -> int:
-        """Return how many values lie between two, in the direction of the sequence; negative when `end` is behind."""
-        distance = end - start
-        return distance // self.increment if distance % self.increment == 0 else -(-distance // self.increment)
+    @property
+    def room(self) -> int:
+        """How many values are left before its end, or before it begins again."""
+        return max(0, (self._end - self.last) // self.increment)
 
-    def after(self, value: int, steps: int) -> int:
+    @property
+    def _end(self) -> int:
+        return self.maximum if self.increment > 0 else self.minimum
+
+    def ahead(self, steps: int) -> int:
         """Return the value so many steps on: never beyond the end unless it cycles."""
-        first, last = (self.minimum, self.maximum) if self.increment > 0 else (self.maximum, self.minimum)
-        room = max(0, abs(last - value) // abs(self.increment)) if self.minimum <= value <= self.maximum else 0
-        if steps <= room:
-            return value + steps * self.increment
+        if steps <= self.room:
+            return self.last + steps * self.increment
         if not self.cycle:
             # At the end a promoted node has none left, as the master will have soon: never one twice.
-            return last
-        return first + (steps - room - 1) % self.size * self.increment
+            return self._end
+        first = self.minimum if self.increment > 0 else self.maximum
+        return first + (steps - self.room - 1) % self.size * self.increment
+
+    def used_since(self, last: int) -> int | None:
+        """Return how many values were handed out since it stood there, None when it was set back."""
+        steps = -((last - self.last) // self.increment)
+        if steps >= 0:
+            return steps
+        return steps % self.size if self.cycle else None
 
 
 class Value(NamedTuple):
@@ -91,20 +101,15 @@ class Ceiling:
 
     Attributes:
         value: of the newest ceiling, None when there is none yet.
-        left: values that the master may hand out until it reaches it, at the newest look.
+        allowance: how many values the master may hand out from the newest look on until it reaches it.
         last: where the master's stood then.
         recent: the consumption per interval that is expected.
     """
 
     value: int | None = None
-    left: int = 0
-    last: int | None = None
+    allowance: int = 0
+    last: int = 0
     recent: int = 0
-
-    @property
-    def allowance(self) -> int:
-        """How many values may be handed out until the next look."""
-        return self.left
 
 
 def margin(sequence: Sequence, recent: int) -> int:
@@ -112,52 +117,19 @@ def margin(sequence: Sequence, recent: int) -> int:
     return max(1, min(max(MIN_MARGIN, FACTOR * recent), sequence.size // SHARE))
 
 
-def look(ceiling: Ceiling, sequence: Sequence) -> tuple[Ceiling, int | None, bool]:
-    """Return what is known after a look, the value to publish or None, and whether it is exact."""
-    if sequence.last is None:
-        # Nothing was handed out, or it was restarted; the first value may come right after this look.
-        start = sequence.minimum if sequence.increment > 0 else sequence.maximum
-        if ceiling.value is None or ceiling.last is not None:
-            return _renewed(sequence, start, None, ceiling.recent, exact=ceiling.value is not None)
-        return ceiling, None, False
-    last = sequence.last
-    if ceiling.value is None:
-        return _renewed(sequence, last, last, 0, exact=False)
-    if ceiling.last is None:
-        # Not where it was: the first values since the newest look; how many is not known, so it counts as restarted
-        # unless it is within what was allowed.
-        used = _used(sequence, sequence.minimum if sequence.increment > 0 else sequence.maximum, last)
-    else:
-        used = _used(sequence, ceiling.last, last)
-    if used is None or used > sequence.size:
-        return _renewed(sequence, last, last, ceiling.recent, exact=True)
-    recent = max(used, ceiling.recent - (ceiling.recent + FORGET - 1) // FORGET)
-    left = ceiling.left - used
-    if left < margin(sequence, recent) // 2 and not (not sequence.cycle and _ended(sequence, ceiling.value)):
-        return _renewed(sequence, last, last, recent, exact=sequence.cycle)
-    return Ceiling(ceiling.value, left, last, recent), None, False
-
-
-def _ended(sequence: Sequence, value: int) -> bool:
-    return not sequence.minimum <= value + sequence.increment <= sequence.maximum
-
-
-def _used(sequence: Sequence, before: int, now: int) -> int | None:
-    """Return how many values were handed out between two looks, None when it was set back."""
-    steps = sequence.steps(before, now)
-    if steps >= 0:
-        return steps
-    if not sequence.cycle:
-        return None
-    return sequence.steps(before, now) % sequence.size
-
-
-def _renewed(
-    sequence: Sequence, start: int, last: int | None, recent: int, *, exact: bool
-) -> tuple[Ceiling, int | None, bool]:
-    ahead = margin(sequence, recent)
-    value = sequence.after(start, ahead)
-    return Ceiling(value, ahead, last, recent), value, exact
+def look(ceiling: Ceiling, sequence: Sequence) -> tuple[Ceiling, bool, bool]:
+    """Return what is known after a look, whether a ceiling is to be published, and whether it is exact."""
+    used = 0 if ceiling.value is None else sequence.used_since(ceiling.last)
+    # Where it was set back nothing is known of what was used; what was used before is still expected.
+    recent = max(used or 0, ceiling.recent - -(-ceiling.recent // FORGET))
+    wanted = margin(sequence, recent)
+    if ceiling.value is not None and used is not None:
+        left = ceiling.allowance - used
+        at_end = not sequence.cycle and ceiling.value == sequence.ahead(sequence.size)
+        if left >= wanted // 2 or at_end:
+            return Ceiling(ceiling.value, left, sequence.last, recent), False, False
+    renewed = Ceiling(sequence.ahead(wanted), wanted, sequence.last, recent)
+    return renewed, True, sequence.cycle or used is None
 
 
 class Ceilings:
@@ -171,8 +143,9 @@ class Ceilings:
         found: dict[Name, Ceiling] = {}
         values = []
         for name, sequence in sequences.items():
-            found[name], value, exact = look(self._known.get(name, Ceiling()), sequence)
-            if value is not None:
+            found[name], publish, exact = look(self._known.get(name, Ceiling()), sequence)
+            value = found[name].value
+            if publish and value is not None:
                 values.append(Value(*name, value, exact))
         self._known = found
         return values

@@ -58,7 +58,8 @@ class Node:
         self.name = name
         self.dbname = dbname
         self.address = address
-        self.server = EmbeddedPostgres()
+        # Locks for the tests with thousands of tables; every server here gets the same.
+        self.server = EmbeddedPostgres(settings={"max_locks_per_transaction": "512"})
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         # Unix socket paths are short: the run directory cannot lie beneath pytest's.
         self.run_dir = Path(tempfile.mkdtemp(prefix="pmgsync-run-"))
@@ -66,6 +67,8 @@ class Node:
         self.config = directory / "node.toml"
         self.profile = profile
         self.extra = extra
+        # Runs a command in this node's network namespace, when it has one of its own.
+        self.within: tuple[str, ...] = ()
 
     def prepare(self) -> None:
         """Start the server and write node.toml."""
@@ -134,7 +137,7 @@ dsn = "{self.server.dsn(self.dbname)}"
             module = "broker.main" if service == "broker" else "pmgsync.agent.main"
             with (self.directory / f"{service}.log").open("ab") as log:
                 self.processes[service] = subprocess.Popen(
-                    [sys.executable, "-m", module, "--config", str(self.config)],
+                    [*self.within, sys.executable, "-m", module, "--config", str(self.config)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -185,7 +188,7 @@ dsn = "{self.server.dsn(self.dbname)}"
     def pmgcm(self, *arguments: str, check: bool = True, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
         """Run `pmgcm` as a person would."""
         done = subprocess.run(
-            [sys.executable, "-m", "cli.main", "--config", str(self.config), *arguments],
+            [*self.within, sys.executable, "-m", "cli.main", "--config", str(self.config), *arguments],
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
@@ -225,6 +228,7 @@ class Cluster:
         encoding: str = "UTF8",
         extra: str = "",
         seed: Callable[[Node], None] | None = None,
+        namespaces: Sequence[str] = (),
     ) -> None:
         self.schema = schema
         self.seed = seed
@@ -241,6 +245,9 @@ class Cluster:
             )
             for number in range(1, nodes + 1)
         ]
+        for number, (node, namespace) in enumerate(zip(self.nodes, namespaces, strict=False), 1):
+            node.address = f"10.213.7.{number}"
+            node.within = ("ip", "netns", "exec", namespace)
 
     @property
     def master(self) -> Node:

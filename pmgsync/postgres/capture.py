@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg2
 from psycopg2.extras import LogicalReplicationConnection
@@ -61,7 +62,7 @@ def read_slot_state(connection: psycopg2.extensions.connection, slot: str) -> Sl
         cursor.execute(_SLOT_STATE, (slot,))
         row = cursor.fetchone()
         assert row is not None
-    text = [value.decode() if isinstance(value, bytes) else value for value in row]
+    text: list[Any] = [value.decode() if isinstance(value, bytes) else value for value in row]
     return SlotState(
         text[0], text[1], parse_lsn(text[2]), text[3], text[4],
         parse_lsn(text[5]) if text[5] else 0, parse_lsn(text[6]) if text[6] else 0, text[7],
@@ -127,7 +128,7 @@ class SlotReader:
             raise UnreachableError(f"PostgreSQL does not answer ({_first_line(error)})") from error
         try:
             self._cursor = self._connection.cursor()
-            arguments = {"proto_version": "1", "publication_names": f'"{publication}"'}
+            arguments = {"proto_version": "1", "publication_names": f'"{publication}"', "messages": "true"}
             if self._connection.server_version >= 160000:
                 # Before 16 the Origin message tells an applied transaction from a local one.
                 arguments["origin"] = "none"
@@ -167,7 +168,7 @@ class SlotReader:
             message = self._cursor.read_message()
         except psycopg2.Error as error:
             raise UnreachableError(f"the replication connection was lost ({_first_line(error)})") from error
-        return None if message is None else message.payload  # type: ignore[no-any-return]
+        return None if message is None else message.payload
 
     def confirm(self, lsn: int, *, ask: bool = False) -> None:
         """Tell the server that everything below an LSN is on disk here, and optionally ask how far it has come.

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from pmgsync.pgoutput import Row
 from pmgsync.postgres.apply.target import Target
+from pmgsync.sequences import Value
 
 WARNINGS_KEPT = 1000
 
@@ -40,7 +41,13 @@ class TruncateItem(NamedTuple):
     restart_identity: bool
 
 
-PlanItem = Item | TruncateItem
+class SequenceItem(NamedTuple):
+    """Sequences that the master's have come near."""
+
+    values: tuple[Value, ...]
+
+
+PlanItem = Item | TruncateItem | SequenceItem
 
 
 @dataclass(frozen=True, slots=True)
