@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from broker.heartbeats import DOWN_AFTER_S, Heartbeat, measure_machine
-from broker.status import View, status_map
+from broker.status import BEHIND_S, View, status_map
 
 if TYPE_CHECKING:
     from broker.node import Broker
@@ -64,6 +64,15 @@ class Health:
                 alerts.append({"kind": "error", "text": text + advice + since})
         for origin, link in broker.peers.items():
             follower = broker.followers.get(origin)
+            if not link.up and time.monotonic() - self._since > GRACE_S:
+                reason = f": {link.problem}" if link.problem else ""
+                alerts.append({"kind": "not-receiving", "text": f"nothing is received from node {origin}{reason}"})
+            clock, done = broker.clocks.get(origin), broker.applied.get(origin)
+            if clock is not None and done is not None:
+                behind_s = clock.lag_s(time.monotonic(), done.position.lsn)
+                if behind_s > BEHIND_S:
+                    text = f"what came from node {origin} has not been applied for {behind_s:.0f} s"
+                    alerts.append({"kind": "not-applying", "text": text})
             if link.up and follower is not None and follower.replaying:
                 alerts.append({"kind": "replay", "text": f"fetching what was missed of node {origin}'s chain"})
         if broker.journals is not None and broker.journals.failure is not None:

@@ -53,7 +53,7 @@ class LocalDesk:
             message = unpack(parts[1].bytes)
             session = self.sessions.get(identity)
             if message["op"] == "hello":
-                session = self.sessions.begin(identity, str(message.get("worker", "cli"))[:40])
+                session = self.sessions.begin(identity, str(message.get("worker", "cli"))[:40], _pid(message))
                 self._welcome(session, number(message, "id"))
             elif session is None:
                 # The broker was restarted: the client must introduce itself again.
@@ -219,3 +219,9 @@ class LocalDesk:
                     follower.failed(request, UnreachableError(f"node {cid} broke the replay off"))
             case other:
                 raise ProtocolError(f"the operation {other!r:.40} is not known here")
+
+
+def _pid(message: Message) -> int:
+    """Return the process that a `hello` names, 0 when it names none."""
+    pid = message.get("pid", 0)
+    return pid if type(pid) is int and 0 < pid < 1 << 22 else 0

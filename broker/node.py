@@ -30,6 +30,7 @@ from broker.tokens import Tokens
 from pmgsync.chains import ChainHead, Verdict
 from pmgsync.config import NodeConfig
 from pmgsync.errors import (
+    ConfigError,
     FrameDamagedError,
     JournalDamagedError,
     MembershipError,
@@ -180,6 +181,7 @@ class Broker:
             self.roster.signed = signed
             self.local.spread_document()
             return
+        self._check_identity(signed, cid)
         if self.cid and (cid != self.cid or (old and old.document.cluster != signed.document.cluster)):
             self._leave_cluster()
         removed = old is not None and bool(old.document.cids - signed.document.cids) and self.cid != 0
@@ -200,6 +202,19 @@ class Broker:
         self._tend_door()
         self.local.spread_document()
         self._beat()
+
+    def _check_identity(self, signed: SignedDocument, cid: int) -> None:
+        """Refuse to be a second node of one CID: a copied state directory comes with another address or name."""
+        member = signed.document.member(cid)
+        assert member is not None
+        config = self.config
+        if (member.name, member.address) != (config.name, config.address):
+            raise ConfigError(
+                f"the cluster knows node {cid} as {member.name} at {member.address}, "
+                f"node.toml says {config.name} at {config.address}",
+                hint="name and address cannot change later: correct node.toml, or delete the node and join anew; "
+                "a copied state directory must not be started as a second node",
+            )
 
     def _open_journals(self) -> None:
         self.journals = Journals(self.state.journal, self.cid)

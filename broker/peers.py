@@ -44,6 +44,7 @@ class _Connection:
         problem: why there is no connection, "" while there is one.
         established: True from the handshake to the end of the connection.
         changed: when `established` last changed, or the socket was made.
+        lasted_s: for how long the newest connection that has ended was established.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class _Connection:
         self.problem = ""
         self.established = False
         self.changed = time.monotonic()
+        self.lasted_s = 0.0
         self._member = member
         self._where = f"{member.name} ({member.cid}) at {member.address}:{port}"
         self._loop = loop
@@ -107,7 +109,8 @@ class _Connection:
                 return
         self.established = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
         if self.established != greeted:
-            self.changed = time.monotonic()
+            now = time.monotonic()
+            self.lasted_s, self.changed = now - self.changed if greeted else self.lasted_s, now
         self._note(problem)
         if greeted and not self.established:
             self._ended()
@@ -191,6 +194,13 @@ class PeerLink:
             # The events connection is well and must not lose anything because the control port is shut.
             self._renew_control()
 
+    def _control_ended(self) -> None:
+        if self._control.lasted_s > PING_S:
+            self._renew_control()
+        else:
+            # Left to libzmq, which takes more and more time: this may go on.
+            self._on_rebuilt(self)
+
     def _renew_control(self) -> None:
         """Make the control connection anew: what is queued in the old socket must not reach the member any more."""
         self._control.close()
@@ -233,7 +243,7 @@ class PeerLink:
             self._asked, self._answered = None, time.monotonic()
             self._on_control(self, parts)
 
-        return self._open(zmq.DEALER, self.member.control, receive, self._renew_control)
+        return self._open(zmq.DEALER, self.member.control, receive, self._control_ended)
 
     def _open(
         self, kind: int, port: int, receive: Callable[[list[zmq.Frame]], None], ended: Callable[[], None]

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import zmq
 
 from broker.loop import Socket
+from pmgsync.errors import MembershipError
 from pmgsync.link import pack
 
 WORKER_GONE_S = 3.0
@@ -24,6 +26,7 @@ class Session:
 
     identity: bytes
     worker: str
+    pid: int = 0
     heard: float = field(default_factory=time.monotonic)
     state: str = ""
     error: str = ""
@@ -63,12 +66,21 @@ class Sessions:
             session.heard = time.monotonic()
         return session
 
-    def begin(self, identity: bytes, worker: str) -> Session:
-        """Begin a session; an earlier one of the same worker is over (its process was replaced)."""
+    def begin(self, identity: bytes, worker: str, pid: int) -> Session:
+        """Begin a session; an earlier one of the same worker is over when its process is.
+
+        Raises:
+            MembershipError: when another living process does that work.
+        """
         for old in list(self._by_identity.values()):
             if old.worker == worker and worker != "cli" and old.identity != identity:
+                if old.pid not in {0, pid} and psutil.pid_exists(old.pid) and not _is_zombie(old.pid):
+                    raise MembershipError(
+                        f"another process does the work of {worker} here, pid {old.pid}",
+                        hint="a second pmgsync-agent was started on this node: stop it",
+                    )
                 self.end(old)
-        session = Session(identity, worker)
+        session = Session(identity, worker, pid)
         self._by_identity[identity] = session
         return session
 
@@ -110,3 +122,11 @@ class Sessions:
         for session in self.all():
             if now - session.heard > (CLIENT_GONE_S if session.worker == "cli" else WORKER_GONE_S):
                 self.end(session)
+
+
+def _is_zombie(pid: int) -> bool:
+    """True when a process has ended and nobody has asked for its exit code yet."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -199,7 +200,7 @@ class BrokerLink(Peer):
                 raise UnreachableError(
                     f"no broker answers on {self.path}", hint="start it: systemctl start pmgsync-broker"
                 )
-        return self.request({"op": "hello", "worker": self.worker}, timeout_s=timeout_s)
+        return self.request({"op": "hello", "worker": self.worker, "pid": os.getpid()}, timeout_s=timeout_s)
 
     def close(self) -> None:
         """End the session."""

@@ -12,15 +12,18 @@ from collections.abc import Sequence
 import zmq
 
 from pmgsync.agent.base import Worker
+from pmgsync.agent.upkeep import Upkeep
 from pmgsync.config import NodeConfig
 from pmgsync.errors import ChainBrokenError, PmgsyncError
 from pmgsync.frames import Frame
 from pmgsync.framing import ChainName, Framer
 from pmgsync.link import BrokerLink, Message, error_map, pack
+from pmgsync.membership import ClusterDocument
 from pmgsync.positions import Position, format_lsn
 from pmgsync.postgres.capture import SlotReader, SlotState, emit_barrier, prove_continuity
 from pmgsync.postgres.node import read_node, renew_chain
 from pmgsync.postgres.provision import NodeFacts
+from pmgsync.profile import load_profile
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +48,14 @@ class CaptureWorker(Worker):
     def __init__(self, config: NodeConfig) -> None:
         super().__init__(config, "capture")
         self._facts: NodeFacts | None = None
+        self.upkeep = Upkeep(config.dsn, load_profile(config.profile), self._place)
+
+    def _place(self) -> tuple[int, ClusterDocument] | None:
+        return None if self.signed is None else (self.cid, self.signed.document)
 
     def session(self, link: BrokerLink) -> None:
         """Stream from the journal's end until something ends it."""
+        self.upkeep.start()
         facts, state = read_node(self.config.dsn)
         opened, _ = link.request(
             {
@@ -59,7 +67,13 @@ class CaptureWorker(Worker):
         )
         position, safe = Position.parse(opened["position"]), int(opened["watermark"])
         try:
-            prove_continuity(state, system_id=facts.system_id, journal_lsn=position.lsn, safe_lsn=safe)
+            prove_continuity(
+                state,
+                system_id=facts.system_id,
+                timeline=facts.timeline,
+                journal_lsn=position.lsn,
+                safe_lsn=safe,
+            )
         except ChainBrokenError as error:
             log.error("action=chain-broken position=%s error=%s", position, error)
             self.fail(error)
@@ -72,7 +86,6 @@ class CaptureWorker(Worker):
             _Stream(self, link, reader, facts, position, safe, state).run()
         finally:
             reader.close()
-
 
     def _renew(self, facts: NodeFacts) -> None:
         """Begin a new chain, with signs of life: making the slot waits for every open transaction."""
@@ -90,6 +103,7 @@ class CaptureWorker(Worker):
             self.rest(RENEW_POLL_S)
         if failed:
             raise failed[0]
+
 
 class _Stream:
     """One run of capture: a replication connection and a session with the broker."""
@@ -121,6 +135,7 @@ class _Stream:
         self._next_confirm = self._next_watermark = self._next_ask = 0.0
         self._next_slot_check = time.monotonic() + SLOT_CHECK_S
         self._ask_fast_until = 0.0
+        self._slot_alerts: list[dict[str, str]] = []
         self._check(state)
 
     def run(self) -> None:
@@ -147,6 +162,7 @@ class _Stream:
                 else:
                     poller.unregister(reader.fileno())
             self._keep_time(drained and reading)
+            self._worker.alerts = [*self._slot_alerts, *self._worker.upkeep.alerts]
             self._worker.report()
 
     def _timeout_ms(self) -> int:
@@ -228,4 +244,4 @@ class _Stream:
             alerts.append({"kind": "slot", "text": text})
         if state.wal_status in {"unreserved", "lost"}:
             alerts.append({"kind": "slot", "text": f"the slot's wal_status is {state.wal_status}"})
-        self._worker.alerts = alerts
+        self._slot_alerts = alerts

@@ -69,11 +69,13 @@ def read_slot_state(connection: psycopg2.extensions.connection, slot: str) -> Sl
     )  # fmt: skip
 
 
-def prove_continuity(state: SlotState, *, system_id: str, journal_lsn: int, safe_lsn: int) -> None:
+def prove_continuity(
+    state: SlotState, *, system_id: str, timeline: int, journal_lsn: int, safe_lsn: int
+) -> None:
     """Check that a slot continues exactly what the journal holds. Pure.
 
     Args:
-        system_id: the server's identifier when the chain began.
+        system_id, timeline: the server's when the chain began.
         journal_lsn: commit LSN of the newest complete transaction in the journal.
         safe_lsn: the LSN up to which the journal is known to hold everything; the slot was never confirmed beyond it.
 
@@ -86,6 +88,11 @@ def prove_continuity(state: SlotState, *, system_id: str, journal_lsn: int, safe
         raise ChainBrokenError(
             f"the database is on another PostgreSQL server than before (system identifier {state.system_id}, "
             f"was {system_id})",
+            hint=hint,
+        )
+    if state.timeline != timeline:
+        raise ChainBrokenError(
+            f"the server is on timeline {state.timeline}, was on {timeline}: it was restored, or a standby took over",
             hint=hint,
         )
     if not state.exists:
