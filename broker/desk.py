@@ -31,6 +31,16 @@ def number(message: Mapping[str, Any], key: str, *, highest: int = MAX_LSN) -> i
     return value
 
 
+def check_id(message: Mapping[str, Any]) -> None:
+    """Check what every message may carry: it is looked up in tables, and a list in its place cannot be.
+
+    Raises:
+        ProtocolError: when the id is not an int.
+    """
+    if type(message.get("id", 0)) is not int:
+        raise ProtocolError(f"{message['op']!r:.20} has an id that is not an int")
+
+
 def frame_sender(send: Send, request: int) -> Callable[[Frame], bool]:
     """Return the function that sends frames of a stream to somebody."""
     first = {"op": "frame", "id": request}
@@ -74,6 +84,7 @@ def common(broker: Broker, owner: object, send: Send, message: Message, attachme
     Raises:
         PmgsyncError: when the request is refused.
     """
+    check_id(message)
     match message["op"]:
         case "replay":
             open_replay(broker, owner, send, message)

@@ -108,6 +108,9 @@ class Door:
 
     def _admit(self, identity: bytes, request: int, message: Message, client_key: bytes) -> None:
         document = self._host.master_document()
+        token = str(message.get("token", ""))
+        # First: to whoever has no token the door does not tell which names, addresses and keys are members'.
+        self._tokens.check(token)
         newcomer = _newcomer(message, client_key)
         known = document.by_key(newcomer.curve_key)
         if known is not None and (known.name, known.address) != (newcomer.name, newcomer.address):
@@ -118,7 +121,7 @@ class Door:
         if known is not None and known.cid == document.master:
             raise MembershipError("this node is the cluster's master")
         changed = document if known is not None else with_member(document, newcomer)
-        self._tokens.use(str(message.get("token", "")))
+        self._tokens.use(token)
         signed = self._host.change_document(changed)
         member = signed.document.by_key(newcomer.curve_key)
         assert member is not None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from broker.desk import answer_error, begin_call, common, frame_sender, number
+from broker.desk import answer_error, begin_call, check_id, common, frame_sender, number
 from broker.heartbeats import Applied
 from broker.loop import Socket
 from broker.sessions import Session, Sessions
@@ -69,6 +69,7 @@ class LocalDesk:
 
     def _handle(self, session: Session, send: Any, message: Message, attachments: Sequence[bytes]) -> None:
         broker = self._broker
+        check_id(message)
         if message["op"] in {"data", "done", "error"}:
             broker.calls.from_server(session.identity, message, attachments)
             return
@@ -80,25 +81,28 @@ class LocalDesk:
             case "frame":
                 if len(attachments) != 2 or session.worker != "capture":
                     raise ProtocolError("a frame is a header and a body, and comes from capture")
-                broker.own_frame(attachments[0], attachments[1])
+                broker.publishing().take(attachments[0], attachments[1])
             case "watermark":
-                broker.watermark(number(message, "lsn"))
+                broker.publishing().watermark(number(message, "lsn"))
             case "applied":
                 position = Position.parse(message.get("position"))
                 origin = number(message, "origin")
                 broker.applied_moved(origin, Applied(number(message, "incarnation"), position))
             case "chain.open":
-                position = broker.open_own_chain(
+                position = broker.publishing().open(
                     number(message, "incarnation"), number(message, "start"), message.get("snapshot") is True
                 )
-                durable, mark = broker.durable_own()
+                durable, mark = broker.publishing().safe()
                 opened = {"op": "chain.opened", "id": number(message, "id"), "position": list(position)}
                 send({**opened, "watermark": mark}, ())
                 self.tell_durable(durable, mark)
             case "apply.open":
                 self._open_apply(session, send, message)
             case "serve":
-                session.methods = frozenset(map(str, message.get("methods", [])))
+                methods = message.get("methods", [])
+                if not isinstance(methods, list):
+                    raise ProtocolError("the methods to serve are not a list")
+                session.methods = frozenset(map(str, methods))
             case "call":
                 target = number(message, "target") or broker.cid
                 begin_call(broker, session.identity, send, message, target, broker.cid)
@@ -131,6 +135,8 @@ class LocalDesk:
     def _open_apply(self, session: Session, send: Any, message: Message) -> None:
         broker = self._broker
         request, origin, incarnation = number(message, "id"), number(message, "origin"), number(message, "incarnation")
+        if origin == broker.cid:
+            raise ProtocolError("the own chain is not applied here")
         own = broker.heard_own(origin)
         if incarnation == 0:
             if own is None:
@@ -140,6 +146,8 @@ class LocalDesk:
             incarnation, position = own.incarnation, Position(own.start)
         else:
             position = Position.parse(message.get("position"))
+            if not position.complete:
+                raise ProtocolError(f"{position} is in the middle of a transaction, which is never where apply stands")
             if own is not None and own.incarnation != incarnation:
                 raise ResyncRequiredError(f"node {origin} has begun a new chain")
         broker.follow(origin, incarnation, position)
@@ -191,6 +199,7 @@ class LocalDesk:
             ProtocolError: when it is malformed.
         """
         broker, message = self._broker, unpack(parts[0])
+        check_id(message)
         request = message.get("id", 0)
         match message["op"]:
             case "frame":

@@ -22,12 +22,13 @@ from broker.lag import HeadClock
 from broker.local import LocalDesk
 from broker.loop import Loop, Socket
 from broker.peers import PeerLink
+from broker.publishing import Publishing
 from broker.retaining import Retainer
-from broker.roster import Roster
+from broker.roster import Roster, no_cluster
 from broker.state import NodeKeys, StateDirectory
 from broker.streams import Streams
 from broker.tokens import Tokens
-from pmgsync.chains import ChainHead, Verdict
+from pmgsync.chains import ChainHead
 from pmgsync.config import NodeConfig
 from pmgsync.errors import (
     ConfigError,
@@ -49,8 +50,6 @@ HEARTBEAT_S = 0.5
 ACK_S = 0.05
 TICK_S = 0.25
 RELOAD_S = 1.0
-MARK_S = 0.5
-"""Seconds between watermarks on disk: each costs an fsync, and a stopping PostgreSQL waits for the last one."""
 
 
 class Broker:
@@ -71,16 +70,13 @@ class Broker:
         self.tokens = Tokens(time.monotonic)
         self.peers: dict[int, PeerLink] = {}
         self.followers: dict[int, Follower] = {}
-        self.own: OwnChain | None = None
+        self._publishing: Publishing | None = None
         self.applied: dict[int, Applied] = {}
         self.acked: dict[int, dict[int, Applied]] = {}
         self.clocks: dict[int, HeadClock] = {}
         self.notes: list[str] = []
         self.damage: list[str] = []
         self._ack_due = False
-        self._durable_told = (Position(0), 0)
-        self._mark_at = 0.0
-        self._marked = 0
         self._publisher: Socket | None = None
         self._members: MemberDesk | None = None
         self._door: Door | None = None
@@ -187,7 +183,7 @@ class Broker:
         removed = old is not None and bool(old.document.cids - signed.document.cids) and self.cid != 0
         if removed:
             # Whoever is being removed should learn it from the document, not from silence.
-            self._publish(b"d", signed.pack())
+            self.publish(b"d", signed.pack())
         self.roster.signed, self.roster.cid = signed, cid
         log.info("action=document cid=%d epoch=%d serial=%d", cid, signed.document.epoch, signed.document.serial)
         if self.journals is None:
@@ -197,7 +193,7 @@ class Broker:
             self._close_members_sockets()
         if self._publisher is None:
             self._open_members_sockets()
-        self._publish(b"d", signed.pack())
+        self.publish(b"d", signed.pack())
         self._meet_members(signed.document)
         self._tend_door()
         self.local.spread_document()
@@ -220,6 +216,7 @@ class Broker:
         self.journals = Journals(self.state.journal, self.cid)
         self.journals.start()
         self.streams = Streams(self.journals, self._damaged)
+        self._publishing = Publishing(self, self.journals)
         self.loop.add_descriptor(self.journals.notify_fd, self._journal_moved)
         for origin in self.journals.chains():
             if origin != self.cid:
@@ -236,7 +233,7 @@ class Broker:
         if self.journals is not None:
             self.loop.remove(self.journals.notify_fd)
             self.journals.close()
-        self.journals = self.streams = self.own = None
+        self.journals = self.streams = self._publishing = None
         self.followers.clear()
         self.applied.clear()
         self.acked.clear()
@@ -286,74 +283,26 @@ class Broker:
                     on_event=self._event, on_control=self._control, on_rebuilt=self._rebuilt,
                 )  # fmt: skip
 
-    # -- the own chain ------------------------------------------------------------------------------------------------
+    def publishing(self) -> Publishing:
+        """The own chain; raises MembershipError when no cluster is defined."""
+        if self._publishing is None:
+            raise no_cluster()
+        return self._publishing
 
-    def open_own_chain(self, incarnation: int, start: int, snapshot: bool) -> Position:
-        """Open the own chain's journal for capture and return the complete position that it ends at."""
-        journals = self._journals()
-        head = journals.open(self.cid, incarnation, Position(start))
-        if not head.position.complete:
-            head = journals.drop_parts(self.cid)
-            self.fell_back(head)
-        watermark = self.own.watermark if self.own and self.own.incarnation == incarnation else head.position.lsn
-        self.own = OwnChain(incarnation, start, snapshot, watermark)
-        self._durable_told, self._marked = (Position(0), 0), 0
-        self._note_head(self.cid, head)
-        return head.position
-
-    def own_frame(self, header: bytes, body: bytes) -> None:
-        """Take a frame from capture: journal it and publish it at once.
-
-        Raises:
-            PmgsyncError: when it cannot be taken; capture starts again from the journal's end.
-        """
-        journals, document = self._journals(), self.document
-        frame = read_frame(header, body)
-        if frame.header.origin != self.cid or frame.header.cluster != document.cluster:
-            raise ProtocolError("capture sent a frame of another chain")
-        verdict = journals.accept(frame)
-        if verdict is Verdict.DUPLICATE:
-            return
-        if verdict not in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
-            raise ProtocolError(f"capture sent a frame that does not follow the journal ({verdict.value})")
-        if verdict is Verdict.BEGIN_AGAIN:
-            self.fell_back(journals.chains()[self.cid])
-        self._publish(b"f", header, body)
-        self.taken(frame)
-
-    def durable_own(self) -> tuple[Position, int]:
-        """Return how far the own chain is on disk, and the LSN up to which it is known to be whole."""
-        return self._journals().durable(self.cid), self._journals().marked(self.cid)
-
-    def watermark(self, lsn: int) -> None:
-        """Note how far capture knows that there is nothing more to send."""
-        if self.own is None or lsn <= self.own.watermark:
-            return
-        self.own = OwnChain(self.own.incarnation, self.own.start, self.own.snapshot, lsn)
-        self._mark()
-
-    def _mark(self) -> None:
-        """Have the watermark written to disk: it lets the slot advance while nothing is published."""
-        if self.own is None or self.own.watermark <= self._marked or time.monotonic() < self._mark_at:
-            return
-        self._mark_at = time.monotonic() + MARK_S
-        self._marked = self.own.watermark
-        self._journals().mark(self.cid, self._marked)
+    @property
+    def own(self) -> OwnChain | None:
+        """What the heartbeat says of the own chain."""
+        return self._publishing.chain if self._publishing is not None else None
 
     def _journal_moved(self) -> None:
-        journals = self._journals()
-        journals.collect()
-        if self.own is not None:
-            durable = (journals.durable(self.cid), journals.marked(self.cid))
-            if durable != self._durable_told:
-                self._durable_told = durable
-                self.local.tell_durable(*durable)
+        self._journals().collect()
+        self.publishing().journal_moved()
 
     # -- chains: what followers, streams and desks need ---------------------------------------------------------------
 
     def _journals(self) -> Journals:
         if self.journals is None:
-            raise MembershipError("no cluster defined", hint="run `pmgcm create`, or `pmgcm join` to join one")
+            raise no_cluster()
         return self.journals
 
     def chain_heads(self) -> Mapping[int, ChainHead]:
@@ -377,14 +326,14 @@ class Broker:
             self.followers[origin] = Follower(origin, journals, self)
         elif head is None or head.incarnation != incarnation or position < journals.first(origin):
             self.followers[origin].reset()
-        self._note_head(origin, journals.chains()[origin])
+        self.note_head(origin, journals.chains()[origin])
         self.followers[origin].tick()
 
     def taken(self, frame: Frame) -> None:
         """A frame was taken into the journal."""
         assert self.streams is not None
         self.streams.offer(frame)
-        self._note_head(frame.header.origin, self.chain_heads()[frame.header.origin])
+        self.note_head(frame.header.origin, self.chain_heads()[frame.header.origin])
 
     def fell_back(self, head: ChainHead) -> None:
         """The parts of a half transaction were dropped."""
@@ -440,7 +389,8 @@ class Broker:
         log.error("action=journal-damaged origin=%d position=%s first=%s error=%s", origin, position, first, error)
         self.damage = [*self.damage[-9:], error.message]
 
-    def _note_head(self, origin: int, head: ChainHead) -> None:
+    def note_head(self, origin: int, head: ChainHead) -> None:
+        """Note for the lag where a chain's head is now."""
         clock = self.clocks.setdefault(origin, HeadClock())
         clock.note(time.monotonic(), head.incarnation, head.complete.lsn)
 
@@ -513,7 +463,8 @@ class Broker:
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
-    def _publish(self, *parts: bytes) -> None:
+    def publish(self, *parts: bytes) -> None:
+        """Publish an event; nothing happens while there are no members' sockets."""
         if self._publisher is not None:
             self._publisher.send_multipart(parts)
 
@@ -530,7 +481,7 @@ class Broker:
 
     def _beat(self) -> None:
         if self.cid:
-            self._publish(b"h", self.health.heartbeat().pack())
+            self.publish(b"h", self.health.heartbeat().pack())
 
     def _send_acks(self) -> None:
         if not self._ack_due or not self.cid:
@@ -550,7 +501,8 @@ class Broker:
 
     def _tick(self) -> None:
         self.local.sessions.expire()
-        self._mark()
+        if self._publishing is not None:
+            self._publishing.tick()
         if self.streams is not None:
             self.streams.expire()
         for follower in self.followers.values():

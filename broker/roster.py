@@ -7,6 +7,11 @@ from pmgsync.errors import MembershipError
 from pmgsync.membership import ClusterDocument, SignedDocument, accept_document, sign
 
 
+def no_cluster() -> MembershipError:
+    """Return the error of a node that is in no cluster."""
+    return MembershipError("no cluster defined", hint="run `pmgcm create`, or `pmgcm join` to join one")
+
+
 class Roster:
     """Holds the document in force. Nothing changes but by `load`, after the file has changed."""
 
@@ -25,7 +30,7 @@ class Roster:
             MembershipError: when no cluster is defined.
         """
         if self.signed is None or not self.cid:
-            raise MembershipError("no cluster defined", hint="run `pmgcm create`, or `pmgcm join` to join one")
+            raise no_cluster()
         return self.signed.document
 
     def master_document(self) -> ClusterDocument:

@@ -15,7 +15,7 @@ from broker.state import NodeKeys
 from pmgsync.errors import ConfigError
 
 DEAD_MS = 5_000
-"""How long TCP may go without an acknowledgement, or with a peer that reads nothing. ZMTP's own heartbeats are not used:
+"""How long TCP may go without an acknowledgement, or with a peer that reads nothing. ZMTP's heartbeats are not used:
 libzmq 4.3.5 aborts the process ("Assertion failed: !_io_error", its issues 4364 and 4767) when one falls due on a
 connection that has ended while its receive queue was full. Silence above TCP is noticed by `broker.peers`."""
 EVENTS_HWM = 1_000
