@@ -4,15 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= --nodes 3 --seconds 20 --rate 50
+ROUNDS ?= 200
+SEED ?=
 PYTEST ?= --numprocesses 2 --dist loadgroup
 
-.PHONY: demo test check clean
+.PHONY: demo test check soak clean
 
 demo: $(STAMP)
 	$(BIN)/pmgcm demo $(DEMO)
 
 test: check
 	$(BIN)/pytest $(PYTEST)
+
+# Hours of random faults: `make soak ROUNDS=2000`, and SEED=… to repeat a run.
+soak: $(STAMP)
+	PMGSYNC_ROUNDS=$(ROUNDS) PMGSYNC_SEED=$(SEED) $(BIN)/pytest -s -m soak -o addopts= tests
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -468,14 +468,17 @@ def run_nemesis(cluster: Cluster, seed: int, rounds: int) -> None:
     wait_healthy(cluster)
 
 
+def chosen_seed() -> int:
+    """Return the seed that is asked for, or a new one."""
+    return int(os.environ.get("PMGSYNC_SEED") or random.SystemRandom().randrange(1 << 30))
+
+
 def test_a_short_nemesis(new_cluster: NewCluster) -> None:
-    seed = int(os.environ.get("PMGSYNC_SEED", str(random.SystemRandom().randrange(1 << 30))))
-    run_nemesis(new_cluster(nodes=3, schema=BANK_SCHEMA), seed, 8)
+    run_nemesis(new_cluster(nodes=3, schema=BANK_SCHEMA), chosen_seed(), 8)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(36_000)
 def test_a_long_nemesis(new_cluster: NewCluster) -> None:
-    seed = int(os.environ.get("PMGSYNC_SEED", str(random.SystemRandom().randrange(1 << 30))))
-    rounds = int(os.environ.get("PMGSYNC_ROUNDS", "200"))
-    run_nemesis(new_cluster(nodes=3, schema=BANK_SCHEMA), seed, rounds)
+    rounds = int(os.environ.get("PMGSYNC_ROUNDS") or "200")
+    run_nemesis(new_cluster(nodes=3, schema=BANK_SCHEMA), chosen_seed(), rounds)
