@@ -1,4 +1,4 @@
-"""The framer: whatever the server sends, the frames hold every kept transaction once, whole, in order, self-contained."""
+"""The framer: whatever the server sends, frames hold every kept transaction once, whole, in order, self-contained."""
 
 from __future__ import annotations
 
