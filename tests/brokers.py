@@ -45,8 +45,8 @@ class FaultyBroker(Broker):
 
     def member(self) -> Member:
         keys = StateDirectory(self.state_dir).keys()
-        ports = self.link_in.ports if self.link_in is not None else self.ports
-        return Member(1, self.name, "127.0.0.1", *ports, keys.curve_public, keys.sign_public)
+        events, control, join = self.link_in.ports if self.link_in is not None else self.ports
+        return Member(1, self.name, "127.0.0.1", events, control, join, keys.curve_public, keys.sign_public)
 
     @property
     def alive(self) -> bool:
@@ -223,6 +223,7 @@ class Receiver:
     worker: str = "apply:1"
     credit: int = 8 << 20
     known: bool = False
+    confirms: bool = True
     reopened: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     _link: BrokerLink | None = None
@@ -284,7 +285,7 @@ class Receiver:
         self.ledger.take(frame)
         if self.credit:
             self._link.send({"op": "credit", "id": self._stream, "bytes": frame.size})
-        if self.ledger.head.position.complete:
+        if self.confirms and self.ledger.head.position.complete:
             position = list(self.ledger.head.position)
             self._link.send({"op": "applied", "origin": 1, "incarnation": INCARNATION, "position": position})
 

@@ -22,7 +22,7 @@ import psycopg2
 from pmgsync.postgres.embedded import EmbeddedPostgres
 
 START_S = 20.0
-WAIT_S = 60
+WAIT_S = 150
 
 
 def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
@@ -34,7 +34,7 @@ def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
         return [one.getsockname()[1] for one in bound]
 
 
-def eventually(condition: Callable[[], Any], *, within_s: float = 30.0, what: str = "") -> Any:
+def eventually(condition: Callable[[], Any], *, within_s: float = 60.0, what: str = "") -> Any:
     """Return the first true value of a condition.
 
     Raises:

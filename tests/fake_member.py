@@ -78,13 +78,15 @@ class FakeMember:
         self.context: zmq.Context[Socket] = zmq.Context()
         self._members: dict[bytes, int] = {}
         self._replays: list[Replay] = []
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._bound = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"fake-{name}", daemon=True)
 
     def member(self) -> Member:
         """How the cluster document has it."""
-        return Member(self.cid, self.name, "127.0.0.1", *self.ports, self.keys.curve_public, self.keys.sign_public)
+        events, control, join = self.ports
+        keys = self.keys
+        return Member(self.cid, self.name, "127.0.0.1", events, control, join, keys.curve_public, keys.sign_public)
 
     def start(self, peers: Sequence[Member]) -> None:
         """Bind; `peers` may connect."""
@@ -98,7 +100,7 @@ class FakeMember:
             self.do(self._loop.stop)
             self._thread.join(10)
 
-    def do(self, act: Callable[[], None]) -> None:
+    def do(self, act: Callable[[], object]) -> None:
         """Have something done in the thread, and wait for it."""
         done = threading.Event()
 

@@ -99,14 +99,14 @@ def test_status_tells_who_is_down_and_recovers(new_cluster: NewCluster) -> None:
     table = master.pmgcm("status").stdout
     assert table.splitlines()[0].startswith("NAME(CID)--------------IPADDRESS----ROLE-STATE---------UPTIME---LOAD")
     slave.kill("broker", signal.SIGSTOP)
-    eventually(lambda: master.node_status(2)["state"] == "ERROR", within_s=6)
+    eventually(lambda: master.node_status(2)["state"] == "ERROR")
     assert master.pmgcm("status", check=False).returncode == 1
     slave.kill("broker", signal.SIGCONT)
-    eventually(lambda: master.node_status(2)["state"] == "A", within_s=20)
+    eventually(lambda: master.node_status(2)["state"] == "A", within_s=60)
     slave.kill("agent")
-    eventually(lambda: "agent is not running" in (master.node_status(2)["error"] or ""), within_s=12)
+    eventually(lambda: "agent is not running" in (master.node_status(2)["error"] or ""), within_s=60)
     slave.start()
-    eventually(lambda: master.node_status(2)["state"] == "A", within_s=20)
+    eventually(lambda: master.node_status(2)["state"] == "A", within_s=60)
     master.sql("INSERT INTO t VALUES (1)")
     cluster.wait()
     cluster.assert_equal(["t"])

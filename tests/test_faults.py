@@ -284,17 +284,17 @@ def test_an_apply_that_is_blocked_for_long_harms_nobody(new_cluster: NewCluster)
     cluster = new_cluster(nodes=2, schema=SIMPLE)
     master, slave = cluster.nodes
     for node in cluster.nodes:
-        node.server.set(wal_sender_timeout="3s")
+        node.server.set(wal_sender_timeout="5s")
+    walsender = eventually(lambda: master.sql("SELECT pid FROM pg_stat_replication"))
     blocker = psycopg2.connect(slave.server.dsn(slave.dbname))
     try:
         with blocker.cursor() as cursor:
             cursor.execute("LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
         master.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 1000) AS g")
-        time.sleep(8)
-        assert master.sql("SELECT count(*) FROM pg_stat_replication") == [(1,)]
-        behind = master.node_status(2)
-        assert behind["state"] == "S", behind
-        assert behind["lag_s"] > 3
+        time.sleep(11)
+        assert master.sql("SELECT pid FROM pg_stat_replication") == walsender, "the server lost patience"
+        eventually(lambda: master.node_status(2)["state"] == "S", what="the slave is shown as behind")
+        assert master.node_status(2)["lag_s"] > 3
         eventually(lambda: _confirmed(master) >= _head(master), what="the master's slot goes on")
         blocker.rollback()
     finally:
@@ -309,7 +309,7 @@ def test_postgresql_stops_at_once_on_either_side(new_cluster: NewCluster) -> Non
     cluster.wait()
     for node in cluster.nodes:
         node.server.stop(timeout=20)
-        eventually(lambda: "ERROR" in cluster.master.pmgcm("status", check=False).stdout, within_s=15)
+        eventually(lambda: "ERROR" in cluster.master.pmgcm("status", check=False).stdout, within_s=60)
         node.server.start()
     cluster.master.sql("INSERT INTO t VALUES (2, 'x')")
     cluster.wait()
@@ -357,7 +357,7 @@ def test_a_slave_that_was_away_for_too_long_resynchronises_by_itself(new_cluster
         )
         time.sleep(0.2)
     master.sql("DELETE FROM t WHERE id < 50")
-    eventually(lambda: "needs resync" in alerts(master, 1), within_s=30, what="the master says who is left behind")
+    eventually(lambda: "needs resync" in alerts(master, 1), within_s=90, what="the master says who is left behind")
     size = sum(path.stat().st_size for path in (master.directory / "state" / "journal").iterdir())
     retained = master.sql("SELECT pg_current_wal_lsn() - restart_lsn FROM pg_replication_slots")
     assert retained[0][0] < 64 << 20, "a slave that is away keeps WAL on the master"
@@ -403,7 +403,7 @@ def test_a_full_journal_disk_stops_confirming_and_heals(new_cluster: NewCluster,
             "INSERT INTO t SELECT g, repeat(md5(random()::text), 30) FROM generate_series(%s, %s) AS g",
             (number * 1000, number * 1000 + 999),
         )
-    eventually(lambda: "disk is full" in alerts(cluster.nodes[1], 1), within_s=40, what="the full disk is in status")
+    eventually(lambda: "disk is full" in alerts(cluster.nodes[1], 1), within_s=90, what="the full disk is in status")
     assert _confirmed(master) < parse_lsn(master.sql("SELECT pg_current_wal_lsn()::text")[0][0])
     ballast.unlink()
     # The journal still has to fit: nothing is lost when it does not, it only waits for retention.
