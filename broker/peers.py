@@ -37,6 +37,15 @@ _EVENTS = (
 )
 
 
+_FAILED = frozenset(
+    {
+        zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+        zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+        zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+    }
+)
+
+
 class _Connection:
     """One connecting socket with its monitor: libzmq itself does not tell why nothing comes.
 
@@ -63,6 +72,7 @@ class _Connection:
         self.established = False
         self.changed = time.monotonic()
         self.lasted_s = 0.0
+        self._explained = False
         self._member = member
         self._where = f"{member.name} ({member.cid}) at {member.address}:{port}"
         self._loop = loop
@@ -97,8 +107,15 @@ class _Connection:
                 problem = ""
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 problem = f"{self._where} refuses this node's key"
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if not greeted:
+                problem = f"the handshake with {self._where} failed: its key may not be the one in the cluster document"
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                problem = f"the handshake with {self._where} failed: its key is not the one in the cluster document"
+                problem = f"what came from {self._where} was damaged on the way"
+            case zmq.EVENT_CONNECTED:
+                self._explained = False
+                return
+            case zmq.EVENT_DISCONNECTED if self._explained:
+                problem = self.problem
             case zmq.EVENT_DISCONNECTED if greeted:
                 problem = f"{self._where} closed the connection"
             case zmq.EVENT_DISCONNECTED:
@@ -107,6 +124,8 @@ class _Connection:
                 problem = self.problem or f"{self._where} does not accept connections"
             case _:
                 return
+        # The end of the connection that follows tells less than the reason that came before it.
+        self._explained = event in _FAILED
         self.established = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
         if self.established != greeted:
             now = time.monotonic()

@@ -15,6 +15,7 @@ from cli.console import CommandFailedError, InterruptedBySignalError, note, prin
 from cli.create import create
 from cli.delete import delete
 from cli.demo.command import demo
+from cli.doctor import doctor
 from cli.join import join
 from cli.join_cmd import join_cmd
 from cli.status import status
@@ -53,6 +54,7 @@ app.command()(join)
 app.command()(status)
 app.command()(wait)
 app.command()(delete)
+app.command()(doctor)
 app.command()(demo)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PmgsyncError(Exception):
     """Something pmgsync could not do, told in a sentence.
@@ -66,7 +68,15 @@ class ChainBrokenError(PmgsyncError):
 
 
 class ResyncRequiredError(PmgsyncError):
-    """A position cannot be reached by replay any more; a snapshot must be taken."""
+    """A position cannot be reached by replay any more; a snapshot must be taken.
+
+    Args:
+        tables: schema and name of the tables that are to be fetched; none: all that the origin answers for.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", tables: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.tables = tables
 
 
 class ApplyError(PmgsyncError):

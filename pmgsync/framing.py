@@ -19,10 +19,10 @@ rows, small enough that a thousand of them in a stalled queue do not hurt."""
 _UNIX_TO_POSTGRES_EPOCH_US = 946_684_800_000_000
 _BEGIN = struct.Struct(">cQQI")
 _COMMIT = struct.Struct(">cBQQQ")
-_OWN_MESSAGES = b"pgmsync."
-"""What the prefixes of logical messages that travel begin with. A barrier's is `pgmsync`: it is only to be passed."""
+_OWN_MESSAGES = b"pmgsync."
+"""What the prefixes of logical messages that travel begin with. A barrier's is `pmgsync`: it is only to be passed."""
 _MESSAGE_PREFIX_AT = 10
-_TRANSACTIONAL = 1
+_TRANSACTIONAL = b"\1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Framer:
                 self._skip = True
             case b"M":
                 # One that is not transactional comes at any point of the stream; only transactions travel.
-                if message[1] & _TRANSACTIONAL and message.startswith(_OWN_MESSAGES, _MESSAGE_PREFIX_AT):
+                if message[1:2] == _TRANSACTIONAL and message.startswith(_OWN_MESSAGES, _MESSAGE_PREFIX_AT):
                     return self._change(message, ())
             case b"Y":
                 pass

@@ -89,7 +89,9 @@ def test_every_way_to_write_is_refused_and_says_where_to_go(slave: Database) -> 
 
 
 def test_a_plain_user_gets_the_same_words(slave: Database) -> None:
-    slave.sql("CREATE ROLE plain_user LOGIN; GRANT ALL ON SCHEMA public TO plain_user; GRANT ALL ON public.plain TO plain_user")
+    slave.sql(
+        "CREATE ROLE plain_user LOGIN; GRANT ALL ON SCHEMA public TO plain_user; GRANT ALL ON public.plain TO plain_user"
+    )
     with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction, match="gate1"):
         write(slave, "SET ROLE plain_user; DELETE FROM plain")
     # A table of their own is made and published, though they may not look into pmgsync.
@@ -111,7 +113,10 @@ def test_tables_that_come_later_are_guarded(slave: Database) -> None:
         with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction, match="t1"):
             write(slave, f"{statement}; DELETE FROM t1")
         with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction, match="t1"):
-            write(slave, f"SET session_replication_role = replica; {statement}; RESET session_replication_role; DELETE FROM t1")
+            write(
+                slave,
+                f"SET session_replication_role = replica; {statement}; RESET session_replication_role; DELETE FROM t1",
+            )
 
 
 def test_the_master_and_one_that_becomes_it_refuse_nothing(slave: Database, mirror: Profile) -> None:
@@ -187,7 +192,12 @@ def test_only_what_the_master_alone_writes(server: EmbeddedPostgres) -> None:
     database.sql(SCHEMA)
     database.provision(profile, cid=2, take_over_cid0=False)
     ensure_guard(database.dsn, profile, master=MASTER)
-    for statement in ("INSERT INTO child VALUES (1)", "UPDATE leaf SET v = ''", "DELETE FROM root", "CREATE TABLE x (i int); DELETE FROM x"):
+    for statement in (
+        "INSERT INTO child VALUES (1)",
+        "UPDATE leaf SET v = ''",
+        "DELETE FROM root",
+        "CREATE TABLE x (i int); DELETE FROM x",
+    ):
         write(database, statement)
     with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
         write(database, "DELETE FROM plain")
@@ -202,5 +212,3 @@ def test_nothing_is_left_when_the_node_leaves(slave: Database) -> None:
         write(slave, statement)
     left = "SELECT (SELECT count(*) FROM pg_event_trigger), (SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal)"
     assert slave.sql(left) == [(0, 0)]
-
-

@@ -26,6 +26,7 @@ from broker.state import NodeKeys, StateDirectory
 from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
 from pmgsync.link import Peer, pack
 from pmgsync.membership import Member, sign
+from pmgsync.positions import LAST
 from tests.brokers import (
     INCARNATION,
     MEMORY_MIB,
@@ -282,14 +283,8 @@ def _ask_for_everything(control: Socket) -> None:
     while control.poll(300):
         control.recv_multipart()
     for n in range(100):
-        replay = {
-            "op": "replay",
-            "id": 1000 + n,
-            "origin": 1,
-            "incarnation": INCARNATION,
-            "position": [START, 2**32 - 1],
-        }
-        control.send(pack({**replay, "credit": 0}))
+        replay = {"op": "replay", "id": 1000 + n, "origin": 1, "incarnation": INCARNATION, "credit": 0}
+        control.send(pack({**replay, "position": [START, LAST]}))
     refused = []
     while control.poll(1000):
         answer = msgpack.unpackb(control.recv_multipart()[0])

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import zmq
 
 from pmgsync.agent.base import REPORT_S, Bell, SessionOverError, Worker
+from pmgsync.agent.resync import Resync
 from pmgsync.config import NodeConfig
 from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
 from pmgsync.frames import Frame, read_frame
 from pmgsync.link import BrokerLink, Message
 from pmgsync.positions import Position
 from pmgsync.postgres.apply import Applier
+from pmgsync.postgres.stale import StaleTables
 from pmgsync.profile import load_profile
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ CREDIT_BYTES = 8 << 20
 BATCH_BYTES = 1 << 20
 """Bytes of frames that are applied in one local transaction, when so many are waiting."""
 ALERT_COUNT = 20
+TEND_S = 2.0
+"""So often it is seen whether stale tables can be fetched anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,21 @@ class _Hand:
         self._applier.close()
 
     def _run(self) -> None:
+        next_tend = time.monotonic() + TEND_S
         while True:
-            first = self._work.get()
+            try:
+                if time.monotonic() >= next_tend:
+                    next_tend = time.monotonic() + TEND_S
+                    if tables := self._applier.tend():
+                        reason = f"tables of node {self._applier.origin} can be kept in step again"
+                        raise ResyncRequiredError(reason, tables=tables)
+                first = self._work.get(timeout=max(0.0, next_tend - time.monotonic()))
+            except queue.Empty:
+                continue
+            except PmgsyncError as error:
+                self.done.put(_Done(None, 0, error))
+                self._bell.ring()
+                return
             if first is None:
                 return
             batch, size = [first], first.size
@@ -94,6 +111,7 @@ class ApplyWorker(Worker):
         self.origin = origin
         self._profile = load_profile(config.profile)
         self._bell = Bell()
+        self._stale = StaleTables(origin)
 
     def _master(self) -> int:
         return self.document.master
@@ -110,6 +128,7 @@ class ApplyWorker(Worker):
             own_cid=self.cid,
             master=self._master,
             members=self._members,
+            stale=self._stale,
         )
         try:
             known = applier.connect()
@@ -178,6 +197,7 @@ class ApplyWorker(Worker):
                 self.well()
             warnings = list(applier.stats.warnings)[-ALERT_COUNT:]
             self.alerts = [{"kind": "table", "text": warning} for warning in warnings]
+            self.alerts += self._stale.alerts()[:ALERT_COUNT]
             self.report()
 
     def _take(self, hand: _Hand, stream: int, message: Message, attachments: Sequence[bytes]) -> None:
@@ -187,12 +207,10 @@ class ApplyWorker(Worker):
             self.handle(message, attachments)
 
     def _resynchronise(self, reason: ResyncRequiredError) -> None:
-        from pmgsync.agent.resync import Resync
-
-        log.warning("action=resync origin=%d reason=%s", self.origin, reason)
+        log.warning("action=resync origin=%d tables=%s reason=%s", self.origin, list(reason.tables), reason)
         self.state = "S"
         self.alerts = [{"kind": "resync", "text": f"resynchronising from node {self.origin}: {reason.message}"}]
-        resync = Resync(self, self._bell)
+        resync = Resync(self, self._bell, reason.tables)
         try:
             while not resync.over:
                 poll = zmq.Poller()
@@ -205,9 +223,25 @@ class ApplyWorker(Worker):
                     self.waiting(*received)
                 self.alerts = [{"kind": "resync", "text": resync.progress()}]
                 self.report()
-            resync.result()
+            self._conclude(resync, reason.tables)
         except SessionOverError:
             resync.cancel()
             raise
         finally:
             self.state, self.alerts = "A", []
+
+    def _conclude(self, resync: Resync, tables: Sequence[tuple[bytes, bytes]]) -> None:
+        """Take the result; a fetch of single tables that failed is tried again later, and the chain goes on."""
+        try:
+            resync.result()
+        except UnreachableError as error:
+            if not tables:
+                raise
+            log.warning("action=fetch-later origin=%d error=%s", self.origin, error)
+            self._stale.unreachable(tables)
+        except PmgsyncError as error:
+            if not tables:
+                raise
+            log.warning("action=fetch-failed origin=%d tables=%s error=%s", self.origin, list(tables), error)
+        else:
+            self._stale.fetched(set(tables) - resync.stale)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from pmgsync.agent.base import Bell
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.link import BrokerLink
+from pmgsync.postgres.catalog import as_text
 from pmgsync.postgres.restore import ChainRestore
 from pmgsync.profile import load_profile
 
@@ -19,14 +21,20 @@ log = logging.getLogger(__name__)
 
 
 class Resync:
-    """Runs in a thread of its own, with its own session, so that the worker goes on giving signs of life."""
+    """Runs in a thread of its own, with its own session, so that the worker goes on giving signs of life.
 
-    def __init__(self, worker: ApplyWorker, bell: Bell) -> None:
+    Attributes:
+        stale: when it is done, the tables of which something had to be left out.
+    """
+
+    def __init__(self, worker: ApplyWorker, bell: Bell, tables: Sequence[tuple[bytes, bytes]] = ()) -> None:
         self._worker = worker
         self._bell = bell
+        self._tables = tables
         self._cancelled = threading.Event()
         self._error: PmgsyncError | None = None
         self._rows = self._bytes = 0
+        self.stale: frozenset[tuple[bytes, bytes]] = frozenset()
         self._thread = threading.Thread(target=self._run, name="resync", daemon=True)
         self._thread.start()
 
@@ -52,9 +60,13 @@ class Resync:
     def progress(self) -> str:
         """Return a sentence on how far it has come."""
         return (
-            f"resynchronising what node {self._worker.origin} answers for: "
+            f"resynchronising {self._what()} node {self._worker.origin} answers for: "
             f"{self._rows} rows, {self._bytes >> 20} MiB received"
         )
+
+    def _what(self) -> str:
+        names = [".".join(part.decode(errors="backslashreplace") for part in table) for table in self._tables]
+        return f"what of {', '.join(names)}" if names else "what"
 
     def _run(self) -> None:
         try:
@@ -76,16 +88,20 @@ class Resync:
             own_cid=worker.cid,
             master=worker.document.master,
             members=worker.document.cids,
+            tables=self._tables or None,
         )
         try:
             with BrokerLink(worker.config.broker_socket, f"resync:{worker.origin}") as link:
                 link.hello()
-                args = {"scope": "chain", "origin": worker.origin}
+                args: dict[str, Any] = {"scope": "chain", "origin": worker.origin}
+                if self._tables:
+                    args["tables"] = [[as_text(part) for part in table] for table in self._tables]
                 for message, parts in link.call("snapshot", args, target=worker.origin):
                     if self._cancelled.is_set():
                         raise UnreachableError("the resync was given up")
                     if message["op"] == "done":
                         restore.finish(message["result"])
+                        self.stale = frozenset(restore.stale)
                         log.info("action=resynced origin=%d result=%s", worker.origin, message["result"])
                         return
                     piece = message["piece"]

@@ -75,6 +75,16 @@ class _Serving:
         return False
 
 
+def _tables(given: object) -> set[tuple[str, str]] | None:
+    if given is None:
+        return None
+    if isinstance(given, list):
+        pairs = {(pair[0], pair[1]) for pair in given if isinstance(pair, list) and len(pair) == 2}
+        if len(pairs) == len(given) and all(isinstance(part, str) for pair in pairs for part in pair):
+            return pairs
+    raise ProtocolError(f"a snapshot was asked for of the tables {given!r:.100}")
+
+
 class SnapshotWorker(Worker):
     """Serves `snapshot` and `facts`."""
 
@@ -146,6 +156,7 @@ class SnapshotWorker(Worker):
                     own=own,
                     master=self.document.master,
                     members=self.document.cids,
+                    tables=_tables(args.get("tables")),
                 )
             case _:
                 raise ProtocolError(f"a snapshot was asked for with {args!r:.100}")

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import psycopg2
@@ -13,12 +14,16 @@ import psycopg2.extensions
 
 from pmgsync.errors import PmgsyncError, ProtocolError, UnreachableError
 from pmgsync.merging import merge_expressions
+from pmgsync.positions import parse_lsn
+from pmgsync.postgres.apply.failures import is_drift, one_line
+from pmgsync.postgres.apply.rows import MERGE_LOCK
 from pmgsync.postgres.catalog import Table, as_bytes, as_text, list_tables
 from pmgsync.postgres.copying import CopyIn
 from pmgsync.postgres.pieces import checked_vector, copy_from, set_position, table_piece
 from pmgsync.postgres.provision import ORIGIN_PREFIX
 from pmgsync.postgres.session import connect, quote_ident
 from pmgsync.postgres.snapshot import chain_condition, owner_condition
+from pmgsync.postgres.stale import StaleTable, TableName, forget, record
 from pmgsync.profile import Policy, Profile, TableRule
 
 log = logging.getLogger(__name__)
@@ -36,14 +41,28 @@ class ChainRestore:
     `feed` each piece, `finish`; `close` in any case. Nothing is visible before `finish`, without it nothing happened.
     Readers are not kept waiting: rows are deleted, not truncated.
 
+    A table that does not fit here is left out and noted as stale; the others are not held up by it.
+
     Attributes:
         rows, bytes: how much has been fed.
+        stale: the tables of which something was left out.
     """
 
     def __init__(
-        self, dsn: str, profile: Profile, *, origin: int, own_cid: int, master: int, members: Collection[int]
+        self,
+        dsn: str,
+        profile: Profile,
+        *,
+        origin: int,
+        own_cid: int,
+        master: int,
+        members: Collection[int],
+        tables: Collection[TableName] | None = None,
     ) -> None:
         """Begin the transaction, with the origin's name on it, so that capture does not send it on.
+
+        Args:
+            tables: those that are fetched while the chain goes on; None: all, and the chain begins anew.
 
         Raises:
             UnreachableError: when the server does not let it in, or another session applies this origin's chain.
@@ -52,10 +71,15 @@ class ChainRestore:
         self._profile = profile
         self._origin, self._master = origin, master
         self._members = frozenset(members) | {own_cid}
+        self._wanted = None if tables is None else frozenset(tables)
+        self.stale: dict[TableName, StaleTable] = {}
+        self._skipping = False
+        self._staged = False
         self._copy: CopyIn | None = None
         self._table: Table | None = None
         self._rule: TableRule | None = None
         self._columns: list[bytes] = []
+        self._condition = b""
         self._seen: set[int] = set()
         self._connection = connect(dsn, application_name=f"pmgsync resync {origin}", replica=True)
         try:
@@ -82,16 +106,21 @@ class ChainRestore:
             match piece.get("kind"):
                 case "wait" | "plan":
                     pass
-                case "table" if self._copy is None:
+                case "table" if self._copy is None and not self._skipping:
                     self._begin_table(piece)
-                case "rows" if self._copy is not None:
-                    self._copy.feed(data)
+                case "rows" if self._copy is not None or self._skipping:
                     self.bytes += len(data)
                     self.rows += data.count(b"\n")
-                case "table-end" if self._copy is not None:
-                    self._copy.finish()
-                    self._copy = None
-                    self._end_table()
+                    with self._fitting():
+                        if self._copy is not None:
+                            self._copy.feed(data)
+                case "table-end" if self._copy is not None or self._skipping:
+                    with self._fitting():
+                        if self._copy is not None:
+                            copy, self._copy = self._copy, None
+                            copy.finish()
+                            self._end_table()
+                    self._skipping, self._table, self._rule = False, None, None
                 case kind:
                     raise ProtocolError(f"the snapshot has a piece {kind!r:.40} where none can stand")
 
@@ -105,8 +134,10 @@ class ChainRestore:
         with self._errors():
             if self._copy is not None or result.get("rows") != self.rows or self._origin not in vector:
                 raise ProtocolError(f"the snapshot ended after {self.rows} of {result.get('rows')} rows")
-            self._execute(set_position(self._origin, *vector[self._origin]))
+            self._conclude(vector[self._origin])
             self._execute(b"COMMIT")
+        for table in self.stale.values():
+            log.warning("action=stale origin=%d table=%s reason=%s", self._origin, table.label, table.reason)
         log.info("action=chain-restored origin=%d rows=%d bytes=%d", self._origin, self.rows, self.bytes)
 
     def close(self) -> None:
@@ -117,6 +148,44 @@ class ChainRestore:
         with contextlib.suppress(psycopg2.Error):
             self._connection.close()
 
+    def _conclude(self, place: tuple[int, int, int]) -> None:
+        """Write down where this leaves chain and tables."""
+        incarnation, lsn, _ = place
+        for statement in forget(self._origin, self._wanted):
+            self._execute(statement)
+        if self._wanted is None:
+            self._execute(set_position(self._origin, *place))
+        else:
+            with self._connection.cursor() as cursor:
+                cursor.execute("SELECT incarnation, lsn::text FROM pmgsync.position WHERE origin = %s", (self._origin,))
+                row = cursor.fetchone()
+            # The copy must not be older than what is here, and of the same chain.
+            if row is None or row[0] != incarnation or parse_lsn(as_text(row[1])) > lsn:
+                raise UnreachableError(f"the tables were copied at another place of the chain of node {self._origin}")
+        # What was fetched is whole, and the changes that brought it there are still to come.
+        whole = [StaleTable(*key, "none", "") for key in (self._wanted or frozenset()) - self.stale.keys()]
+        for table in (*self.stale.values(), *whole):
+            self._execute(record(self._origin, replace(table, lsn=lsn, until=lsn)))
+
+    @contextlib.contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Leave a table out, and only it, when its rows do not fit."""
+        try:
+            yield
+        except psycopg2.Error as error:
+            if self._table is None or not is_drift(error, differs=True):
+                raise
+            if self._copy is not None:
+                self._copy.close()
+                self._copy = None
+            self._execute(b"ROLLBACK TO SAVEPOINT pmgsync_table")
+            reason = f"its rows do not fit the table here ({one_line(error)})"
+            self._leave_out(self._table.schema, self._table.name, reason)
+
+    def _leave_out(self, schema: bytes, name: bytes, reason: str) -> None:
+        self.stale[schema, name] = StaleTable(schema, name, "table", reason)
+        self._skipping = True
+
     # -- tables --------------------------------------------------------------------------------------------------------
 
     def _begin_table(self, piece: Mapping[str, Any]) -> None:
@@ -126,32 +195,43 @@ class ChainRestore:
         condition = None if rule is None else chain_condition(rule, self._origin, self._master, self._members)
         if rule is None or condition is None:
             raise ProtocolError(f"node {self._origin} sent rows of {label}, which it does not answer for")
+        if self._wanted is not None and (schema, name) not in self._wanted:
+            raise ProtocolError(f"node {self._origin} sent rows of {label}, which was not asked for")
         table = self._tables.get((schema, name))
         if table is None:
-            raise PmgsyncError(
-                f"the table {label} is not in this database", hint="bring its schema in line with the other nodes'"
-            )
+            self._leave_out(schema, name, f"table {label} does not exist here")
+            return
         if table.oid in self._seen:
             raise ProtocolError(f"the snapshot has the table {label} twice")
         here = set(table.copied(rule.local_columns))
-        unknown = sorted(as_text(column) for column in columns if column not in here)
-        if unknown:
-            raise PmgsyncError(
-                f"the table {label} lacks columns here that it has on node {self._origin}: {', '.join(unknown)}",
-                hint="bring its schema in line with the other nodes'",
-            )
         self._seen.add(table.oid)
-        self._table, self._rule, self._columns = table, rule, columns
-        if rule.policy is Policy.MERGE:
-            listed = b", ".join(map(quote_ident, columns))
+        lacking = [column for column in columns if column not in here]
+        shown = ", ".join(sorted(as_text(column).encode("utf-8", "replace").decode() for column in lacking))
+        present = [column for column in columns if column in here]
+        needed = {as_bytes(column) for column in rule.columns} - {as_bytes(column) for column in rule.local_columns}
+        if needed & set(lacking) or (rule.policy is Policy.MERGE and set(table.primary_key) - set(columns)):
+            self._leave_out(schema, name, f"it lacks columns here: {shown}")
+            return
+        if lacking:
+            self.stale[schema, name] = StaleTable(
+                schema, name, "columns", f"it lacks columns here: {shown}", tuple(lacking)
+            )
+        self._execute(b"SAVEPOINT pmgsync_table")
+        self._table, self._rule, self._columns, self._condition = table, rule, present, condition
+        self._staged = bool(lacking) or rule.policy is Policy.MERGE
+        if rule.policy is not Policy.MERGE:
+            self._execute(b"DELETE FROM ONLY %s%s" % (table.quoted, b" WHERE " + condition if condition else b""))
+        if self._staged:
+            listed = b", ".join(map(quote_ident, present))
             self._execute(b"DROP TABLE IF EXISTS %s" % STAGING)
             self._execute(
                 b"CREATE TEMPORARY TABLE pmgsync_staging ON COMMIT DROP AS SELECT %s FROM %s WITH NO DATA"
                 % (listed, table.quoted)
             )
+            for column in lacking:
+                self._execute(b"ALTER TABLE %s ADD COLUMN %s text" % (STAGING, quote_ident(column)))
             self._copy = CopyIn(self._connection, copy_from(STAGING, columns))
             return
-        self._execute(b"DELETE FROM ONLY %s%s" % (table.quoted, b" WHERE " + condition if condition else b""))
         # The condition once more: rows of other owners are not this origin's to bring.
         self._copy = CopyIn(self._connection, copy_from(table.quoted, columns, condition))
 
@@ -160,12 +240,19 @@ class ChainRestore:
         assert table is not None
         assert rule is not None
         if rule.policy is Policy.MERGE:
+            self._execute(b"SELECT pg_catalog.pg_advisory_xact_lock(%d, %d)" % (MERGE_LOCK, table.oid & 0x7FFF_FFFF))
             self._execute(b"ANALYZE %s" % STAGING)
             for statement in merge_statements(
                 table, rule, self._columns, origin=self._origin, master=self._master, members=self._members
             ):
                 self._execute(statement)
-        self._table = self._rule = None
+        elif self._staged:
+            listed = b", ".join(map(quote_ident, self._columns))
+            where = b" WHERE " + self._condition if self._condition else b""
+            self._execute(
+                b"INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE SELECT %s FROM %s%s"
+                % (table.quoted, listed, listed, STAGING, where)
+            )
 
     # -- the session ---------------------------------------------------------------------------------------------------
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable, Iterator
 
 import psycopg2
 import psycopg2.errors
 from psycopg2.extensions import connection as Connection  # noqa: N812
+from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.membership import Member
@@ -146,17 +148,16 @@ def _close(connection: Connection, master: Member) -> None:
             log.info("action=guard-closed master=%s", master.name)
         cursor.execute("SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = %s", (GUARD_TRIGGER,))
         if cursor.rowcount == 0:
-            with _transaction(connection) as cursor:
-                cursor.execute(
+            with _transaction(connection) as making:
+                making.execute(
                     f"CREATE EVENT TRIGGER {GUARD_TRIGGER} ON ddl_command_end WHEN TAG IN ('CREATE TABLE', "
                     "'CREATE TABLE AS', 'SELECT INTO', 'ALTER TABLE') EXECUTE FUNCTION pmgsync.guard_new()"
                 )
-                cursor.execute(f"ALTER EVENT TRIGGER {GUARD_TRIGGER} ENABLE ALWAYS")
+                making.execute(f"ALTER EVENT TRIGGER {GUARD_TRIGGER} ENABLE ALWAYS")
 
 
-def _each(connection: Connection, query: str, statement: object) -> list[str]:
+def _each(connection: Connection, query: str, statement: Callable[[bytes, bytes], bytes]) -> list[str]:
     """Do something to each table that a query finds; return those that are in use."""
-    assert callable(statement)
     pending = []
     with connection.cursor() as cursor:
         cursor.execute(query)
@@ -184,7 +185,7 @@ def _drop(schema: bytes, name: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def _transaction(connection: Connection):  # type: ignore[no-untyped-def]
+def _transaction(connection: Connection) -> Iterator[Cursor]:
     with connection.cursor() as cursor:
         cursor.execute("BEGIN")
         try:

@@ -59,7 +59,14 @@ def take_database_snapshot(dsn: str, profile: Profile, *, own: tuple[int, int]) 
 
 
 def take_chain_snapshot(
-    dsn: str, profile: Profile, *, origin: int, own: tuple[int, int], master: int, members: Collection[int]
+    dsn: str,
+    profile: Profile,
+    *,
+    origin: int,
+    own: tuple[int, int],
+    master: int,
+    members: Collection[int],
+    tables: Collection[tuple[str, str]] | None = None,
 ) -> Iterator[Piece]:
     """Yield the pieces of a snapshot of the rows that one origin answers for, with its position alone.
 
@@ -68,11 +75,12 @@ def take_chain_snapshot(
         own: CID and incarnation of this node's chain.
         master: the master's CID; it answers for rows of nodes that are gone.
         members: the CIDs of all members.
+        tables: schema and name of the tables that are wanted; None: all.
 
     Raises:
         PmgsyncError: when it cannot be taken.
     """
-    return _retried(lambda: _take_chain(dsn, profile, origin, own, master, members))
+    return _retried(lambda: _take_chain(dsn, profile, origin, own, master, members, tables))
 
 
 def _retried(take: Callable[[], Generator[Piece, None, None]]) -> Iterator[Piece]:
@@ -163,7 +171,13 @@ def _database_rule(table: Table, profile: Profile) -> TableRule | None:
 
 
 def _take_chain(
-    dsn: str, profile: Profile, origin: int, own: tuple[int, int], master: int, members: Collection[int]
+    dsn: str,
+    profile: Profile,
+    origin: int,
+    own: tuple[int, int],
+    master: int,
+    members: Collection[int],
+    tables: Collection[tuple[str, str]] | None,
 ) -> Generator[Piece, None, None]:
     with contextlib.ExitStack() as stack:
         if origin == own[0]:
@@ -180,6 +194,8 @@ def _take_chain(
         chosen = []
         published = _published(connection)
         for table, rule in synchronised(list_tables(connection), profile):
+            if tables is not None and (as_text(table.schema), as_text(table.name)) not in tables:
+                continue
             condition = chain_condition(rule, origin, master, members)
             if condition is not None and table.oid in published:
                 chosen.append((table, rule, condition))

@@ -19,14 +19,16 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.errors import ApplyError, PmgsyncError, ProtocolError, ResyncRequiredError, TransientApplyError
 from pmgsync.frames import Frame, is_part, unpack_body
-from pmgsync.pgoutput import Piece, transactions
+from pmgsync.pgoutput import Piece, Relation, transactions
 from pmgsync.policies import Writers
 from pmgsync.positions import LAST, Position, format_lsn, parse_lsn
-from pmgsync.postgres.apply.failures import apply_error, one_line
-from pmgsync.postgres.apply.plan import ApplyStats, PlanItem, PlannedTransaction
+from pmgsync.postgres.apply.failures import apply_error, is_drift, one_line
+from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlanItem, PlannedTransaction
 from pmgsync.postgres.apply.planner import Planner
 from pmgsync.postgres.apply.rows import RowExecutor
-from pmgsync.postgres.session import connect, rows
+from pmgsync.postgres.apply.target import load_target
+from pmgsync.postgres.session import connect, quote_literal, rows
+from pmgsync.postgres.stale import StaleTable, StaleTables, TableName
 from pmgsync.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,13 @@ GROUP_CHANGES = 20_000
 # may be older than the rows that just came in. JIT would take the disabled scan's cost for a reason to compile.
 _SESSION = b"""
 SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET jit = off; SET client_min_messages = notice"""
+
+
+_SHAPE = b"""
+SELECT a.attname, a.atttypid::int8, a.atttypmod, a.attnotnull, a.atthasdef, c.oid::int8
+FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+LEFT JOIN pg_catalog.pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p') ORDER BY a.attnum"""
 
 
 @dataclass(slots=True)
@@ -64,6 +73,15 @@ class _Notices:
             self.missing += 1
 
 
+class _DriftError(Exception):
+    """A row does not fit its table here because the table is another than on the origin."""
+
+    def __init__(self, relation: Relation, reason: str) -> None:
+        super().__init__(reason)
+        self.relation = relation
+        self.reason = reason
+
+
 class Applier:
     """Applies one origin's chain to the local database. For one thread; only `cancel` may be called from another.
 
@@ -73,10 +91,12 @@ class Applier:
         own_cid: CID of this node.
         master: returns the master's CID, asked at every `apply`.
         members: returns all members' CIDs.
+        stale: what is known of stale tables, when it is to outlive this object.
 
     Attributes:
         stats: counters, of this object's life.
         position: the newest complete position that is committed here.
+        origin: CID of the node whose chain it is.
     """
 
     def __init__(
@@ -88,11 +108,12 @@ class Applier:
         own_cid: int,
         master: Callable[[], int],
         members: Callable[[], Collection[int]],
+        stale: StaleTables | None = None,
     ) -> None:
         assert origin != own_cid  # a node's own chain comes back to it only by a fault
         self._dsn = dsn
         self._profile = profile
-        self._origin = origin
+        self.origin = self._origin = origin
         self._master = master
         self._members = members
         self.stats = ApplyStats()
@@ -101,8 +122,9 @@ class Applier:
         self.position = Position(0, LAST)
         self._half: _Half | None = None
         self._notices = _Notices()
-        self._planner = Planner(profile, self.stats)
-        self._rows = RowExecutor(origin, self.stats)
+        self.stale = stale or StaleTables(origin)
+        self._planner = Planner(profile, self.stats, self.stale)
+        self._rows = RowExecutor(origin, self.stats, self.stale)
 
     # -- the session
 
@@ -120,8 +142,8 @@ class Applier:
         self._notices = _Notices()
         connection.notices = self._notices  # type: ignore[assignment]
         self._connection = connection
-        self._planner = Planner(self._profile, self.stats)
-        self._rows = RowExecutor(self._origin, self.stats)
+        self._planner = Planner(self._profile, self.stats, self.stale)
+        self._rows = RowExecutor(self._origin, self.stats, self.stale)
         try:
             with connection.cursor() as cursor:
                 cursor.execute(_SESSION)
@@ -133,6 +155,7 @@ class Applier:
                     b"WHERE pg_catalog.pg_replication_origin_oid(%s) IS NULL" % (name, name)
                 )
                 _take_origin(cursor, name)
+                self.stale.load(cursor)
                 cursor.execute(
                     b"SELECT incarnation, lsn::text, part FROM pmgsync.position WHERE origin = %d" % self._origin
                 )
@@ -296,10 +319,17 @@ class Applier:
     def _commit_one(self, planned: PlannedTransaction) -> None:
         """Apply one transaction, row by row: exactly what the origin did, or the real error."""
         with self._session() as cursor:
-            self._rows.begin()
-            cursor.execute(b"BEGIN")
-            self._planner.renew(cursor, planned.items)
-            self._one_by_one(cursor, planned)
+            while True:
+                self._rows.begin()
+                cursor.execute(b"BEGIN")
+                self._planner.renew(cursor, planned.items, planned.lsn)
+                try:
+                    self._one_by_one(cursor, planned)
+                except _DriftError as drift:
+                    self._recover()
+                    self._leave_out(planned, drift)
+                else:
+                    break
             reached = Position(planned.lsn, LAST)
             try:
                 self._finish(cursor, [], reached, planned.commit_time)
@@ -315,8 +345,16 @@ class Applier:
                 self._rows.one(cursor, item, planned.lsn)
             except psycopg2.Error as error:
                 target = getattr(item, "target", None) or next(iter(getattr(item, "targets", ())), None)
+                if isinstance(item, Item) and is_drift(error, differs=item.target.differs):
+                    raise _DriftError(item.target.relation, one_line(error)) from error
                 name = target.relation.qualified if target is not None else ""
                 raise self._failed(error, name, planned.lsn) from error
+
+    def _leave_out(self, planned: PlannedTransaction, drift: _DriftError) -> None:
+        relation = drift.relation
+        reason = f"its rows do not fit the table here ({drift.reason})"
+        table = StaleTable(relation.namespace, relation.name, "table", reason, lsn=planned.lsn)
+        planned.items.insert(0, NoteItem(stale=self.stale.note(table)))
 
     def _finish(self, cursor: Cursor, script: list[bytes], reached: Position, commit_time: int | None) -> None:
         """Move the position and commit, in one round trip with what is left of the script."""
@@ -391,15 +429,70 @@ class Applier:
             self._rows.send(cursor, script)
         except (psycopg2.Error, ApplyError, ProtocolError) as error:
             self._raise_transient(error, planned.lsn)
-            cursor.execute(b"ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
             self.stats.repeats += 1
-            self._notices.missing = missing
-            # Locks taken since the savepoint are gone.
-            self._rows.begin()
-            self._planner.forget()
-            self._rows.forget(cursor)
-            self._planner.renew(cursor, planned.items)
-            self._one_by_one(cursor, planned)
+            while True:
+                cursor.execute(b"ROLLBACK TO SAVEPOINT part")
+                self._notices.missing = missing
+                # Locks taken since the savepoint are gone.
+                self._rows.begin()
+                self._planner.forget()
+                self._rows.forget(cursor)
+                self._planner.renew(cursor, planned.items, planned.lsn)
+                try:
+                    self._one_by_one(cursor, planned)
+                except _DriftError as drift:
+                    # What the earlier parts did to the table goes when it is fetched anew.
+                    self._leave_out(planned, drift)
+                else:
+                    break
+            cursor.execute(b"RELEASE SAVEPOINT part")
+
+    # -- stale tables
+
+    def tend(self) -> list[TableName]:
+        """Return the stale tables that can be fetched anew now; to be called every few seconds, between two `apply`.
+
+        Raises:
+            ApplyError: when the database does not answer as it should.
+            UnreachableError: when the session was lost.
+        """
+        if self._half is not None or not self.stale.tables:
+            return []
+        try:
+            with self._session() as cursor:
+                self.stale.sweep(cursor, self.position.lsn)
+                found: dict[TableName, object] = {}
+                for table in self.stale.waiting():
+                    signature = self._agreed(cursor, table)
+                    if signature is not None and self.stale.due(table.key, signature):
+                        found[table.key] = signature
+        except psycopg2.Error as error:
+            raise self._failed(error, "", 0) from error
+        self.stale.tried(found, found)
+        return list(found)
+
+    def _agreed(self, cursor: Cursor, table: StaleTable) -> object | None:
+        """Return what a fetch depends on, None when the catalog says already that it would be in vain."""
+        cursor.execute(_SHAPE % (quote_literal(table.schema), quote_literal(table.name)))
+        shape = rows(cursor)
+        columns = {row[0] for row in shape if row[0] is not None}
+        if not shape:
+            return None
+        newest = self.stale.newest.get(table.key)
+        theirs = None if newest is None else {column.name for column in newest.columns}
+        if table.kind == "columns" and any(
+            name not in columns and (theirs is None or name in theirs) for name in table.columns
+        ):
+            return None
+        rule = None if newest is None else self._planner.rule(newest)
+        if newest is not None and rule is not None:
+            try:
+                target = load_target(cursor, newest, rule, 0)
+            except ApplyError:
+                return None
+            if any(column.required for column in target.rest) and table.kind == "table":
+                return None
+        return (tuple(shape), None if newest is None else newest.raw)
 
     # -- errors
 
@@ -425,6 +518,7 @@ class Applier:
     def _rollback(self) -> None:
         with self._session() as cursor:
             cursor.execute(b"ROLLBACK")
+            self.stale.load(cursor)
 
     def _raise_transient(self, error: Exception, lsn: int) -> None:
         """Raise when the error is one that row by row would meet again, or that says nothing of the rows."""

@@ -11,6 +11,8 @@ _TRANSIENT_CLASSES = ("08", "40", "53", "57")
 """Connection, transaction rollback (deadlock), insufficient resources, operator intervention (shutdown, cancel)."""
 _TRANSIENT_STATES = {"55006", "55P03"}
 """Object in use, lock not available."""
+_TYPE_STATES = {"42804", "42846", "428C9", "42883"}
+"""Datatype mismatch, cannot coerce, generated always, undefined function."""
 _DATABASE_DROPPED = "57P04"
 _MESSAGE_CHARACTERS = 400
 
@@ -40,6 +42,20 @@ def apply_error(error: psycopg2.Error, *, origin: int, table: str, lsn: int) -> 
         sqlstate=state,
         hint="" if transient else _hint(state, table),
     )
+
+
+def is_drift(error: psycopg2.Error, *, differs: bool) -> bool:
+    """Return True when a row was refused because its table is another here than on the origin: the origin has taken it.
+
+    A constraint that stands against it (unique, foreign key, check) is no drift: the rows differ then, not the tables.
+
+    Args:
+        differs: a column of the table may have another type here.
+    """
+    state = error.pgcode or ""
+    if state == "23502":
+        return True
+    return differs and (state.startswith("22") or state in _TYPE_STATES)
 
 
 def one_line(error: Exception) -> str:

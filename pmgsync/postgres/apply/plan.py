@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from pmgsync.pgoutput import Row
 from pmgsync.postgres.apply.target import Target
+from pmgsync.postgres.stale import StaleTable
 from pmgsync.sequences import Value
 
 WARNINGS_KEPT = 1000
@@ -47,7 +48,19 @@ class SequenceItem(NamedTuple):
     values: tuple[Value, ...]
 
 
-PlanItem = Item | TruncateItem | SequenceItem
+class NoteItem(NamedTuple):
+    """What the node notes about a table in the transaction that makes it true.
+
+    Attributes:
+        stale: what is left out from now on.
+        relation: schema, name and OID of a table of the origin's.
+    """
+
+    stale: StaleTable | None = None
+    relation: tuple[bytes, bytes, int] | None = None
+
+
+PlanItem = Item | TruncateItem | SequenceItem | NoteItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,7 @@ class ApplyStats:
         rows: changes that were applied.
         transactions: transactions of the origin that were committed here.
         skipped: changes that do not count on this node by the profile.
+        stale: changes that were left out because their table cannot be applied.
         missing: rows to change or delete that were not here, where that is no divergence.
         conflicts: rows that met another and were made equal to the origin's.
         repeats: batches that were applied again row by row.
@@ -81,6 +95,7 @@ class ApplyStats:
     rows: int = 0
     transactions: int = 0
     skipped: int = 0
+    stale: int = 0
     missing: int = 0
     conflicts: int = 0
     repeats: int = 0

@@ -6,25 +6,30 @@ from collections.abc import Sequence
 
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
+from pmgsync import sequences
 from pmgsync.errors import ApplyError
-from pmgsync.pgoutput import Change, Delete, Insert, Relation, Row, RowChange, Truncated, Update
+from pmgsync.pgoutput import Change, Delete, Emitted, Insert, Relation, Row, RowChange, Truncated, Update
 from pmgsync.policies import Writers, counts_wholly, filled, owner_index, select
 from pmgsync.positions import format_lsn
-from pmgsync.postgres.apply.plan import ApplyStats, Item, PlanItem, TruncateItem
+from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlanItem, SequenceItem, TruncateItem
 from pmgsync.postgres.apply.target import Target, load_target
 from pmgsync.postgres.session import quote_ident, quote_literal
+from pmgsync.postgres.stale import Kind, StaleTable, StaleTables
 from pmgsync.profile import Policy, Profile, TableRule
+
+_Route = tuple[TableRule | None, bool | None, int | None]
 
 
 class Planner:
     """Keeps what it has learned of tables until it is told to forget."""
 
-    def __init__(self, profile: Profile, stats: ApplyStats) -> None:
+    def __init__(self, profile: Profile, stats: ApplyStats, stale: StaleTables) -> None:
         self._writers = Writers(0, 0, frozenset())
         self._profile = profile
         self._stats = stats
+        self._stale = stale
         self._rules: dict[tuple[bytes, bytes], TableRule | None] = {}
-        self._routes: dict[bytes, tuple[TableRule | None, bool | None, int | None]] = {}
+        self._routes: dict[bytes, _Route] = {}
         self._targets: dict[bytes, Target] = {}
         self._number = 0
 
@@ -39,26 +44,40 @@ class Planner:
         self._targets.clear()
         self._routes.clear()
 
-    def renew(self, cursor: Cursor, items: list[PlanItem]) -> None:
-        """Put what the catalog says now into a plan that was made earlier.
+    def renew(self, cursor: Cursor, items: list[PlanItem], lsn: int) -> None:
+        """Put what the catalog says now into a plan that was made earlier, and leave out what became stale since.
 
         Raises:
             ApplyError: when a table is not there any more.
         """
-        for at, item in enumerate(items):
+
+        def kept(target: Target) -> bool:
+            return not self._stale.skips((target.relation.namespace, target.relation.name), lsn)
+
+        renewed: list[PlanItem] = []
+        for item in items:
             if isinstance(item, Item):
-                items[at] = item._replace(target=self._target(cursor, item.target.relation, item.target.rule))
-            else:
-                items[at] = item._replace(
-                    targets=tuple(self._target(cursor, t.relation, t.rule) for t in item.targets),
-                    parts=tuple((self._target(cursor, t.relation, t.rule), where) for t, where in item.parts),
+                if kept(item.target):
+                    target = self._target(cursor, item.target.relation, item.target.rule, lsn)
+                    renewed.append(item._replace(target=target))
+                else:
+                    self._stats.stale += 1
+            elif isinstance(item, TruncateItem):
+                renewed.append(
+                    item._replace(
+                        targets=tuple(self._target(cursor, t.relation, t.rule) for t in item.targets if kept(t)),
+                        parts=tuple((self._target(cursor, t.relation, t.rule), w) for t, w in item.parts if kept(t)),
+                    )
                 )
+            else:
+                renewed.append(item)
+        items[:] = renewed
 
     def plan(self, cursor: Cursor, changes: Sequence[Change], lsn: int) -> list[PlanItem]:
         """Return what a transaction's changes come to here.
 
         Raises:
-            ApplyError: when a table that counts is not here, or the owner of a row cannot be told.
+            ApplyError: when the owner of a row cannot be told.
             psycopg2.Error: when the catalog cannot be read.
         """
         items: list[PlanItem] = []
@@ -68,19 +87,24 @@ class Planner:
         target: Target | None = None
         owner: int | None = None
         wholly: bool | None = False
+        skip = False
         for change in changes:
             if isinstance(change, Truncated):
                 self._truncate(cursor, change, items, lsn)
                 continue
+            if isinstance(change, Emitted):
+                self._emitted(change, items)
+                continue
             relation, row = change
             if relation.raw is not raw:
                 raw, target = relation.raw, None
-                route = self._routes.get(raw)
-                if route is None:
-                    route = self._routes[raw] = self._route(relation)
-                rule, wholly, owner = route
+                rule, wholly, owner = self._routes.get(raw) or self._route(relation, items, lsn)
+                skip = wholly is not False and self._leaves_out(relation, items, lsn)
             if wholly is False:
                 self._stats.skipped += 1
+                continue
+            if skip:
+                self._stats.stale += 1
                 continue
             assert rule is not None and isinstance(row, Insert | Update | Delete)
             if wholly is None:
@@ -94,7 +118,11 @@ class Planner:
                     continue
                 row = kept
             if target is None:
-                target = self._target(cursor, relation, rule, lsn)
+                target = self._usable(cursor, relation, rule, items, lsn)
+                if target is None:
+                    skip = True
+                    self._stats.stale += 1
+                    continue
             kind = type(row)
             if kind is Insert:
                 append(Item(target, "I", None, row[1]))
@@ -104,7 +132,7 @@ class Planner:
                 append(Item(target, "U", row[1], row[3]))  # type: ignore[misc]
             else:
                 append(Item(target, "D", row[1], None))
-        for raw in [raw for raw, target in self._targets.items() if target.narrow]:
+        for raw in [raw for raw, target in self._targets.items() if target.lacking]:
             # The column may be added here any time, and then its values count.
             del self._targets[raw]
         return items
@@ -123,15 +151,74 @@ class Planner:
             items.append(Item(target, "D", old, None))
         items.append(Item(target, "U", None, new))
 
-    def _route(self, relation: Relation) -> tuple[TableRule | None, bool | None, int | None]:
-        """Return a table's rule, whether all or none of its changes count, and the place of the owner otherwise."""
-        rule = self._rule(relation)
-        if rule is None:
-            return None, False, None
-        wholly = counts_wholly(rule, self._writers)
-        return rule, wholly, owner_index(rule, relation) if wholly is None else None
+    def _emitted(self, change: Emitted, items: list[PlanItem]) -> None:
+        """A later version's messages are not for this one."""
+        if change.prefix != sequences.PREFIX.encode():
+            return
+        if self._writers.origin == self._writers.master:
+            items.append(SequenceItem(tuple(sequences.unpack_values(change.content))))
+        else:
+            self._stats.skipped += 1
 
-    def _rule(self, relation: Relation) -> TableRule | None:
+    def _route(self, relation: Relation, items: list[PlanItem], lsn: int) -> _Route:
+        """Return a table's rule, whether all or none of its changes count, and the place of the owner otherwise."""
+        rule = self.rule(relation)
+        wholly = False if rule is None else counts_wholly(rule, self._writers)
+        owner: int | None = None
+        if rule is not None and wholly is None:
+            try:
+                owner = owner_index(rule, relation)
+            except ApplyError as error:
+                if not self._stale.skips((relation.namespace, relation.name), lsn):
+                    self._note(relation, error.message, items, lsn)
+        self._routes[relation.raw] = route = (rule, wholly, owner)
+        return route
+
+    # -- stale tables
+
+    def _leaves_out(self, relation: Relation, items: list[PlanItem], lsn: int) -> bool:
+        """Return True when changes of a table that would count are left out; notes what is new about the table."""
+        stale, key = self._stale, (relation.namespace, relation.name)
+        if stale.skips(key, lsn):
+            stale.newest[key] = relation
+            return True
+        if stale.newest.get(key) is relation and stale.relations.get(key) == relation.id:
+            return False
+        stale.newest[key] = relation
+        known = stale.relations.get(key)
+        if known != relation.id:
+            stale.relations[key] = relation.id
+            items.append(NoteItem(relation=(*key, relation.id)))
+            if known is not None:
+                # What it held when it got the name is not in the stream.
+                self._note(relation, "another table has its name there since", items, lsn)
+        return stale.skips(key, lsn)
+
+    def _usable(
+        self, cursor: Cursor, relation: Relation, rule: TableRule, items: list[PlanItem], lsn: int
+    ) -> Target | None:
+        """Return the target of a table, None when there is none that could take its rows: it is stale then."""
+        try:
+            target = self._target(cursor, relation, rule, lsn)
+        except ApplyError as error:
+            self._note(relation, error.message, items, lsn)
+            return None
+        if target.lacking:
+            known = self._stale.tables.get((relation.namespace, relation.name))
+            if known is None or known.kind == "none" or not set(target.lacking) <= set(known.columns):
+                names = ", ".join(name.decode(errors="backslashreplace") for name in target.lacking)
+                self._note(relation, f"it lacks columns here: {names}", items, lsn, target.lacking)
+        return target
+
+    def _note(
+        self, relation: Relation, reason: str, items: list[PlanItem], lsn: int, columns: tuple[bytes, ...] = ()
+    ) -> None:
+        kind: Kind = "columns" if columns else "table"
+        table = StaleTable(relation.namespace, relation.name, kind, reason, columns, lsn)
+        items.append(NoteItem(stale=self._stale.note(table)))
+
+    def rule(self, relation: Relation) -> TableRule | None:
+        """Return what the profile says of a table."""
         key = (relation.namespace, relation.name)
         if key not in self._rules:
             schema, name = (part.decode(errors="surrogateescape") for part in key)
@@ -156,21 +243,26 @@ class Planner:
         whole: list[Target] = []
         parts: list[tuple[Target, bytes]] = []
         for relation in change.relations:
-            rule = self._rule(relation)
+            rule = self.rule(relation)
             if rule is None or rule.policy is Policy.LOCAL or counts_wholly(rule, self._writers) is False:
                 self._stats.skipped += 1
-            elif rule.policy is Policy.MIRROR or (rule.policy is Policy.MERGE and rule.deletes):
-                target = self._target(cursor, relation, rule, lsn)
+                continue
+            if rule.policy is Policy.MERGE and not rule.deletes:
+                self._stats.skipped += 1
+                continue
+            left_out = self._leaves_out(relation, items, lsn)
+            target = None if left_out else self._usable(cursor, relation, rule, items, lsn)
+            if target is None:
+                self._stats.stale += 1
+            elif rule.policy is not Policy.OWNED:
                 if rule.policy is Policy.MERGE and rule.inserts_by_owner:
                     parts.append((target, self._owned(rule, relation)))
                 elif rule.policy is Policy.MERGE:
                     parts.append((target, b"true"))
                 else:
                     whole.append(target)
-            elif rule.policy is Policy.OWNED:
-                parts.append((self._target(cursor, relation, rule, lsn), self._owned(rule, relation)))
             else:
-                self._stats.skipped += 1
+                parts.append((target, self._owned(rule, relation)))
         if whole or parts:
             items.append(TruncateItem(tuple(whole), tuple(parts), change.restart_identity))
 

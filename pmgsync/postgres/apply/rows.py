@@ -17,11 +17,13 @@ from pmgsync.errors import ApplyError, ProtocolError
 from pmgsync.pgoutput import UNCHANGED, Row, Value
 from pmgsync.positions import format_lsn
 from pmgsync.postgres.apply import statements
-from pmgsync.postgres.apply.plan import ApplyStats, Item, PlanItem, TruncateItem
+from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlanItem, SequenceItem, TruncateItem
 from pmgsync.postgres.apply.statements import OLD, Statement
 from pmgsync.postgres.apply.target import Target
 from pmgsync.postgres.apply.truncate import truncate
+from pmgsync.postgres.sequences import follow
 from pmgsync.postgres.session import quote_literal
+from pmgsync.postgres.stale import StaleTables
 from pmgsync.profile import Policy
 
 SCRIPT_BYTES = 256 << 10
@@ -45,8 +47,9 @@ class _Prepared(NamedTuple):
 class RowExecutor:
     """Executes plans on a session. One session, one executor: it knows what is prepared there."""
 
-    def __init__(self, origin: int, stats: ApplyStats) -> None:
+    def __init__(self, origin: int, stats: ApplyStats, stale: StaleTables) -> None:
         self._origin = origin
+        self._stale = stale
         self._stats = stats
         self._count = 0
         self._prepared: list[Target] = []
@@ -73,10 +76,13 @@ class RowExecutor:
         while at < end:
             item = items[at]
             at += 1
-            if isinstance(item, TruncateItem):
+            if isinstance(item, NoteItem):
+                script += self._noted(item)
+                continue
+            if not isinstance(item, Item):
                 self.send(cursor, script)
                 self.trim(cursor)
-                truncate(cursor, item)
+                self._other(cursor, item)
                 size = 0
                 continue
             target = item.target
@@ -141,8 +147,8 @@ class RowExecutor:
             psycopg2.Error: when the server refuses it.
             ApplyError: when the row to change is not here, on a table that must be an exact copy.
         """
-        if isinstance(item, TruncateItem):
-            truncate(cursor, item)
+        if not isinstance(item, Item):
+            self._other(cursor, item)
             return
         target = item.target
         owned_insert = item.kind == "I" and target.rule.policy is Policy.OWNED and target.arbiter
@@ -173,6 +179,26 @@ class RowExecutor:
                 lsn=format_lsn(lsn),
                 hint=f"something wrote to {name} on this node: run `pmgcm resync`",
             )
+
+    def _other(self, cursor: Cursor, item: TruncateItem | SequenceItem | NoteItem) -> None:
+        if isinstance(item, TruncateItem):
+            truncate(cursor, item)
+            return
+        if isinstance(item, NoteItem):
+            self.send(cursor, self._noted(item))
+            return
+        for name in follow(cursor, item.values):
+            self._stats.warn(f"the sequence {name} of the master is not here")
+
+    def _noted(self, item: NoteItem) -> list[bytes]:
+        stale = self._stale
+        if item.stale is not None:
+            # Again, for a rollback may have taken it back since it was planned.
+            stale.tables[item.stale.key] = item.stale
+            return [stale.record(item.stale)]
+        assert item.relation is not None
+        stale.relations[item.relation[:2]] = item.relation[2]
+        return [stale.record_relation(item.relation)]
 
     # -- statements
 

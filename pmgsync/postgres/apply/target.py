@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
-from pmgsync.errors import ApplyError
+from pmgsync.errors import ApplyError, ConfigError
+from pmgsync.merging import groups
 from pmgsync.pgoutput import Relation
 from pmgsync.postgres.session import quote_ident, quote_literal, rows
 from pmgsync.profile import Policy, TableRule
@@ -22,15 +23,20 @@ class LocalColumn:
         identity: "" none, "a" GENERATED ALWAYS, "d" BY DEFAULT.
         equals: the equality operator of an index that has this column, None when no index does.
         collatable: a collation decides how values sort.
+        type_oid, typmod: its type and that one's modifier.
+        required: NOT NULL and without a default.
     """
 
     name: bytes
     type_name: bytes
+    type_oid: int
+    typmod: int
     not_null: bool
     identity: str
     generated: bool
     equals: bytes | None
     collatable: bool
+    required: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -47,7 +53,8 @@ class Target:
         indexed: the places that an index can find rows by.
         arbiter: the places of a unique index that INSERT ... ON CONFLICT can name, () when there is none.
         rest: writable local columns that the origin does not have, or that are the node's own.
-        narrow: the origin has columns that this table lacks, so it is looked up again next time.
+        lacking: columns of the origin's that this table does not have, so it is looked up again next time.
+        differs: the type of a column may be another than the origin's. OIDs say so for built-in types only.
         strict: a row that is not there is a divergence, not a local purge.
         always: one of the columns is GENERATED ALWAYS AS IDENTITY.
         prepared: what an executor has prepared for this target.
@@ -67,7 +74,8 @@ class Target:
     arbiter: tuple[int, ...]
     rest: tuple[LocalColumn, ...]
     warnings: tuple[str, ...]
-    narrow: bool
+    lacking: tuple[bytes, ...]
+    differs: bool = field(init=False)
     strict: bool = field(init=False)
     always: bool = field(init=False)
     prepared: dict[object, object] = field(default_factory=dict)
@@ -75,7 +83,14 @@ class Target:
     def __post_init__(self) -> None:
         self.strict = self.rule.policy is Policy.MIRROR
         self.always = any(column.identity == "a" for column in self.columns.values())
+        pairs = [(self.relation.columns[place], column) for place, column in self.columns.items()]
+        self.differs = any(
+            (theirs.type_oid, theirs.typmod) != (mine.type_oid, mine.typmod) or mine.type_oid >= FIRST_USER_OID
+            for theirs, mine in pairs
+        )
 
+
+FIRST_USER_OID = 16384
 
 _TABLE = b"""
 SELECT c.oid::int8, c.relkind::text FROM pg_catalog.pg_class AS c
@@ -83,7 +98,8 @@ JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace WHERE n.nspname = %s
 
 _COLUMNS = b"""
 SELECT a.attname, pg_catalog.format_type(a.atttypid, -1), a.attnotnull, a.attidentity::text, a.attgenerated::text,
-       a.attcollation <> 0, a.attnum::int4
+       a.attcollation <> 0, a.attnum::int4, a.atttypid::int8, a.atttypmod,
+       a.attnotnull AND NOT a.atthasdef AND a.attidentity = ''
 FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = %d AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum"""
 
 # One row a column of an index; attnum 0 is an expression. An index serves as arbiter and for `=` when it has no
@@ -136,13 +152,15 @@ def load_target(cursor: Cursor, relation: Relation, rule: TableRule, number: int
     equals, indexes = _indexes(rows(cursor))
     local: dict[bytes, LocalColumn] = {}
     places: dict[int, bytes] = {}
-    for attname, type_name, not_null, identity, generated, collatable, attnum in column_rows:
+    for row in column_rows:
+        attname, type_name, not_null, identity, generated, collatable, attnum, type_oid, typmod, required = row
         assert attname is not None and type_name is not None and attnum is not None
+        assert type_oid is not None and typmod is not None
         number_here = int(attnum)
         places[number_here] = attname
         local[attname] = LocalColumn(
-            quote_ident(attname), type_name, not_null == b"t", (identity or b"").decode(), bool(generated),
-            equals.get(number_here), collatable == b"t",
+            quote_ident(attname), type_name, int(type_oid), int(typmod), not_null == b"t", (identity or b"").decode(),
+            bool(generated), equals.get(number_here), collatable == b"t", required == b"t",
         )  # fmt: skip
     return _match(relation, rule, number, oid, name, kind == b"p", local, places, indexes)
 
@@ -169,13 +187,13 @@ def _match(
     columns: dict[int, LocalColumn] = {}
     by_name: dict[bytes, int] = {}
     warnings: list[str] = []
-    narrow = False
+    missing: list[bytes] = []
     for place, column in enumerate(relation.columns):
         here = local.get(column.name)
         if column.name in own:
             continue
         if here is None:
-            narrow = True
+            missing.append(column.name)
             text = column.name.decode(errors="backslashreplace")
             warnings.append(f"{relation.qualified} has no column {text!r} here: its values from the origin are dropped")
         elif not here.generated:
@@ -192,6 +210,14 @@ def _match(
             f"table {relation.qualified} lacks a column of its key here", table=relation.qualified, sqlstate="42703",
             hint="bring the table into agreement with the origin's",
         )  # fmt: skip
+    if rule.policy is Policy.MERGE:
+        try:
+            groups(rule.rules, [n.decode(errors="surrogateescape") for n, place in by_name.items() if place not in key])
+        except ConfigError as error:
+            raise ApplyError(
+                f"table {relation.qualified} cannot be merged: {error.message}", table=relation.qualified,
+                sqlstate="42703", hint="bring the table into agreement with the origin's",
+            ) from error  # fmt: skip
     indexed = tuple(place for place, column in columns.items() if column.equals is not None) if full else ()
     return Target(
         number=number,
@@ -208,7 +234,7 @@ def _match(
         arbiter=_first_arbiter(indexes, places, by_name, key),
         rest=tuple(c for n, c in local.items() if n not in by_name and not c.generated),
         warnings=tuple(warnings),
-        narrow=narrow,
+        lacking=tuple(missing),
     )
 
 

@@ -11,6 +11,31 @@ CREATE TABLE IF NOT EXISTS pmgsync.position (
     commit_time timestamptz
 );
 
+-- Tables that this database cannot take from an origin as they are there. Written by the transaction that leaves something
+-- out. kind: `table`, every change is left out; `columns`, those columns are; `none`, the table was fetched anew. Changes
+-- at or below `until` are in what was fetched.
+CREATE TABLE IF NOT EXISTS pmgsync.stale_table (
+    origin integer NOT NULL,
+    schema name NOT NULL,
+    name name NOT NULL,
+    kind text NOT NULL CHECK (kind IN ('table', 'columns', 'none')),
+    reason text NOT NULL,
+    columns name[] NOT NULL DEFAULT '{}',
+    lsn pg_lsn NOT NULL,
+    until pg_lsn NOT NULL DEFAULT '0/0',
+    since timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    PRIMARY KEY (origin, schema, name)
+);
+
+-- Which table of the origin a name was last: with another OID it is another table.
+CREATE TABLE IF NOT EXISTS pmgsync.relation (
+    origin integer NOT NULL,
+    schema name NOT NULL,
+    name name NOT NULL,
+    relation bigint NOT NULL,
+    PRIMARY KEY (origin, schema, name)
+);
+
 -- The newest conflicts that were resolved by a rule, for people.
 CREATE TABLE IF NOT EXISTS pmgsync.conflict (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

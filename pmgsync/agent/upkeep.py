@@ -1,0 +1,154 @@
+"""Upkeep: what the capture worker does in the database beside capture, in a thread and a session of its own.
+
+Guard, watch and sequences, each at its interval. Whatever fails or is locked is shown as an alert and tried again;
+capture never waits for any of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import psycopg2
+import psycopg2.errors
+from psycopg2.extensions import connection as Connection  # noqa: N812
+
+from pmgsync.errors import PmgsyncError
+from pmgsync.membership import ClusterDocument, Member
+from pmgsync.postgres.guard import in_use, keep_guard
+from pmgsync.postgres.sequences import publish_sequences
+from pmgsync.postgres.session import connect
+from pmgsync.postgres.watch import arm, armed, left_out, tend
+from pmgsync.profile import Profile
+from pmgsync.sequences import Ceilings
+
+log = logging.getLogger(__name__)
+
+ROUND_S = 1.0
+"""Between two looks at the sequences."""
+KEEP_S = 5.0
+LONGEST_PAUSE_S = 60.0
+"""Between two attempts at something that stays locked: each one makes others wait an instant."""
+
+Document = Callable[[], tuple[int, ClusterDocument] | None]
+
+
+class Upkeep:
+    """Keeps a node's database in order for as long as the process lives.
+
+    Attributes:
+        alerts: what is wrong, for the worker's report; replaced as a whole.
+    """
+
+    def __init__(self, dsn: str, profile: Profile, document: Document) -> None:
+        """Prepare.
+
+        Args:
+            document: returns this node's CID and the cluster document, None while they are not known.
+        """
+        self.alerts: list[dict[str, str]] = []
+        self._dsn = dsn
+        self._profile = profile
+        self._document = document
+        self._ceilings = Ceilings()
+        self._problems: dict[str, str] = {}
+        self._next: dict[str, float] = {}
+        self._pause: dict[str, float] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
+
+    def start(self) -> None:
+        """Begin, unless it has begun."""
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End it; what it is doing in the database ends with its session."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        pause = ROUND_S
+        while not self._over.wait(pause):
+            try:
+                with contextlib.closing(connect(self._dsn, application_name="pmgsync upkeep")) as connection:
+                    connection.autocommit = True
+                    pause = ROUND_S
+                    while not connection.closed and not self._over.wait(ROUND_S):
+                        self._round(connection)
+            except (PmgsyncError, psycopg2.Error) as error:
+                # That the database is away is shown by whoever cannot work without it.
+                log.info("action=upkeep-later error=%s", _line(error))
+                pause = min(pause * 2, LONGEST_PAUSE_S / 4)
+            # Whether the newest message was committed is not known.
+            self._ceilings.forget()
+
+    def _round(self, connection: Connection) -> None:
+        known = self._document()
+        if known is None:
+            return
+        cid, document = known
+        master = document.member(document.master)
+        is_master = document.master == cid
+        if is_master:
+            self._do("sequence", ROUND_S, lambda: publish_sequences(connection, self._profile, self._ceilings))
+        else:
+            self._ceilings.forget()
+        if is_master or master is not None:
+            self._do("guard", KEEP_S, lambda: self._guard(connection, None if is_master else master))
+        self._do("watch", KEEP_S, lambda: self._watch(connection))
+        self.alerts = [{"kind": kind, "text": text} for kind, text in self._problems.items()]
+
+    def _guard(self, connection: Connection, master: Member | None) -> None:
+        pending = keep_guard(connection, self._profile, master=master)
+        if pending:
+            raise in_use(pending)
+
+    def _watch(self, connection: Connection) -> None:
+        if not armed(connection):
+            arm(connection)
+        tend(connection)
+        if tables := left_out(connection):
+            raise PmgsyncError(
+                f"changes of {', '.join(tables)} do not travel: PostgreSQL cannot publish a table that has a virtual "
+                "generated column and no usable key",
+                hint="give it a primary key",
+            )
+
+    def _do(self, kind: str, interval_s: float, work: Callable[[], object]) -> None:
+        """Do something when it is time to.
+
+        Raises:
+            psycopg2.Error: when the session is lost.
+        """
+        now = time.monotonic()
+        if now < self._next.get(kind, 0.0):
+            return
+        try:
+            work()
+        except (PmgsyncError, psycopg2.Error) as error:
+            if isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError) and not isinstance(
+                error, psycopg2.errors.LockNotAvailable
+            ):
+                raise
+            if isinstance(error, psycopg2.errors.LockNotAvailable):
+                text = "a table or the publication is in use and cannot be brought into order yet"
+            else:
+                text = str(error) if isinstance(error, PmgsyncError) else _line(error)
+            if self._problems.get(kind) != text:
+                log.warning("action=upkeep kind=%s error=%s", kind, text)
+            self._problems[kind] = text
+            self._pause[kind] = min(self._pause.get(kind, interval_s) * 1.5, LONGEST_PAUSE_S)
+            self._next[kind] = time.monotonic() + self._pause[kind]
+            return
+        self._problems.pop(kind, None)
+        self._pause.pop(kind, None)
+        self._next[kind] = now + interval_s
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
