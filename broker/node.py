@@ -326,7 +326,6 @@ class Broker:
             self.followers[origin] = Follower(origin, journals, self)
         elif head is None or head.incarnation != incarnation or position < journals.first(origin):
             self.followers[origin].reset()
-        self.note_head(origin, journals.chains()[origin])
         self.followers[origin].tick()
 
     def taken(self, frame: Frame) -> None:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from broker.journal import Journals
     from broker.node import Broker
 
-MARK_S = 0.5
-"""Seconds between watermarks on disk: each costs an fsync, and a stopping PostgreSQL waits for the last one."""
+MARK_S = 0.05
+"""Seconds between watermarks on disk: each costs an fsync, but capture asks the server on only when
+the last one is there, and a stopping PostgreSQL waits for it."""
 
 
 class Publishing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -21,17 +22,25 @@ import psycopg2
 
 from pmgsync.postgres.embedded import EmbeddedPostgres
 
-START_S = 20.0
+# Below the ports that the kernel gives to outgoing connections, which would take one between its choice and its use;
+# test processes that run at the same time begin at places of their own.
+FIRST_PORT, PORTS = 12_000, 18_000
+_ports = itertools.count(os.getpid() * 97)
 WAIT_S = 150
 
 
 def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
     """Return ports that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        bound = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in bound:
-            one.bind((address, 0))
-        return [one.getsockname()[1] for one in bound]
+    found: list[int] = []
+    while len(found) < count:
+        port = FIRST_PORT + next(_ports) % PORTS
+        with contextlib.closing(socket.socket()) as probe:
+            try:
+                probe.bind((address, port))
+            except OSError:
+                continue
+        found.append(port)
+    return found
 
 
 def eventually(condition: Callable[[], Any], *, within_s: float = 60.0, what: str = "") -> Any:

@@ -228,7 +228,8 @@ def test_a_large_transaction_is_whole_or_nothing_and_memory_bounded(new_cluster:
     def watch() -> None:
         for node in cluster.nodes:
             processes = {f"{node.name} {name}": process for name, process in node.workers().items()}
-            processes[f"{node.name} broker"] = psutil.Process(node.processes["broker"].pid)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                processes[f"{node.name} broker"] = psutil.Process(node.processes["broker"].pid)
             for name, process in processes.items():
                 try:
                     peak[name] = max(peak.get(name, 0), process.memory_info().rss)

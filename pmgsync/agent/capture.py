@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -14,7 +15,7 @@ import zmq
 from pmgsync.agent.base import Worker
 from pmgsync.agent.upkeep import Upkeep
 from pmgsync.config import NodeConfig
-from pmgsync.errors import ChainBrokenError, PmgsyncError
+from pmgsync.errors import ChainBrokenError, PmgsyncError, UnreachableError
 from pmgsync.frames import Frame
 from pmgsync.framing import ChainName, Framer
 from pmgsync.link import BrokerLink, Message, error_map, pack
@@ -83,7 +84,11 @@ class CaptureWorker(Worker):
         reader = SlotReader(self.config.dsn, slot=facts.slot, publication=facts.publication, start_lsn=start)
         try:
             log.info("action=capture incarnation=%016x position=%s", facts.incarnation, position)
-            _Stream(self, link, reader, facts, position, safe, state).run()
+            stream = _Stream(self, link, reader, facts, position, safe, state)
+            try:
+                stream.run()
+            finally:
+                stream.last_word()
         finally:
             reader.close()
 
@@ -164,6 +169,13 @@ class _Stream:
             self._keep_time(drained and reading)
             self._worker.alerts = [*self._slot_alerts, *self._worker.upkeep.alerts]
             self._worker.report()
+
+    def last_word(self) -> None:
+        """Tell the broker how far the server had come: a server that stops is answered by psycopg2 with that LSN."""
+        if self._framer.empty:
+            with contextlib.suppress(UnreachableError):
+                lsn = max(self._framer.passed, self._reader.caught_up_lsn)
+                self._link.send({"op": "watermark", "lsn": lsn})
 
     def _timeout_ms(self) -> int:
         return int((ASK_FAST_S if time.monotonic() < self._ask_fast_until else WATERMARK_S) * 1000)

@@ -13,8 +13,8 @@ from pmgsync.errors import ChainBrokenError, PmgsyncError, UnreachableError
 from pmgsync.positions import format_lsn, parse_lsn
 from pmgsync.postgres.session import PINNED, connect
 
-STATUS_INTERVAL_S = 5
-"""Seconds between feedback that psycopg2 sends by itself while it reads."""
+STATUS_INTERVAL_S = 86_400
+"""Seconds between feedback that psycopg2 sends by itself while it reads: in effect never, see `SlotReader.confirm`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,7 @@ def read_slot_state(connection: psycopg2.extensions.connection, slot: str) -> Sl
     )  # fmt: skip
 
 
-def prove_continuity(
-    state: SlotState, *, system_id: str, timeline: int, journal_lsn: int, safe_lsn: int
-) -> None:
+def prove_continuity(state: SlotState, *, system_id: str, timeline: int, journal_lsn: int, safe_lsn: int) -> None:
     """Check that a slot continues exactly what the journal holds. Pure.
 
     Args:
@@ -135,6 +133,7 @@ class SlotReader:
             raise UnreachableError(f"PostgreSQL does not answer ({_first_line(error)})") from error
         try:
             self._cursor = self._connection.cursor()
+            self._newest_start = 0
             arguments = {"proto_version": "1", "publication_names": f'"{publication}"', "messages": "true"}
             if self._connection.server_version >= 160000:
                 # Before 16 the Origin message tells an applied transaction from a local one.
@@ -175,14 +174,23 @@ class SlotReader:
             message = self._cursor.read_message()
         except psycopg2.Error as error:
             raise UnreachableError(f"the replication connection was lost ({_first_line(error)})") from error
-        return None if message is None else message.payload
+        if message is None:
+            return None
+        self._newest_start = message.data_start
+        payload: bytes = message.payload
+        return payload
 
     def confirm(self, lsn: int, *, ask: bool = False) -> None:
         """Tell the server that everything below an LSN is on disk here, and optionally ask how far it has come.
 
+        Nothing is sent when more would be confirmed than that: once the newest message was confirmed, psycopg2 moves
+        what it confirms to the LSN of every keepalive it reads, which is not on disk here yet.
+
         Raises:
             UnreachableError: when the connection is lost.
         """
+        if lsn >= self._newest_start and self.caught_up_lsn > lsn:
+            return
         try:
             self._cursor.send_feedback(write_lsn=lsn, flush_lsn=lsn, apply_lsn=lsn, reply=ask, force=True)
         except psycopg2.Error as error:
