@@ -318,13 +318,15 @@ class Broker:
         """Begin or continue to keep a foreign chain whole, so that everything after `position` can be had."""
         journals = self._journals()
         head = self.chain_heads().get(origin)
-        if head is None or head.incarnation != incarnation:
-            journals.open(origin, incarnation, position)
-        elif position < journals.first(origin):
+        fresh = head is None or head.incarnation != incarnation
+        if fresh:
+            fresh = journals.open(origin, incarnation, position).position == position
+        if position < journals.first(origin):
             journals.reset(origin, incarnation, position)
+            fresh = True
         if origin not in self.followers:
             self.followers[origin] = Follower(origin, journals, self)
-        elif head is None or head.incarnation != incarnation or position < journals.first(origin):
+        elif fresh:
             self.followers[origin].reset()
         self.followers[origin].tick()
 

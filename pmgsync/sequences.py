@@ -137,6 +137,7 @@ class Ceilings:
 
     def __init__(self) -> None:
         self._known: dict[Name, Ceiling] = {}
+        self._repeat = False
 
     def look(self, sequences: Mapping[Name, Sequence]) -> list[Value]:
         """Take a look at all sequences and return what is to be published now."""
@@ -145,10 +146,15 @@ class Ceilings:
         for name, sequence in sequences.items():
             found[name], publish, exact = look(self._known.get(name, Ceiling()), sequence)
             value = found[name].value
-            if publish and value is not None:
-                values.append(Value(*name, value, exact))
-        self._known = found
+            if (publish or self._repeat) and value is not None:
+                values.append(Value(*name, value, exact or sequence.cycle))
+        self._known, self._repeat = found, False
         return values
+
+    def repeat(self) -> None:
+        """Publish every ceiling at the next look: a snapshot has where the sequences stood, not the ceilings, so who
+        has joined since they were published does not know them."""
+        self._repeat = True
 
     def forget(self) -> None:
         """Publish every ceiling again at the next look: whether the newest ones are in the chain is not known."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-from collections.abc import Iterator
 
 import psycopg2
 import psycopg2.errors
@@ -90,7 +89,8 @@ def test_every_way_to_write_is_refused_and_says_where_to_go(slave: Database) -> 
 
 def test_a_plain_user_gets_the_same_words(slave: Database) -> None:
     slave.sql(
-        "CREATE ROLE plain_user LOGIN; GRANT ALL ON SCHEMA public TO plain_user; GRANT ALL ON public.plain TO plain_user"
+        "CREATE ROLE plain_user LOGIN; GRANT ALL ON SCHEMA public TO plain_user; "
+        "GRANT ALL ON public.plain TO plain_user"
     )
     with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction, match="gate1"):
         write(slave, "SET ROLE plain_user; DELETE FROM plain")

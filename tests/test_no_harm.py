@@ -1,3 +1,4 @@
+# ruff: noqa: E501 -- a line is a transaction
 """No harm: the same statements on a database with pmgsync attached and on one without; results and errors are the same."""
 
 from __future__ import annotations

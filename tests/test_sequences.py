@@ -147,7 +147,11 @@ def test_a_cluster_is_guarded_and_its_sequences_are_ahead(new_cluster: Callable[
     for count in (1, 3000, 20_000):
         master.sql("INSERT INTO serial (v) SELECT 'x' FROM generate_series(1, %s)", (count,))
         used = master.sql(last)[0][0]
-        eventually(lambda used=used: slave.sql(last)[0][0] >= used + 100, what=f"the copy passes {used}")
+
+        def passed(used: int = used) -> bool:
+            return bool(slave.sql(last)[0][0] >= used + 100)
+
+        eventually(passed, what=f"the copy passes {used}")
     eventually(
         lambda: slave.sql("SELECT count(*) FROM pg_trigger WHERE tgname = 'pmgsync_guard'") == [(1,)], what="guarded"
     )

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 ROUND_S = 1.0
 """Between two looks at the sequences."""
 KEEP_S = 5.0
+REPEAT_S = 15.0
+"""Between two times that every ceiling is published, for nodes that joined meanwhile."""
 LONGEST_PAUSE_S = 60.0
 """Between two attempts at something that stays locked: each one makes others wait an instant."""
 
@@ -57,6 +59,7 @@ class Upkeep:
         self._problems: dict[str, str] = {}
         self._next: dict[str, float] = {}
         self._pause: dict[str, float] = {}
+        self._next_repeat = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
 
@@ -94,14 +97,21 @@ class Upkeep:
         cid, document = known
         master = document.member(document.master)
         is_master = document.master == cid
-        if is_master:
-            self._do("sequence", ROUND_S, lambda: publish_sequences(connection, self._profile, self._ceilings))
+        if is_master and len(document.members) > 1:
+            self._do("sequence", ROUND_S, lambda: self._sequences(connection))
         else:
             self._ceilings.forget()
         if is_master or master is not None:
             self._do("guard", KEEP_S, lambda: self._guard(connection, None if is_master else master))
         self._do("watch", KEEP_S, lambda: self._watch(connection))
         self.alerts = [{"kind": kind, "text": text} for kind, text in self._problems.items()]
+
+    def _sequences(self, connection: Connection) -> None:
+        now = time.monotonic()
+        if now >= self._next_repeat:
+            self._next_repeat = now + REPEAT_S
+            self._ceilings.repeat()
+        publish_sequences(connection, self._profile, self._ceilings)
 
     def _guard(self, connection: Connection, master: Member | None) -> None:
         pending = keep_guard(connection, self._profile, master=master)

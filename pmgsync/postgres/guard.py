@@ -77,7 +77,7 @@ def keep_guard(connection: Connection, profile: Profile, *, master: Member | Non
         psycopg2.Error: when the server does not answer or refuses.
     """
     if not _installed(connection):
-        with _transaction(connection) as cursor:
+        with _transaction(connection):
             install(connection, profile)
             arm(connection)
     if master is None:

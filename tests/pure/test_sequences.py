@@ -122,6 +122,9 @@ def test_one_that_nobody_uses_is_published_once() -> None:
     sequence = Sequence(1, 1, BIG, False, 0)
     assert ceilings.look({name: sequence}) == [Value(b"public", b"s", MIN_MARGIN, False)]
     assert ceilings.look({name: sequence}) == []
+    ceilings.repeat()
+    assert ceilings.look({name: sequence}) == [Value(b"public", b"s", MIN_MARGIN, False)]
+    assert ceilings.look({name: sequence}) == []
     ceilings.forget()
     assert len(ceilings.look({name: sequence})) == 1
 
