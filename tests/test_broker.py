@@ -19,7 +19,7 @@ from pmgsync.errors import PmgsyncError, ResyncRequiredError
 from pmgsync.frames import Frame, Header, make_frame, read_frame
 from pmgsync.link import BrokerLink
 from pmgsync.membership import Member, SignedDocument, found_cluster, sign, with_member, without_member
-from pmgsync.positions import LAST, Position
+from pmgsync.positions import LAST, ZERO, Position
 from tests.cluster import eventually, free_ports
 
 INCARNATION = 77
@@ -105,9 +105,7 @@ class Capture:
 
     def __init__(self, broker: Broker) -> None:
         self.link = broker.link("capture")
-        opened, _ = self.link.request(
-            {"op": "chain.open", "incarnation": INCARNATION, "start": 100, "snapshot": False}
-        )
+        opened, _ = self.link.request({"op": "chain.open", "incarnation": INCARNATION, "start": 100, "snapshot": False})
         self.position = Position.parse(opened["position"])
         self.durable = Position(0)
 
@@ -129,7 +127,9 @@ class Capture:
 class Apply:
     """Plays an apply worker."""
 
-    def __init__(self, broker: Broker, *, incarnation: int = 0, position: Position = Position(0), credit: int = 1 << 24):
+    def __init__(
+        self, broker: Broker, *, incarnation: int = 0, position: Position = ZERO, credit: int = 1 << 24
+    ) -> None:
         self.link = broker.link("apply:1")
         self.frames: list[Frame] = []
 
