@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -173,6 +174,7 @@ class ApplyWorker(Worker):
         poller.register(link.socket, zmq.POLLIN)
         poller.register(self._bell.fileno(), zmq.POLLIN)
         used, last = 0, time.monotonic()
+        counted = Counter(self.counters)  # of the sessions before this one
         while True:
             poller.poll(round(REPORT_S * 1000))
             for received in link.pending():
@@ -198,6 +200,7 @@ class ApplyWorker(Worker):
             warnings = list(applier.stats.warnings)[-ALERT_COUNT:]
             self.alerts = [{"kind": "table", "text": warning} for warning in warnings]
             self.alerts += self._stale.alerts()[:ALERT_COUNT]
+            self.counters = counted + Counter(dict(applier.stats.lost))
             self.report()
 
     def _take(self, hand: _Hand, stream: int, message: Message, attachments: Sequence[bytes]) -> None:

@@ -41,6 +41,7 @@ class Worker:
         self.signed: SignedDocument | None = None
         self.state = "A"
         self.alerts: list[dict[str, str]] = []
+        self.counters: dict[str, int] = {}
         self._error: PmgsyncError | None = None
         self._failing_since = 0.0
         self._reported = 0.0
@@ -100,6 +101,8 @@ class Worker:
         self._reported = time.monotonic()
         error = self._error
         message: Message = {"op": "report", "state": self.state, "error": "", "hint": "", "alerts": self.alerts}
+        if self.counters:
+            message["counters"] = self.counters
         if error is not None and (not error.recoverable or time.monotonic() - self._failing_since > GRACE_S):
             message |= {"error": error.message, "hint": error.hint}
         elif error is not None:

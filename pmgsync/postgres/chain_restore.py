@@ -12,8 +12,8 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 
-from pmgsync.errors import PmgsyncError, ProtocolError, UnreachableError
-from pmgsync.merging import merge_expressions
+from pmgsync.errors import ConfigError, PmgsyncError, ProtocolError, UnreachableError
+from pmgsync.merging import groups, merge_expressions
 from pmgsync.positions import parse_lsn
 from pmgsync.postgres.apply.failures import is_drift, one_line
 from pmgsync.postgres.apply.rows import MERGE_LOCK
@@ -208,9 +208,8 @@ class ChainRestore:
         lacking = [column for column in columns if column not in here]
         shown = ", ".join(sorted(as_text(column).encode("utf-8", "replace").decode() for column in lacking))
         present = [column for column in columns if column in here]
-        needed = {as_bytes(column) for column in rule.columns} - {as_bytes(column) for column in rule.local_columns}
-        if needed & set(lacking) or (rule.policy is Policy.MERGE and set(table.primary_key) - set(columns)):
-            self._leave_out(schema, name, f"it lacks columns here: {shown}")
+        if (reason := _unfit(table, rule, present)) is not None:
+            self._leave_out(schema, name, reason)
             return
         if lacking:
             self.stale[schema, name] = StaleTable(
@@ -290,6 +289,19 @@ class ChainRestore:
             if isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError):
                 raise UnreachableError(text) from error
             raise PmgsyncError(text) from error
+
+
+def _unfit(table: Table, rule: TableRule, columns: Collection[bytes]) -> str | None:
+    """Return why rows of these columns cannot be taken by the table's rule, None when they can."""
+    needed = {as_bytes(name) for name in (*rule.key, rule.owner, rule.inserts_by_owner) if name is not None}
+    if rule.policy is Policy.MERGE:
+        needed |= set() if rule.key else set(table.primary_key)
+        try:
+            groups(rule.rules, [as_text(column) for column in columns])
+        except ConfigError as error:
+            return error.message
+    missing = sorted(as_text(name).encode("utf-8", "replace").decode() for name in needed - set(columns))
+    return f"not both nodes have the columns {', '.join(missing)} of it" if missing else None
 
 
 def merge_statements(

@@ -25,7 +25,7 @@ TableName = tuple[bytes, bytes]
 """Schema and name."""
 
 FIRST_PAUSE_S = 30.0
-"""The same table is fetched again after this time, or as soon as one of the schemas changes; twice as long each time."""
+"""A table is fetched again after this time, or as soon as one of the schemas changes; twice as long each time."""
 LONGEST_PAUSE_S = 900.0
 UNREACHABLE_PAUSE_S = 3.0
 
@@ -210,8 +210,8 @@ def record(origin: int, table: StaleTable) -> bytes:
     return (
         b"INSERT INTO pmgsync.stale_table (origin, schema, name, kind, reason, columns, lsn, until) "
         b"VALUES (%d, %s, %s, '%s', %s, ARRAY[%s]::name[], '%s', '%s') "
-        b"ON CONFLICT (origin, schema, name) DO UPDATE SET kind = EXCLUDED.kind, reason = EXCLUDED.reason, columns = EXCLUDED.columns, lsn = EXCLUDED.lsn, "
-        b"until = EXCLUDED.until"
+        b"ON CONFLICT (origin, schema, name) DO UPDATE SET kind = EXCLUDED.kind, reason = EXCLUDED.reason, "
+        b"columns = EXCLUDED.columns, lsn = EXCLUDED.lsn, until = EXCLUDED.until"
         % (
             origin, quote_literal(table.schema), quote_literal(table.name), table.kind.encode(),
             quote_literal(table.reason.encode("ascii", errors="backslashreplace")), columns,

@@ -85,9 +85,12 @@ def test_a_changed_byte_is_not_accepted(where: int) -> None:
     offered = sign(with_member(held, member(3)), 1, KEYS[0])
     body = bytearray(offered.body)
     body[where % len(body)] ^= 1
-    with pytest.raises(PmgsyncError):
-        data = SignedDocument(offered.document, bytes(body), 1, offered.signature).pack()
-        accept_document(held, SignedDocument.unpack(data))
+    data = SignedDocument(offered.document, bytes(body), 1, offered.signature).pack()
+    try:
+        # A byte of the serial may make it older; newer, it needs the signature.
+        assert not accept_document(held, SignedDocument.unpack(data))
+    except PmgsyncError:
+        return
 
 
 def test_what_is_accepted() -> None:

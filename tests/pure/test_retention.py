@@ -132,7 +132,8 @@ def test_no_jump_of_the_wall_clock_ages_a_chain(stamps: list[float]) -> None:
     age = WallAge()
     steady = [age.step(stamp) for stamp in stamps]
     assert steady[0] == 0.0
-    assert all(0.0 <= later - earlier <= MAX_STEP_S for earlier, later in pairwise(steady))
+    rounding = 1e-3
+    assert all(0.0 <= later - earlier <= MAX_STEP_S + rounding for earlier, later in pairwise(steady))
 
 
 def test_nothing_held_is_nothing_to_decide() -> None:

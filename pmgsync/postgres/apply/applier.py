@@ -22,12 +22,12 @@ from pmgsync.frames import Frame, is_part, unpack_body
 from pmgsync.pgoutput import Piece, Relation, transactions
 from pmgsync.policies import Writers
 from pmgsync.positions import LAST, Position, format_lsn, parse_lsn
+from pmgsync.postgres.apply import tending
 from pmgsync.postgres.apply.failures import apply_error, is_drift, one_line
 from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlanItem, PlannedTransaction
 from pmgsync.postgres.apply.planner import Planner
 from pmgsync.postgres.apply.rows import RowExecutor
-from pmgsync.postgres.apply.target import load_target
-from pmgsync.postgres.session import connect, quote_literal, rows
+from pmgsync.postgres.session import connect, rows
 from pmgsync.postgres.stale import StaleTable, StaleTables, TableName
 from pmgsync.profile import Profile
 
@@ -42,13 +42,6 @@ GROUP_CHANGES = 20_000
 # may be older than the rows that just came in. JIT would take the disabled scan's cost for a reason to compile.
 _SESSION = b"""
 SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET jit = off; SET client_min_messages = notice"""
-
-
-_SHAPE = b"""
-SELECT a.attname, a.atttypid::int8, a.atttypmod, a.attnotnull, a.atthasdef, c.oid::int8
-FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
-LEFT JOIN pg_catalog.pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p') ORDER BY a.attnum"""
 
 
 @dataclass(slots=True)
@@ -66,11 +59,19 @@ class _Notices:
 
     def __init__(self) -> None:
         self.missing = 0
+        self.lost: list[str] = []
+
+    def clear(self) -> None:
+        """Forget what was told in a transaction that is over."""
+        self.missing = 0
+        self.lost.clear()
 
     def append(self, text: str) -> None:
         """Take a notice of the server's."""
         if "pmgsync missing " in text:
             self.missing += 1
+        elif "pmgsync lost " in text:
+            self.lost.append(text.partition("pmgsync lost ")[2].partition("\n")[0])
 
 
 class _DriftError(Exception):
@@ -117,6 +118,7 @@ class Applier:
         self._master = master
         self._members = members
         self.stats = ApplyStats()
+        self._trimmed = 0
         self._connection: Connection | None = None
         self._incarnation = 0
         self.position = Position(0, LAST)
@@ -298,7 +300,7 @@ class Applier:
         try:
             with self._session() as cursor:
                 self._rows.begin()
-                self._notices.missing = 0
+                self._notices.clear()
                 self._rows.batch(cursor, [item for planned in group for item in planned.items], script)
                 self._finish(cursor, script, reached, when)
         except (psycopg2.Error, ApplyError, ProtocolError) as error:
@@ -312,15 +314,16 @@ class Applier:
                 self._commit_group([], reached)
             return
         self.position = reached
-        self.stats.missing += self._notices.missing
+        self._count_notices()
         self.stats.transactions += len(group)
-        self.stats.rows += sum(len(planned.items) for planned in group)
+        self.stats.rows += sum(planned.changes for planned in group)
 
     def _commit_one(self, planned: PlannedTransaction) -> None:
         """Apply one transaction, row by row: exactly what the origin did, or the real error."""
         with self._session() as cursor:
             while True:
                 self._rows.begin()
+                self._notices.clear()
                 cursor.execute(b"BEGIN")
                 self._planner.renew(cursor, planned.items, planned.lsn)
                 try:
@@ -336,8 +339,9 @@ class Applier:
             except psycopg2.Error as error:
                 raise self._failed(error, "", planned.lsn) from error
         self.position = reached
+        self._count_notices()
         self.stats.transactions += 1
-        self.stats.rows += len(planned.items)
+        self.stats.rows += planned.changes
 
     def _one_by_one(self, cursor: Cursor, planned: PlannedTransaction) -> None:
         for item in planned.items:
@@ -402,10 +406,11 @@ class Applier:
             if half is None:
                 cursor.execute(b"BEGIN")
                 self._rows.begin()
-                self._notices.missing = 0
+                self._notices.clear()
                 half = self._half = _Half(lsn, header.attempt, 0, 0)
-            self._execute_part(cursor, PlannedTransaction(lsn, header.commit_time, items))
-            half.part, half.changes = header.here.part, half.changes + len(items)
+            planned = PlannedTransaction(lsn, header.commit_time, items)
+            self._execute_part(cursor, planned)
+            half.part, half.changes = header.here.part, half.changes + planned.changes
             if piece.commit is None:
                 return
             try:
@@ -416,11 +421,16 @@ class Applier:
         self.position = header.here
         self.stats.transactions += 1
         self.stats.rows += half.changes
+        self._count_notices()
+
+    def _count_notices(self) -> None:
         self.stats.missing += self._notices.missing
+        self._rows.count_lost(self._notices.lost)
+        self._notices.clear()
 
     def _execute_part(self, cursor: Cursor, planned: PlannedTransaction) -> None:
         """Execute a part in the open transaction; under a savepoint, for earlier parts are not at hand any more."""
-        missing = self._notices.missing
+        missing, lost = self._notices.missing, len(self._notices.lost)
         script: list[bytes] = []
         cursor.execute(b"SAVEPOINT part")
         try:
@@ -433,6 +443,7 @@ class Applier:
             while True:
                 cursor.execute(b"ROLLBACK TO SAVEPOINT part")
                 self._notices.missing = missing
+                del self._notices.lost[lost:]
                 # Locks taken since the savepoint are gone.
                 self._rows.begin()
                 self._planner.forget()
@@ -452,47 +463,32 @@ class Applier:
     def tend(self) -> list[TableName]:
         """Return the stale tables that can be fetched anew now; to be called every few seconds, between two `apply`.
 
+        Rows that were merged into something that their origin may not know are published again meanwhile.
+
         Raises:
             ApplyError: when the database does not answer as it should.
             UnreachableError: when the session was lost.
         """
-        if self._half is not None or not self.stale.tables:
+        if self._half is not None:
             return []
         try:
             with self._session() as cursor:
+                self._trimmed = tending.trim_conflicts(cursor, self._origin, self._trimmed, self.stats.conflicts)
+                repairing = tending.repairs_wait(cursor, self._origin)
                 self.stale.sweep(cursor, self.position.lsn)
                 found: dict[TableName, object] = {}
                 for table in self.stale.waiting():
-                    signature = self._agreed(cursor, table)
+                    newest = self.stale.newest.get(table.key)
+                    rule = None if newest is None else self._planner.rule(newest)
+                    signature = tending.agreed(cursor, table, newest, rule)
                     if signature is not None and self.stale.due(table.key, signature):
                         found[table.key] = signature
         except psycopg2.Error as error:
             raise self._failed(error, "", 0) from error
+        if repairing:
+            tending.republish(self._dsn, self._origin)
         self.stale.tried(found, found)
         return list(found)
-
-    def _agreed(self, cursor: Cursor, table: StaleTable) -> object | None:
-        """Return what a fetch depends on, None when the catalog says already that it would be in vain."""
-        cursor.execute(_SHAPE % (quote_literal(table.schema), quote_literal(table.name)))
-        shape = rows(cursor)
-        columns = {row[0] for row in shape if row[0] is not None}
-        if not shape:
-            return None
-        newest = self.stale.newest.get(table.key)
-        theirs = None if newest is None else {column.name for column in newest.columns}
-        if table.kind == "columns" and any(
-            name not in columns and (theirs is None or name in theirs) for name in table.columns
-        ):
-            return None
-        rule = None if newest is None else self._planner.rule(newest)
-        if newest is not None and rule is not None:
-            try:
-                target = load_target(cursor, newest, rule, 0)
-            except ApplyError:
-                return None
-            if any(column.required for column in target.rest) and table.kind == "table":
-                return None
-        return (tuple(shape), None if newest is None else newest.raw)
 
     # -- errors
 

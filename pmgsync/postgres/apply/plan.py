@@ -76,6 +76,11 @@ class PlannedTransaction:
     commit_time: int | None
     items: list[PlanItem]
 
+    @property
+    def changes(self) -> int:
+        """How many changes of the origin it holds."""
+        return sum(type(item) is not NoteItem for item in self.items)
+
 
 @dataclass(slots=True)
 class ApplyStats:
@@ -87,7 +92,8 @@ class ApplyStats:
         skipped: changes that do not count on this node by the profile.
         stale: changes that were left out because their table cannot be applied.
         missing: rows to change or delete that were not here, where that is no divergence.
-        conflicts: rows that met another and were made equal to the origin's.
+        conflicts: values that lost against others.
+        lost: how many, by table and column.
         repeats: batches that were applied again row by row.
         warnings: sentences on tables, each once.
     """
@@ -98,6 +104,7 @@ class ApplyStats:
     stale: int = 0
     missing: int = 0
     conflicts: int = 0
+    lost: dict[str, int] = field(default_factory=dict)
     repeats: int = 0
     warnings: dict[str, None] = field(default_factory=dict)
 

@@ -7,7 +7,7 @@ Then the same plan is executed one by one, which is exact and says which row of 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -54,6 +54,16 @@ class RowExecutor:
         self._count = 0
         self._prepared: list[Target] = []
         self._locked: set[int] = set()
+        self._labels: dict[int, str] = {}
+
+    def count_lost(self, noticed: Iterable[str]) -> None:
+        """Count the conflicts that pmgsync.merged has told of: a target's number and the columns that lost."""
+        for told in noticed:
+            number, _, columns = told.strip().partition(" ")
+            for column in columns.split(","):
+                rule = f"{self._labels.get(int(number), '')}.{column}"
+                self._stats.conflicts += 1
+                self._stats.lost[rule] = self._stats.lost.get(rule, 0) + 1
 
     def begin(self) -> None:
         """A local transaction begins: no lock is held."""
@@ -158,16 +168,20 @@ class RowExecutor:
         self.send(cursor, lock)
         self.send(cursor, [self._call(cursor, item, exact=True, variant="nothing" if owned_insert else "")])
         hits = cursor.rowcount
-        if hits == 1:
+        if hits == 1 or (target.rule.policy is Policy.MERGE and item.kind != "D"):
             return
         name = target.relation.qualified
         if owned_insert:
             self._stats.conflicts += 1
             self.send(cursor, [self._call(cursor, item, exact=True, variant="upsert")])
-            text = quote_literal(name.encode())
+            self._stats.lost[f"{name}.*"] = self._stats.lost.get(f"{name}.*", 0) + 1
+            assert item.new is not None
+            values = [item.new[place] for place in target.arbiter]
+            key = b", ".join(quote_literal(value) for value in values if isinstance(value, bytes))
             cursor.execute(
-                b"SELECT pmgsync.log_conflict(%d, '%s', %s, 'insert of a row that was here')"
-                % (self._origin, format_lsn(lsn).encode(), text)
+                b"INSERT INTO pmgsync.conflict (origin, schema, name, row_key, column_name, rule) "
+                b"VALUES (%d, %s, %s, ARRAY[%s]::text[], '*', 'owned: the row that was here')"
+                % (self._origin, quote_literal(target.relation.namespace), quote_literal(target.relation.name), key)
             )
         elif hits < 1 and not target.strict:
             self._stats.missing += 1
@@ -292,7 +306,10 @@ class RowExecutor:
         if target.rule.policy is Policy.MERGE and kind != "D":
             complete = kind == "I" or written is None or set(target.columns) <= {*target.key, *written}
             given = list(target.columns) if complete else sorted({*target.key, *(written or ())})
-            return statements.merge(target, given, may_insert=complete)
+            self._labels[target.number] = target.relation.qualified
+            # Where deletes do not travel, what is gone was purged here, and comes back on purpose.
+            returns = kind == "U" and target.rule.deletes
+            return statements.merge(target, given, may_insert=complete, origin=self._origin, returns=returns)
         if kind == "I":
             plain = statements.insert(target)
             if variant == "nothing":

@@ -8,11 +8,12 @@ writes, which format() calls, is identity: it is what the origin sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from pmgsync.merging import merge_expressions
 from pmgsync.postgres.apply.target import LocalColumn, Target
+from pmgsync.postgres.session import quote_literal
 
 OLD, NEW = 0, 1
 """The row that a parameter is taken from. Where no old row was sent, the new one stands in: its key is the old one."""
@@ -199,10 +200,14 @@ def checked(statement: Statement, otherwise: bytes) -> Statement:
     )
 
 
-def merge(target: Target, given: Sequence[int], *, may_insert: bool) -> Statement:
+def merge(target: Target, given: Sequence[int], *, may_insert: bool, origin: int, returns: bool = False) -> Statement:
     """Return the statement that merges a new row into the local one of the same key.
 
+    It calls pmgsync.merged for a row that is another afterwards than it came, and for nothing else.
+
     Args:
+        origin: whose row it is, for the conflict log.
+        returns: a row that is inserted was known on the origin before, so somebody may have deleted it meanwhile.
         given: the places whose values are known; all of them unless out-of-line values were not sent.
         may_insert: a row that is not here is inserted.
 
@@ -230,17 +235,34 @@ def merge(target: Target, given: Sequence[int], *, may_insert: bool) -> Statemen
     assignments = b", ".join(b"%s = %s" % (columns[name].name, value) for name, value in sets.items())
     names = _names(target.columns[place] for place in given)
     parameters = [builder.parameter(NEW, place) for place in given]
+    place_of = {name: place for place, name in name_of.items()}
+    lost = b", ".join(
+        b"mine.%s IS DISTINCT FROM %s" % (columns[name].name, builder.parameter(NEW, place_of[name]))
+        if target.rule.rules[name].kind in {"greatest", "least"}
+        else b'(%s) COLLATE pg_catalog."C" IS DISTINCT FROM %s'
+        % (output(b"mine." + columns[name].name), output(builder.parameter(NEW, place_of[name])))
+        for name in sets
+        if name in target.rule.rules
+    )
+    lost = b"ARRAY[%s]::boolean[] AS lost" % lost
+
+    def noted(rows: bytes) -> bytes:
+        return b"SELECT %s FROM %s" % (_merged(builder, list(sets), place_of, origin), rows)
+
     if conflicting:
-        return builder.build(
-            b"INSERT INTO %s AS mine (%s) OVERRIDING SYSTEM VALUE VALUES (%s) ON CONFLICT (%s) DO %s"
-            % (
-                target.name,
-                names,
-                b", ".join(parameters),
-                _names(target.columns[place] for place in target.arbiter),
-                b"UPDATE SET " + assignments if assignments else b"NOTHING",
-            )
+        action = b"UPDATE SET " + assignments if assignments else b"NOTHING"
+        insert = b"INSERT INTO %s AS mine (%s) OVERRIDING SYSTEM VALUE VALUES (%s) ON CONFLICT (%s) DO %s" % (
+            target.name,
+            names,
+            b", ".join(parameters),
+            _names(target.columns[place] for place in target.arbiter),
+            action,
         )
+        if not assignments:
+            return builder.build(insert)
+        came = b"mine.xmax = 0" if returns else b"false"
+        hit = b"hit AS (%s RETURNING %s, %s AS came)" % (insert, lost, came)
+        return builder.build(noted(b"hit WHERE hit.came OR true = ANY (hit.lost)"), hit)
     incoming = b", ".join(
         b"%s AS %s" % (value, target.columns[place].name) for value, place in zip(parameters, given, strict=True)
     )
@@ -251,15 +273,39 @@ def merge(target: Target, given: Sequence[int], *, may_insert: bool) -> Statemen
         for c in (target.columns[place] for place in target.key)
     )
     change = (
-        b"UPDATE %s%s AS mine SET %s FROM theirs WHERE %s RETURNING 1" % (target.only, target.name, assignments, on)
+        b"UPDATE %s%s AS mine SET %s FROM theirs WHERE %s RETURNING %s"
+        % (target.only, target.name, assignments, on, lost)
         if assignments
-        else b"SELECT 1 FROM %s%s AS mine, theirs WHERE %s" % (target.only, target.name, on)
+        else b"SELECT '{}'::boolean[] AS lost FROM %s%s AS mine, theirs WHERE %s" % (target.only, target.name, on)
     )
     tables = b"theirs AS (SELECT %s), hit AS (%s)" % (incoming, change)
     if not may_insert:
-        return builder.build(b"SELECT 1 FROM hit", tables)
-    return builder.build(
-        b"INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE SELECT * FROM theirs WHERE NOT EXISTS (SELECT FROM hit)"
-        % (target.name, names),
-        tables,
+        return builder.build(noted(b"hit WHERE true = ANY (hit.lost)"), tables)
+    came = b"'{}'::boolean[] AS lost, %s AS came" % (b"true" if returns else b"false")
+    tables += (
+        b", made AS (INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE SELECT * FROM theirs "
+        b"WHERE NOT EXISTS (SELECT FROM hit) RETURNING %s)" % (target.name, names, came)
+    )
+    both = b"(SELECT lost, false AS came FROM hit UNION ALL SELECT lost, came FROM made) AS hit"
+    return builder.build(noted(both + b" WHERE hit.came OR true = ANY (hit.lost)"), tables)
+
+
+def _merged(builder: _Builder, sets: Sequence[str], place_of: Mapping[str, int], origin: int) -> bytes:
+    """Return the call of pmgsync.merged for a row of `hit`."""
+    target, rules = builder.target, builder.target.rule.rules
+    ruled = [name for name in sets if name in rules]
+
+    def texts(values: Iterable[bytes]) -> bytes:
+        return b"ARRAY[%s]::text[]" % b", ".join(values)
+
+    return b"pmgsync.merged(%d, %d, %s, %s, %s::name[], %s, %s, %s, hit.lost, %s)" % (
+        target.number,
+        origin,
+        quote_literal(target.relation.namespace),
+        quote_literal(target.relation.name),
+        texts(quote_literal(target.relation.columns[place].name) for place in target.key),
+        texts(output(builder.parameter(NEW, place)) for place in target.key),
+        texts(quote_literal(name.encode(errors="surrogateescape")) for name in ruled),
+        texts(quote_literal(rules[name].kind.encode()) for name in ruled),
+        texts(output(builder.parameter(NEW, place_of[name])) for name in ruled),
     )

@@ -36,21 +36,85 @@ CREATE TABLE IF NOT EXISTS pmgsync.relation (
     PRIMARY KEY (origin, schema, name)
 );
 
--- The newest conflicts that were resolved by a rule, for people.
+-- The newest conflicts: values of an origin's that were not taken because a rule prefers those that were here.
 CREATE TABLE IF NOT EXISTS pmgsync.conflict (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     noticed timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     origin integer NOT NULL,
-    lsn pg_lsn NOT NULL,
-    table_name text NOT NULL,
-    kind text NOT NULL
+    schema name NOT NULL,
+    name name NOT NULL,
+    row_key text[] NOT NULL,
+    column_name text NOT NULL,
+    rule text NOT NULL,
+    lost text
 );
+CREATE INDEX IF NOT EXISTS conflict_origin ON pmgsync.conflict (origin, id);
 
--- Keeps the newest 10 000: the log must not fill a disk.
-CREATE OR REPLACE FUNCTION pmgsync.log_conflict(origin integer, lsn pg_lsn, table_name text, kind text) RETURNS void
-LANGUAGE sql SET search_path = pg_catalog AS $$
-    INSERT INTO pmgsync.conflict (origin, lsn, table_name, kind) VALUES ($1, $2, $3, $4);
-    DELETE FROM pmgsync.conflict WHERE id <= (SELECT max(c.id) FROM pmgsync.conflict AS c) - 10000;
+-- Merged rows that are now another than the origin sent: it may not know the better values, so they are published again.
+CREATE TABLE IF NOT EXISTS pmgsync.repair (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    noticed timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    origin integer NOT NULL,
+    schema name NOT NULL,
+    name name NOT NULL,
+    keys name[] NOT NULL,
+    row_key text[] NOT NULL
+);
+CREATE INDEX IF NOT EXISTS repair_origin ON pmgsync.repair (origin, id);
+
+-- Called for a merged row that is another than the origin sent; "what" is a number of the session's own.
+CREATE OR REPLACE FUNCTION pmgsync.merged(
+    what integer, origin integer, schema name, name name, keys name[], row_key text[],
+    columns text[], rules text[], lost boolean[], given text[]
+) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+DECLARE
+    losers text := (SELECT string_agg(u.col, ',') FROM unnest(columns, lost) AS u (col, lost) WHERE u.lost);
+BEGIN
+    INSERT INTO pmgsync.repair (origin, schema, name, keys, row_key) VALUES ($2, $3, $4, $5, $6);
+    IF losers IS NOT NULL THEN
+        INSERT INTO pmgsync.conflict (origin, schema, name, row_key, column_name, rule, lost)
+        SELECT $2, $3, $4, $6, u.col, u.rule, pg_catalog.left(u.given, 200)
+        FROM unnest(columns, rules, lost, given) AS u (col, rule, lost, given) WHERE u.lost;
+        RAISE NOTICE 'pmgsync lost % %', what, losers;
+    END IF;
+END
+$$;
+
+-- Publishes rows again as they are here now: updates that change nothing. Not to be run in an origin's session. Values
+-- of these types are made anew, for what is stored out of line is only published when it is another.
+CREATE OR REPLACE FUNCTION pmgsync.republish(whose integer, most integer) RETURNS integer
+LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+DECLARE
+    r record;
+    sets text;
+    finds text;
+    rows integer := 0;
+BEGIN
+    FOR r IN
+        WITH taken AS (
+            DELETE FROM pmgsync.repair AS p WHERE p.id IN (
+                SELECT o.id FROM pmgsync.repair AS o
+                WHERE o.origin = whose AND o.noticed < clock_timestamp() - interval '1 s' ORDER BY o.id LIMIT most)
+            RETURNING p.*)
+        SELECT DISTINCT t.schema, t.name, t.keys, t.row_key FROM taken AS t ORDER BY 1, 2, 4
+    LOOP
+        SELECT string_agg(format('%1$I = %1$I || %2$L', a.attname, ''), ', ') INTO sets
+        FROM pg_attribute AS a WHERE a.attrelid = to_regclass(format('%I.%I', r.schema, r.name)) AND a.attnum > 0
+          AND a.atttypid IN ('text'::regtype, 'varchar'::regtype, 'bytea'::regtype)
+          AND NOT a.attisdropped AND a.attgenerated = '' AND a.attname <> ALL (r.keys);
+        SELECT string_agg(CASE WHEN k.value IS NULL THEN format('%I IS NOT DISTINCT FROM NULL', k.name)
+                               ELSE format('%I = %L', k.name, k.value) END, ' AND ')
+        INTO finds FROM unnest(r.keys, r.row_key) AS k (name, value);
+        BEGIN
+            EXECUTE format('UPDATE %I.%I SET %s WHERE %s', r.schema, r.name,
+                           coalesce(sets, format('%1$I = %1$I', r.keys[1])), finds);
+            rows := rows + 1;
+        EXCEPTION WHEN undefined_table OR undefined_column THEN
+            NULL;  -- another table by now; it is fetched anew
+        END;
+    END LOOP;
+    RETURN rows;
+END
 $$;
 
 -- Ends a batch in which a statement did not hit exactly one row. The batch is applied again row by row, which says more.

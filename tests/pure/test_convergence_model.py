@@ -1,0 +1,106 @@
+"""Replicas that write against the rules, purge, and hear of each other late: a model of applying with repair.
+
+A replica's chain holds every row that it wrote. Applying a row merges it; when the result is another row than the one
+that came, the replica owes a repair, which writes its row again, unchanged, to its own chain.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.pure.test_merging import Row, merge, rows
+
+REPLICAS = 3
+ROUNDS = 60
+"""More than any run needs: every repair that is owed after the first round takes a value higher up a finite order."""
+
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.integers(0, REPLICAS - 1), rows),
+        st.tuples(st.just("purge"), st.integers(0, REPLICAS - 1), st.none()),
+        st.tuples(st.just("repair"), st.integers(0, REPLICAS - 1), st.none()),
+        st.tuples(st.just("deliver"), st.integers(0, REPLICAS - 1), st.integers(0, REPLICAS - 1)),
+    ),
+    max_size=30,
+)
+
+
+class Model:
+    """Replicas of one row."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row | None] = [None] * REPLICAS
+        self.chains: list[list[Row]] = [[] for _ in range(REPLICAS)]
+        self.heard = [[0] * REPLICAS for _ in range(REPLICAS)]
+        self.owed = [False] * REPLICAS
+
+    def write(self, replica: int, row: Row) -> None:
+        self.rows[replica] = row
+        self.chains[replica].append(row)
+
+    def repair(self, replica: int) -> bool:
+        row, owed = self.rows[replica], self.owed[replica]
+        self.owed[replica] = False
+        if owed and row is not None:
+            self.chains[replica].append(row)
+        return owed
+
+    def deliver(self, origin: int, replica: int) -> bool:
+        if origin == replica or self.heard[replica][origin] == len(self.chains[origin]):
+            return False
+        theirs = self.chains[origin][self.heard[replica][origin]]
+        self.heard[replica][origin] += 1
+        mine = self.rows[replica]
+        self.rows[replica] = merged = theirs if mine is None else merge(mine, theirs)
+        self.owed[replica] |= merged != theirs
+        return True
+
+    def settle(self) -> int:
+        """Let everything arrive and every repair be made; returns how many rounds that took."""
+        for number in range(ROUNDS):
+            moved = [self.deliver(a, b) for _ in range(200) for a in range(REPLICAS) for b in range(REPLICAS)]
+            repaired = [self.repair(replica) for replica in range(REPLICAS)]
+            if not any(moved) and not any(repaired):
+                return number
+        raise AssertionError("the replicas do not come to rest")
+
+
+def run(model: Model, happened: list[Any]) -> None:
+    for kind, replica, more in happened:
+        match kind:
+            case "write":
+                model.write(replica, more)
+            case "purge":
+                model.rows[replica] = None
+            case "repair":
+                model.repair(replica)
+            case _:
+                model.deliver(replica, more)
+
+
+@settings(deadline=None)
+@given(events)
+def test_replicas_that_have_the_row_are_equal_in_the_end(happened: list[Any]) -> None:
+    model = Model()
+    run(model, happened)
+    model.settle()
+    present = [row for row in model.rows if row is not None]
+    assert all(row == present[0] for row in present)
+
+
+def test_a_write_against_a_rule_comes_back() -> None:
+    """Nobody sends a node its own change back: without a repair it would keep what it alone believes."""
+    model = Model()
+    done = {"key": 1, "high": 5, "low": 1, "status": "D", "seen": None, "seenmtime": None}
+    done |= {"data": None, "more": None, "mtime": 7}
+    model.write(0, done)
+    model.settle()
+    model.write(1, {**done, "status": "N", "mtime": 3})
+    for replica in (0, 2):
+        model.deliver(1, replica)
+    assert model.rows[1] != model.rows[0] == done
+    assert model.settle() <= 3
+    assert model.rows == [done] * REPLICAS
