@@ -8,13 +8,16 @@ ROUNDS ?= 200
 SEED ?=
 PYTEST ?= --numprocesses 2 --dist loadgroup
 
-.PHONY: demo test check soak clean
+.PHONY: demo test check campaign soak clean
 
 demo: $(STAMP)
 	$(BIN)/pmgcm demo $(DEMO)
 
 test: check
 	$(BIN)/pytest $(PYTEST)
+
+campaign: $(STAMP)
+	$(BIN)/pytest -m campaign
 
 # Hours of random faults: `make soak ROUNDS=2000`, and SEED=… to repeat a run.
 soak: $(STAMP)

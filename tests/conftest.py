@@ -9,11 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pmgsync.postgres.embedded import BINDIR_VARIABLE, EmbeddedPostgres
 from tests.cluster import Cluster
 
 EMBEDDED = "embedded"
+
+# A busy machine is slow: time says nothing about a property.
+settings.register_profile("pmgsync", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pmgsync")
 
 
 def _installed_bindir() -> str | None:

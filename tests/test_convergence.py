@@ -16,7 +16,7 @@ import pmgsync
 from tests.cluster import Cluster, Node, eventually
 from tests.workload import Stoppable
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.campaign]
 
 NewCluster = Callable[..., Cluster]
 GATEWAY = (Path(pmgsync.__file__).parent / "demo" / "pmg_schema.sql").read_text()

@@ -10,7 +10,7 @@ import pytest
 import pmgsync
 from tests.cluster import Cluster, Node, eventually
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.campaign]
 
 NewCluster = Callable[..., Cluster]
 GATEWAY = (Path(pmgsync.__file__).parent / "demo" / "pmg_schema.sql").read_text()
