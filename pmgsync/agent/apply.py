@@ -52,12 +52,28 @@ class _Hand:
         self._bell = bell
         self._work: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self.done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
+        self._given = 0
         self._thread = threading.Thread(target=self._run, name="apply", daemon=True)
         self._thread.start()
 
     def give(self, frame: Frame) -> None:
         """Have a frame applied."""
+        self._given += frame.size
         self._work.put(frame)
+
+    def take_done(self) -> _Done | None:
+        """Return what was done next, None when there is nothing new."""
+        try:
+            done = self.done.get_nowait()
+        except queue.Empty:
+            return None
+        self._given -= done.size
+        return done
+
+    @property
+    def idle(self) -> bool:
+        """True when everything that was given is applied."""
+        return self._given == 0
 
     def stop(self) -> None:
         """End the thread; what it is doing is rolled back or done when this returns."""
@@ -67,41 +83,49 @@ class _Hand:
         self._applier.close()
 
     def _run(self) -> None:
+        try:
+            self._work_on()
+        except PmgsyncError as error:
+            failed = error
+        except Exception as error:  # a thread that ended without a word would look like a slave with nothing to do
+            log.exception("action=apply-failed origin=%d", self._applier.origin)
+            failed = PmgsyncError(f"applying failed unexpectedly ({type(error).__name__}: {error})")
+        else:
+            return
+        self.done.put(_Done(None, 0, failed))
+        self._bell.ring()
+
+    def _work_on(self) -> None:
+        """Apply what is given until told to stop; raises whatever ends it early."""
         next_tend = time.monotonic() + TEND_S
         while True:
+            if time.monotonic() >= next_tend:
+                next_tend = time.monotonic() + TEND_S
+                if tables := self._applier.tend():
+                    reason = f"tables of node {self._applier.origin} can be kept in step again"
+                    raise ResyncRequiredError(reason, tables=tables)
             try:
-                if time.monotonic() >= next_tend:
-                    next_tend = time.monotonic() + TEND_S
-                    if tables := self._applier.tend():
-                        reason = f"tables of node {self._applier.origin} can be kept in step again"
-                        raise ResyncRequiredError(reason, tables=tables)
-                first = self._work.get(timeout=max(0.0, next_tend - time.monotonic()))
+                batch = self._next_batch(max(0.0, next_tend - time.monotonic()))
             except queue.Empty:
                 continue
-            except PmgsyncError as error:
-                self.done.put(_Done(None, 0, error))
-                self._bell.ring()
+            if batch is None:
                 return
-            if first is None:
-                return
-            batch, size = [first], first.size
-            while size < BATCH_BYTES:
-                try:
-                    frame = self._work.get_nowait()
-                except queue.Empty:
-                    break
-                if frame is None:
-                    return
-                batch.append(frame)
-                size += frame.size
-            try:
-                position = self._applier.apply(batch)
-            except PmgsyncError as error:
-                self.done.put(_Done(None, 0, error))
-                self._bell.ring()
-                return
-            self.done.put(_Done(position, size))
+            position = self._applier.apply(batch)
+            self.done.put(_Done(position, sum(frame.size for frame in batch)))
             self._bell.ring()
+
+    def _next_batch(self, wait_s: float) -> list[Frame] | None:
+        """Return the frames that are there, None when the thread is to end; raises queue.Empty when none came."""
+        frame = self._work.get(timeout=wait_s)
+        batch: list[Frame] = []
+        size = 0
+        while frame is not None:
+            batch.append(frame)
+            size += frame.size
+            if size >= BATCH_BYTES or self._work.empty():
+                return batch
+            frame = self._work.get()
+        return None
 
 
 class ApplyWorker(Worker):
@@ -173,7 +197,7 @@ class ApplyWorker(Worker):
         poller = zmq.Poller()
         poller.register(link.socket, zmq.POLLIN)
         poller.register(self._bell.fileno(), zmq.POLLIN)
-        used, last = 0, time.monotonic()
+        used = 0
         counted = Counter(self.counters)  # of the sessions before this one
         while True:
             poller.poll(round(REPORT_S * 1000))
@@ -181,21 +205,19 @@ class ApplyWorker(Worker):
                 self._take(hand, stream, *received)
             self._bell.hush()
             moved = False
-            while not hand.done.empty():
-                done = hand.done.get()
+            while (done := hand.take_done()) is not None:
                 if done.error is not None:
                     raise done.error
                 assert done.position is not None
                 moved, position, used = True, done.position, used + done.size
             if moved:
                 self.well()
-                last = time.monotonic()
                 applied = {"incarnation": incarnation, "position": list(position)}
                 link.send({"op": "applied", "origin": self.origin, **applied})
                 link.send({"op": "credit", "id": stream, "bytes": used})
                 used = 0
-            elif time.monotonic() - last > REPORT_S:
-                last = time.monotonic()
+            elif hand.idle:
+                # Only what was applied ends an error, or that there is nothing to apply: not that it takes long.
                 self.well()
             warnings = list(applier.stats.warnings)[-ALERT_COUNT:]
             self.alerts = [{"kind": "table", "text": warning} for warning in warnings]
