@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from pmgsync.emitted import SealKey, is_own, unsealed
 from pmgsync.errors import ProtocolError
 from pmgsync.frames import Frame, Header, make_frame
 from pmgsync.positions import Position
@@ -19,10 +20,6 @@ rows, small enough that a thousand of them in a stalled queue do not hurt."""
 _UNIX_TO_POSTGRES_EPOCH_US = 946_684_800_000_000
 _BEGIN = struct.Struct(">cQQI")
 _COMMIT = struct.Struct(">cBQQQ")
-_OWN_MESSAGES = b"pmgsync."
-"""What the prefixes of logical messages that travel begin with. A barrier's is `pmgsync`: it is only to be passed."""
-_MESSAGE_PREFIX_AT = 10
-_TRANSACTIONAL = b"\1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +40,21 @@ class Framer:
         position: the end of the newest frame that was closed; the next frame follows it.
         passed: an LSN below which everything the server sent is in closed or collected frames (end of the newest
             transaction seen, kept or not).
+        forged: messages in pmgsync's name that were dropped because pmgsync has not written them.
     """
 
-    def __init__(self, chain: ChainName, position: Position, *, frame_bytes: int = FRAME_BYTES) -> None:
+    def __init__(self, chain: ChainName, position: Position, *, key: SealKey, frame_bytes: int = FRAME_BYTES) -> None:
+        """Begin after a position.
+
+        Args:
+            key: what this node's database seals the messages of pmgsync's own with.
+        """
         self._chain = chain
+        self._key = key
         self._frame_bytes = frame_bytes
         self.position = position
         self.passed = position.lsn + 1
+        self.forged = 0
         self._relations: dict[bytes, bytes] = {}
         self._messages: list[bytes] = []
         self._seen: set[bytes] = set()
@@ -101,9 +106,11 @@ class Framer:
                 # Applied here from another origin's chain: that chain carries it to everybody.
                 self._skip = True
             case b"M":
-                # One that is not transactional comes at any point of the stream; only transactions travel.
-                if message[1:2] == _TRANSACTIONAL and message.startswith(_OWN_MESSAGES, _MESSAGE_PREFIX_AT):
-                    return self._change(message, ())
+                if is_own(message):
+                    kept = unsealed(message, self._key)
+                    if kept is not None:
+                        return self._change(kept, ())
+                    self.forged += 1
             case b"Y":
                 pass
             case kind:

@@ -10,9 +10,11 @@ from importlib.resources import files
 import psycopg2
 from psycopg2.extensions import connection as Connection  # noqa: N812
 
+from pmgsync.emitted import SealKey
 from pmgsync.frames import Frame
 from pmgsync.framing import ChainName, Framer
 from pmgsync.positions import LAST, Position
+from pmgsync.postgres import watch
 from pmgsync.postgres.apply import Applier
 from pmgsync.postgres.embedded import EmbeddedPostgres
 from pmgsync.postgres.session import connect, quote_ident, quote_literal, rows
@@ -22,9 +24,9 @@ ORIGIN, INCARNATION = 1, 77
 _numbers = itertools.count(1)
 
 
-def make_profile(*tables: TableRule, all_tables: bool = True) -> Profile:
+def make_profile(*tables: TableRule, all_tables: bool = True, ddl: bool = False) -> Profile:
     """Return a profile with these rules; every other table is mirrored."""
-    return Profile("test", tables, all_tables, True, False, (), (), (), (), "0" * 64)
+    return Profile("test", tables, all_tables, True, ddl, (), (), (), (), "0" * 64)
 
 
 def rule(name: str, policy: Policy, **options: object) -> TableRule:
@@ -48,6 +50,7 @@ class Pair:
             for name in self.names:
                 admin.cursor().execute(f"CREATE DATABASE {name} {options}")
         self.source, self.target = (self._connect(name) for name in self.names)
+        self.key = SealKey(b"", b"")
         self.framer = self._framer(Position(0, LAST))
 
     def _connect(self, name: str) -> Connection:
@@ -57,18 +60,32 @@ class Pair:
 
     def _framer(self, position: Position, frame_bytes: int = 1 << 16) -> Framer:
         chain = ChainName(b"c" * 16, 1, self.origin, INCARNATION, self.attempt)
-        return Framer(chain, position, frame_bytes=frame_bytes)
+        return Framer(chain, position, key=self.key, frame_bytes=frame_bytes)
+
+    def _watch(self) -> None:
+        for side in (self.source, self.target):
+            self.run("CREATE PUBLICATION pmgsync", on=side)
+            for name in ("schema.sql", "apply.sql"):
+                self.run((files("pmgsync") / "postgres/sql" / name).read_text(), on=side)
+            watch.install(side, self.profile)
+            watch.arm(side)
+        ((inner, outer),) = self.run("SELECT inner_key, outer_key FROM pmgsync.seal_key")
+        self.key = SealKey(bytes(inner), bytes(outer))  # type: ignore[call-overload]
+        self.framer = self._framer(Position(0, LAST))
 
     def again(self, position: Position, *, frame_bytes: int = 1 << 16) -> None:
         """Let the frames be made as by a capture that was started anew."""
         self.attempt += 1
         self.framer = self._framer(position, frame_bytes)
 
-    def setup(self, schema: str, *, target: str | None = None) -> None:
-        """Make the tables on both sides, then publication, slot and position."""
+    def setup(self, schema: str, *, target: str | None = None, watched: bool = False) -> None:
+        """Make the tables on both sides, then publication, slot and position; `watched` as provisioning does it."""
         self.run(schema)
         self.run(schema if target is None else target, on=self.target)
-        self.run("CREATE PUBLICATION p FOR ALL TABLES")
+        if watched:
+            self._watch()
+        else:
+            self.run("CREATE PUBLICATION pmgsync FOR ALL TABLES")
         self.run(f"SELECT pg_create_logical_replication_slot('{self.slot}', 'pgoutput')")
         self.run((files("pmgsync") / "postgres/sql/apply.sql").read_text(), on=self.target)
         with self.applier() as applier:
@@ -85,7 +102,7 @@ class Pair:
         """Take what the slot has."""
         found = self.run(
             f"SELECT data FROM pg_logical_slot_get_binary_changes('{self.slot}', NULL, NULL, "
-            "'proto_version', '1', 'publication_names', 'p')"
+            "'proto_version', '1', 'publication_names', 'pmgsync', 'messages', 'true')"
         )
         return [bytes(row[0]) for row in found]  # type: ignore[call-overload]
 

@@ -17,6 +17,14 @@ GATEWAY = (Path(pmgsync.__file__).parent / "demo" / "pmg_schema.sql").read_text(
 FETCH_S = 30.0
 
 
+@pytest.fixture
+def profile(tmp_path: Path) -> str:
+    """Every table mirrored, each node's schema its own affair."""
+    path = tmp_path / "separate.toml"
+    path.write_text('name = "separate"\nall_tables = true\nddl = false\n')
+    return str(path)
+
+
 def stale(node: Node) -> dict[str, str]:
     """Return what is left out on a node: table and kind."""
     found = node.sql("SELECT name::text, kind FROM pmgsync.stale_table WHERE kind <> 'none'")
@@ -27,10 +35,11 @@ def apply_alerts(node: Node, cid: int) -> str:
     return " ".join(alert["text"] for alert in node.node_status(cid)["alerts"] if alert["kind"] == "stale")
 
 
-def test_what_one_side_lacks_waits_and_is_fetched(new_cluster: NewCluster) -> None:
+def test_what_one_side_lacks_waits_and_is_fetched(new_cluster: NewCluster, profile: str) -> None:
     """Tables missing here, types that are narrower, columns that must not be NULL: each waits by itself."""
     cluster = new_cluster(
         nodes=2,
+        profile=profile,
         schema="""
         CREATE TABLE flows (id int PRIMARY KEY);
         CREATE TABLE widened (id int PRIMARY KEY, v int);
@@ -62,9 +71,10 @@ def test_what_one_side_lacks_waits_and_is_fetched(new_cluster: NewCluster) -> No
     eventually(lambda: not slave.sql("SELECT FROM pmgsync.stale_table"), what="nothing is remembered in the end")
 
 
-def test_altered_in_the_middle_of_a_transaction(new_cluster: NewCluster) -> None:
+def test_altered_in_the_middle_of_a_transaction(new_cluster: NewCluster, profile: str) -> None:
     cluster = new_cluster(
         nodes=2,
+        profile=profile,
         schema="""
         CREATE TABLE flows (id int PRIMARY KEY);
         CREATE TABLE t (id int PRIMARY KEY, a text, b text);
@@ -97,8 +107,10 @@ def test_altered_in_the_middle_of_a_transaction(new_cluster: NewCluster) -> None
     cluster.assert_equal(["t"], "id, c, d")
 
 
-def test_a_data_error_is_no_drift(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema="CREATE TABLE t (id int PRIMARY KEY, v int); CREATE TABLE u (id int)")
+def test_a_data_error_is_no_drift(new_cluster: NewCluster, profile: str) -> None:
+    cluster = new_cluster(
+        nodes=2, profile=profile, schema="CREATE TABLE t (id int PRIMARY KEY, v int); CREATE TABLE u (id int)"
+    )
     master, slave = cluster.nodes
     slave.sql("ALTER TABLE t ADD CHECK (v < 10)")
     master.sql("INSERT INTO t VALUES (1, 99)")

@@ -222,6 +222,7 @@ class ApplyWorker(Worker):
             warnings = list(applier.stats.warnings)[-ALERT_COUNT:]
             self.alerts = [{"kind": "table", "text": warning} for warning in warnings]
             self.alerts += self._stale.alerts()[:ALERT_COUNT]
+            self.alerts += [{"kind": "schema", "text": text} for text in applier.failures]
             self.counters = counted + Counter(dict(applier.stats.lost))
             self.report()
 

@@ -131,7 +131,7 @@ class _Stream:
         chain = ChainName(
             document.cluster, document.epoch, worker.cid, facts.incarnation, secrets.randbits(62) + 1
         )  # fmt: skip
-        self._framer = Framer(chain, position)
+        self._framer = Framer(chain, position, key=facts.seal_key)
         self._outstanding: deque[tuple[Position, int]] = deque()
         self._outstanding_bytes = 0
         self._safe = max(safe, position.lsn + 1)
@@ -141,6 +141,7 @@ class _Stream:
         self._next_slot_check = time.monotonic() + SLOT_CHECK_S
         self._ask_fast_until = 0.0
         self._slot_alerts: list[dict[str, str]] = []
+        self._told_forged = 0
         self._check(state)
 
     def run(self) -> None:
@@ -167,8 +168,19 @@ class _Stream:
                 else:
                     poller.unregister(reader.fileno())
             self._keep_time(drained and reading)
-            self._worker.alerts = [*self._slot_alerts, *self._worker.upkeep.alerts]
+            self._worker.alerts = [*self._slot_alerts, *self._forged(), *self._worker.upkeep.alerts]
             self._worker.report()
+
+    def _forged(self) -> list[dict[str, str]]:
+        """Return the alert that somebody writes messages in pmgsync's name."""
+        count = self._framer.forged
+        if not count:
+            return []
+        if count != self._told_forged:
+            self._told_forged = count
+            log.warning("action=forged-message count=%d", count)
+        text = f"{count} logical messages in pmgsync's name were not written by pmgsync, and were dropped"
+        return [{"kind": "forged", "text": text}]
 
     def last_word(self) -> None:
         """Tell the broker how far the server had come: a server that stops is answered by psycopg2 with that LSN."""

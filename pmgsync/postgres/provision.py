@@ -20,6 +20,7 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 
+from pmgsync.emitted import SealKey
 from pmgsync.errors import MembershipError, PmgsyncError, PreflightError, UnreachableError
 from pmgsync.positions import format_lsn, parse_lsn
 from pmgsync.postgres import watch
@@ -51,6 +52,7 @@ class NodeFacts:
         start: the commit LSN that the chain begins after: `Position(start)` is before its first transaction.
         needs_snapshot: True when who does not know this incarnation needs a snapshot.
         system_id: the server's identifier when the chain began.
+        seal_key: what the database seals pmgsync's own messages with.
     """
 
     cid: int
@@ -63,12 +65,13 @@ class NodeFacts:
     needs_snapshot: bool
     cluster: bytes
     profile_digest: str
+    seal_key: SealKey
 
 
 _NODE = """
 SELECT cid, incarnation, start_lsn::text, system_id, timeline, slot, publication, needs_snapshot, cluster,
-       profile_digest
-FROM pmgsync.node WHERE start_lsn IS NOT NULL
+       profile_digest, inner_key, outer_key
+FROM pmgsync.node, pmgsync.seal_key WHERE start_lsn IS NOT NULL
 """
 
 
@@ -87,11 +90,13 @@ def node_facts(connection: Connection) -> NodeFacts | None:
     if row is None:
         return None
     values: list[Any] = [as_text(value) if isinstance(value, bytes) else value for value in row]
-    cid, incarnation, start, system_id, timeline, slot, publication, needs_snapshot, cluster, digest = values
+    cid, incarnation, start, system_id, timeline, slot, publication, needs_snapshot, cluster, digest, inner, outer = (
+        values
+    )
     # A commit record may stand at the consistent point itself; it is the chain's first, so the chain begins before it.
     return NodeFacts(
         cid, incarnation, parse_lsn(start) - 1, system_id, timeline, slot, publication, needs_snapshot,
-        bytes(cluster), digest,
+        bytes(cluster), digest, SealKey(bytes(inner), bytes(outer)),
     )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ class DatabaseRestore:
         self._execute(b"SET maintenance_work_mem = '256MB'")
         # First: triggers of the gateway's tables may call functions of it.
         # The watch's, too: a dump has its event triggers, which do nothing until the node is provisioned.
-        for name in ("schema.sql", "apply.sql", "watch.sql"):
+        for name in ("schema.sql", "apply.sql", "emit.sql", "watch.sql", "ddl.sql"):
             self._execute((SQL / name).read_bytes())
 
     def feed(self, piece: Mapping[str, Any], attachment: bytes | None) -> None:

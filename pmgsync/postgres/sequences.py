@@ -111,7 +111,7 @@ def publish_sequences(connection: Connection, profile: Profile, ceilings: Ceilin
         if values:
             with connection.cursor() as cursor:
                 cursor.execute(
-                    "SELECT pg_catalog.pg_logical_emit_message(true, %s, %s::bytea)",
+                    "SELECT pmgsync.emit(%s, %s::bytea)",
                     (PREFIX, psycopg2.Binary(pack_values(values))),
                 )
     except psycopg2.Error:

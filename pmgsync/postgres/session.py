@@ -39,6 +39,8 @@ PINNED = MappingProxyType(
         "default_transaction_deferrable": "off",
         "row_security": "off",
         "synchronize_seqscans": "off",
+        # What pmgsync does to the schema is no change that travels.
+        "pmgsync.internal": "on",
     }
 )
 """Settings of every session, as `-c name=value` in libpq's `options` (a backslash keeps a space)."""

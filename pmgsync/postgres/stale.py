@@ -144,6 +144,18 @@ class StaleTables:
             % (self.origin, quote_literal(schema), quote_literal(name), oid)
         )
 
+    def forget(self, cursor: Cursor, key: TableName) -> None:
+        """Forget a table that is gone on the origin.
+
+        Raises:
+            psycopg2.Error: when it cannot be written.
+        """
+        if key in self.tables or key in self.relations:
+            cursor.execute(b";".join(forget(self.origin, [key])))
+        self.tables.pop(key, None)
+        self.relations.pop(key, None)
+        self.newest.pop(key, None)
+
     # -- when the schemas agree again
 
     def waiting(self) -> list[StaleTable]:

@@ -29,9 +29,18 @@ _EVENT_TRIGGERS = {
     # ALWAYS: schema changes that come through the stream are made under session_replication_role = replica.
     "pmgsync_watch": f"ON ddl_command_end WHEN TAG IN ({', '.join(map(repr, _TAGS))}) EXECUTE FUNCTION pmgsync.watch()",
     "pmgsync_watch_drop": "ON sql_drop EXECUTE FUNCTION pmgsync.watch()",
+    "pmgsync_watch_rewrite": "ON table_rewrite EXECUTE FUNCTION pmgsync.watch_rewrite()",
+}
+# They fire in the order of their names: first the caller, then what was changed, then the watch. Not ALWAYS, for what
+# came through the stream does not go on.
+_DDL_TRIGGERS = {
+    "pmgsync_ddl_caller": "ON ddl_command_end EXECUTE FUNCTION pmgsync.ddl_caller()",
+    "pmgsync_ddl_dropped": "ON sql_drop EXECUTE FUNCTION pmgsync.ddl_dropped()",
+    "pmgsync_ddl_publish": "ON ddl_command_end EXECUTE FUNCTION pmgsync.ddl_publish()",
+    "pmgsync_ddl_rewrite": "ON table_rewrite EXECUTE FUNCTION pmgsync.ddl_rewrite()",
 }
 GUARD_TRIGGER = "pmgsync_guard"
-EVENT_TRIGGERS = (*_EVENT_TRIGGERS, GUARD_TRIGGER)
+EVENT_TRIGGERS = (*_DDL_TRIGGERS, *_EVENT_TRIGGERS, GUARD_TRIGGER)
 """Event triggers that pmgsync may have made in a database."""
 
 
@@ -49,10 +58,12 @@ def install(connection: Connection, profile: Profile) -> None:
     )
     with connection.cursor() as cursor:
         cursor.execute("SET LOCAL client_min_messages = warning")
-        for name in ("watch.sql", "guard.sql"):
+        for name in ("emit.sql", "watch.sql", "ddl.sql", "guard.sql"):
             cursor.execute((SQL / name).read_bytes())
         cursor.execute("DELETE FROM pmgsync.profile; DELETE FROM pmgsync.profile_table")
-        cursor.execute("INSERT INTO pmgsync.profile (all_tables) VALUES (%s)", (profile.all_tables,))
+        cursor.execute(
+            "INSERT INTO pmgsync.profile (all_tables, ddl) VALUES (%s, %s)", (profile.all_tables, profile.ddl)
+        )
         if named:
             cursor.execute(b"INSERT INTO pmgsync.profile_table (schema, name, policy) VALUES " + named)
         cursor.execute("SELECT pmgsync.tend()")
@@ -61,10 +72,14 @@ def install(connection: Connection, profile: Profile) -> None:
 def arm(connection: Connection) -> None:
     """Make the event triggers, in the caller's transaction."""
     with connection.cursor() as cursor:
-        disarm(connection, *_EVENT_TRIGGERS)
+        disarm(connection, *_DDL_TRIGGERS, *_EVENT_TRIGGERS)
         for name, definition in _EVENT_TRIGGERS.items():
             cursor.execute(f"CREATE EVENT TRIGGER {name} {definition}")
             cursor.execute(f"ALTER EVENT TRIGGER {name} ENABLE ALWAYS")
+        cursor.execute("SELECT ddl FROM pmgsync.profile")
+        if cursor.fetchone() == (True,):
+            for name, definition in _DDL_TRIGGERS.items():
+                cursor.execute(f"CREATE EVENT TRIGGER {name} {definition}")
 
 
 def disarm(connection: Connection, *names: str) -> None:
@@ -81,10 +96,16 @@ def armed(connection: Connection) -> bool:
     """Return True when the event triggers are there and fire."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT count(*) FROM pg_catalog.pg_event_trigger WHERE evtname = ANY (%s) AND evtenabled = 'A'",
-            (list(_EVENT_TRIGGERS),),
+            "SELECT e.evtname, e.evtenabled::text, p.ddl FROM pmgsync.profile AS p "
+            "LEFT JOIN pg_catalog.pg_event_trigger AS e ON e.evtname = ANY (%s)",
+            (list(EVENT_TRIGGERS),),
         )
-        return cursor.fetchone() == (len(_EVENT_TRIGGERS),)
+        found = [(as_text(name), as_text(enabled), ddl) for name, enabled, ddl in cursor.fetchall() if name]
+    enabled = {name: state for name, state, _ in found}
+    carries = any(ddl for _, _, ddl in found)
+    return all(enabled.get(name) == "A" for name in _EVENT_TRIGGERS) and all(
+        (enabled.get(name) in {"O", "A"}) == carries for name in _DDL_TRIGGERS
+    )
 
 
 def tend(connection: Connection) -> None:

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmgsync.chains import ChainHead, Verdict
+from pmgsync.emitted import SealKey
 from pmgsync.errors import ProtocolError
 from pmgsync.frames import Frame, read_frame, unpack_body
 from pmgsync.framing import ChainName, Framer
 from pmgsync.positions import Position
 
 CHAIN = ChainName(b"c" * 16, 1, 7, 99, 5)
+KEY = SealKey(b"i" * 64, b"o" * 64)
 
 
 def begin(lsn: int) -> bytes:
@@ -85,7 +87,7 @@ def test_every_transaction_once_and_self_contained(
     history: tuple[list[bytes], list[tuple[int, list[tuple[bytes, bytes]]]]], size: int, data: st.DataObject
 ) -> None:
     messages, expected = history
-    framer = Framer(CHAIN, Position(0), frame_bytes=size)
+    framer = Framer(CHAIN, Position(0), key=KEY, frame_bytes=size)
     frames: list[Frame] = []
     for message in messages:
         frames += framer.feed(message)
@@ -109,7 +111,7 @@ def test_what_the_journal_has_is_left_out(
     history: tuple[list[bytes], list[tuple[int, list[tuple[bytes, bytes]]]]], start: int
 ) -> None:
     messages, expected = history
-    framer = Framer(CHAIN, Position(start))
+    framer = Framer(CHAIN, Position(start), key=KEY)
     frames = [frame for message in messages for frame in framer.feed(message)]
     if frame := framer.flush():
         frames.append(frame)
@@ -120,7 +122,7 @@ def test_what_the_journal_has_is_left_out(
     "messages", [[b"?"], [commit(5)], [insert(1, b"x")], [begin(5), insert(1, b"x")], [begin(5), begin(6)], [b"B"]]
 )
 def test_what_the_server_may_not_send(messages: list[bytes]) -> None:
-    framer = Framer(CHAIN, Position(0))
+    framer = Framer(CHAIN, Position(0), key=KEY)
     with pytest.raises(ProtocolError):
         for message in messages:
             framer.feed(message)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmgsync.emitted import SealKey
 from pmgsync.errors import ProtocolError
 from pmgsync.frames import unpack_body
 from pmgsync.framing import Framer
@@ -26,7 +27,7 @@ from pmgsync.sequences import (
     pack_values,
     unpack_values,
 )
-from tests.pure.test_framing import CHAIN, begin, commit
+from tests.pure.test_framing import CHAIN, KEY, begin, commit
 
 BIG = 2**63 - 1
 
@@ -177,19 +178,22 @@ def test_a_later_version_may_say_more() -> None:
 # -- how a message travels ---------------------------------------------------------------------------------------------
 
 
-def emitted(prefix: bytes, content: bytes, flags: int = 1) -> bytes:
+def emitted(prefix: bytes, content: bytes, flags: int = 1, key: SealKey = KEY) -> bytes:
+    content = key.seal(prefix, content) + content
     return b"M" + bytes([flags]) + bytes(8) + prefix + b"\0" + len(content).to_bytes(4, "big") + content
 
 
 def test_only_our_transactional_messages_make_a_frame() -> None:
-    framer = Framer(CHAIN, Position(0))
+    framer = Framer(CHAIN, Position(0), key=KEY)
     for message in (
         *(begin(5), emitted(b"pmgsync", b"barrier"), commit(5)),
         *(begin(6), emitted(b"other.pmgsync.", b"x"), commit(6)),
         emitted(b"pmgsync.sequence", b"x", flags=0),
         *(begin(7), emitted(b"pmgsync.sequence", b"one"), emitted(b"pmgsync.later", b"two"), commit(7)),
+        *(begin(8), emitted(b"pmgsync.sequence", b"forged", key=SealKey(b"i" * 64, b"x" * 64)), commit(8)),
     ):
         assert framer.feed(message) == []
+    assert framer.forged == 1
     frame = framer.flush()
     assert frame is not None
     assert (frame.here, frame.header.changes, framer.empty) == (Position(7), 2, True)

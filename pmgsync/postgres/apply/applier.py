@@ -19,12 +19,12 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.errors import ApplyError, PmgsyncError, ProtocolError, ResyncRequiredError, TransientApplyError
 from pmgsync.frames import Frame, is_part, unpack_body
-from pmgsync.pgoutput import Piece, Relation, transactions
+from pmgsync.pgoutput import Change, Piece, Relation, transactions
 from pmgsync.policies import Writers
 from pmgsync.positions import LAST, Position, format_lsn, parse_lsn
 from pmgsync.postgres.apply import tending
 from pmgsync.postgres.apply.failures import apply_error, is_drift, one_line
-from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlanItem, PlannedTransaction
+from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlannedTransaction, SchemaItem
 from pmgsync.postgres.apply.planner import Planner
 from pmgsync.postgres.apply.rows import RowExecutor
 from pmgsync.postgres.session import connect, rows
@@ -98,6 +98,7 @@ class Applier:
         stats: counters, of this object's life.
         position: the newest complete position that is committed here.
         origin: CID of the node whose chain it is.
+        failures: sentences on changes of the schema that could not be repeated; replaced as a whole.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Applier:
         self._incarnation = 0
         self.position = Position(0, LAST)
         self._half: _Half | None = None
+        self.failures: list[str] = []
         self._notices = _Notices()
         self.stale = stale or StaleTables(origin)
         self._planner = Planner(profile, self.stats, self.stale)
@@ -158,6 +160,7 @@ class Applier:
                 )
                 _take_origin(cursor, name)
                 self.stale.load(cursor)
+                self.failures = tending.schema_failures(cursor, self._origin)
                 cursor.execute(
                     b"SELECT incarnation, lsn::text, part FROM pmgsync.position WHERE origin = %d" % self._origin
                 )
@@ -254,17 +257,24 @@ class Applier:
                     if lsn > frame.here.lsn:
                         raise ProtocolError(f"a frame that ends at {frame.here} holds a transaction beyond its end")
                     try:
-                        items = self._plan(piece, lsn)
+                        with self._session() as cursor:
+                            items, rest = self._planner.plan(cursor, piece.changes, lsn)
                     except PmgsyncError:
                         # What precedes it must not wait until it can be applied.
                         self._commit_group(group, reached)
                         raise
-                    group.append(PlannedTransaction(lsn, piece.commit.commit_time_us, items))
-                    reached = Position(lsn, LAST)
-                    changes += len(items)
-                    if changes > GROUP_CHANGES:
+                    planned = PlannedTransaction(lsn, piece.commit.commit_time_us, items)
+                    alone = bool(items) and type(items[-1]) is SchemaItem
+                    if not alone:
+                        group.append(planned)
+                        reached = Position(lsn, LAST)
+                        changes += len(items)
+                    if alone or changes > GROUP_CHANGES:
                         self._commit_group(group, reached)
                         group, changes = [], 0
+                    if alone:
+                        self._commit_steps(planned, rest)
+                        reached = self.position
                 reached = max(reached, frame.here)
             self._commit_group(group, reached)
         except PmgsyncError:
@@ -285,10 +295,6 @@ class Applier:
                 f"{self._incarnation:016x}, the frame is of {header.incarnation:016x}",
                 hint="nothing need be done: a snapshot is taken",
             )
-
-    def _plan(self, piece: Piece, lsn: int) -> list[PlanItem]:
-        with self._session() as cursor:
-            return self._planner.plan(cursor, piece.changes, lsn)
 
     # -- small transactions
 
@@ -377,7 +383,23 @@ class Applier:
         script.append(b"COMMIT")
         self._rows.send(cursor, script)
 
-    # -- large transactions
+    # -- in steps: large transactions, and such that change the schema
+
+    def _commit_steps(self, planned: PlannedTransaction, rest: Sequence[Change]) -> None:
+        """Apply a transaction of which not everything can be planned at once."""
+        with self._session() as cursor:
+            cursor.execute(b"BEGIN")
+            self._rows.begin()
+            self._notices.clear()
+            changes = self._execute_steps(cursor, planned, rest)
+            try:
+                self._finish(cursor, [], Position(planned.lsn, LAST), planned.commit_time)
+            except psycopg2.Error as error:
+                raise self._failed(error, "", planned.lsn) from error
+        self.position = Position(planned.lsn, LAST)
+        self._count_notices()
+        self.stats.transactions += 1
+        self.stats.rows += changes
 
     def _take_part(self, frame: Frame) -> None:
         header, half = frame.header, self._half
@@ -402,15 +424,14 @@ class Applier:
             raise ProtocolError("a transaction's last part has no Commit, or another part has one")
         lsn = header.here.lsn
         with self._session() as cursor:
-            items = self._plan(piece, lsn)
             if half is None:
                 cursor.execute(b"BEGIN")
                 self._rows.begin()
                 self._notices.clear()
                 half = self._half = _Half(lsn, header.attempt, 0, 0)
-            planned = PlannedTransaction(lsn, header.commit_time, items)
-            self._execute_part(cursor, planned)
-            half.part, half.changes = header.here.part, half.changes + planned.changes
+            items, rest = self._planner.plan(cursor, piece.changes, lsn)
+            changes = self._execute_steps(cursor, PlannedTransaction(lsn, header.commit_time, items), rest)
+            half.part, half.changes = header.here.part, half.changes + changes
             if piece.commit is None:
                 return
             try:
@@ -427,6 +448,19 @@ class Applier:
         self.stats.missing += self._notices.missing
         self._rows.count_lost(self._notices.lost)
         self._notices.clear()
+
+    def _execute_steps(self, cursor: Cursor, planned: PlannedTransaction, rest: Sequence[Change]) -> int:
+        """Execute what is planned in the open transaction, then the rest; returns how many changes it were."""
+        changes = 0
+        while True:
+            self._execute_part(cursor, planned)
+            changes += planned.changes
+            if planned.items and type(planned.items[-1]) is SchemaItem:
+                self._planner.forget()
+            if not rest:
+                return changes
+            items, rest = self._planner.plan(cursor, rest, planned.lsn)
+            planned = PlannedTransaction(planned.lsn, planned.commit_time, items)
 
     def _execute_part(self, cursor: Cursor, planned: PlannedTransaction) -> None:
         """Execute a part in the open transaction; under a savepoint, for earlier parts are not at hand any more."""
@@ -475,6 +509,7 @@ class Applier:
             with self._session() as cursor:
                 self._trimmed = tending.trim_conflicts(cursor, self._origin, self._trimmed, self.stats.conflicts)
                 repairing = tending.repairs_wait(cursor, self._origin)
+                self.failures = tending.schema_failures(cursor, self._origin)
                 self.stale.sweep(cursor, self.position.lsn)
                 found: dict[TableName, object] = {}
                 for table in self.stale.waiting():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from pmgsync.ddl import SchemaChange
 from pmgsync.pgoutput import Row
 from pmgsync.postgres.apply.target import Target
 from pmgsync.postgres.stale import StaleTable
@@ -60,7 +61,18 @@ class NoteItem(NamedTuple):
     relation: tuple[bytes, bytes, int] | None = None
 
 
-PlanItem = Item | TruncateItem | SequenceItem | NoteItem
+class SchemaItem(NamedTuple):
+    """A change of the schema. It is the last of its plan: what follows is planned when it is done.
+
+    Attributes:
+        lsn: of the commit.
+    """
+
+    change: SchemaChange
+    lsn: int
+
+
+PlanItem = Item | TruncateItem | SequenceItem | NoteItem | SchemaItem
 
 
 @dataclass(frozen=True, slots=True)

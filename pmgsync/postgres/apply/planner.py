@@ -6,12 +6,21 @@ from collections.abc import Sequence
 
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
-from pmgsync import sequences
+from pmgsync import ddl, sequences
 from pmgsync.errors import ApplyError
 from pmgsync.pgoutput import Change, Delete, Emitted, Insert, Relation, Row, RowChange, Truncated, Update
 from pmgsync.policies import Writers, counts_wholly, filled, owner_index, select
 from pmgsync.positions import format_lsn
-from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlanItem, SequenceItem, TruncateItem
+from pmgsync.postgres.apply.plan import (
+    ApplyStats,
+    Item,
+    NoteItem,
+    PlanItem,
+    SchemaItem,
+    SequenceItem,
+    TruncateItem,
+)
+from pmgsync.postgres.apply.schema import missing
 from pmgsync.postgres.apply.target import Target, load_target
 from pmgsync.postgres.session import quote_ident, quote_literal
 from pmgsync.postgres.stale import Kind, StaleTable, StaleTables
@@ -73,8 +82,9 @@ class Planner:
                 renewed.append(item)
         items[:] = renewed
 
-    def plan(self, cursor: Cursor, changes: Sequence[Change], lsn: int) -> list[PlanItem]:
-        """Return what a transaction's changes come to here.
+    def plan(self, cursor: Cursor, changes: Sequence[Change], lsn: int) -> tuple[list[PlanItem], Sequence[Change]]:
+        """Return what a transaction's changes come to here, and those that follow a change of the schema: they can be
+        planned when that is done.
 
         Raises:
             ApplyError: when the owner of a row cannot be told.
@@ -88,12 +98,17 @@ class Planner:
         owner: int | None = None
         wholly: bool | None = False
         skip = False
-        for change in changes:
+        rest: Sequence[Change] = ()
+        for at, change in enumerate(changes):
             if isinstance(change, Truncated):
                 self._truncate(cursor, change, items, lsn)
                 continue
             if isinstance(change, Emitted):
-                self._emitted(change, items)
+                self._emitted(change, items, lsn)
+                if items and type(items[-1]) is SchemaItem:
+                    rest = changes[at + 1 :]
+                    break
+                target, raw = None, None
                 continue
             relation, row = change
             if relation.raw is not raw:
@@ -135,7 +150,7 @@ class Planner:
         for raw in [raw for raw, target in self._targets.items() if target.lacking]:
             # The column may be added here any time, and then its values count.
             del self._targets[raw]
-        return items
+        return items, rest
 
     def _merge(self, target: Target, change: RowChange, items: list[PlanItem]) -> None:
         """A merge is a function of the local row and the new one: what was there before on the origin only tells
@@ -151,14 +166,26 @@ class Planner:
             items.append(Item(target, "D", old, None))
         items.append(Item(target, "U", None, new))
 
-    def _emitted(self, change: Emitted, items: list[PlanItem]) -> None:
+    def _emitted(self, change: Emitted, items: list[PlanItem], lsn: int) -> None:
         """A later version's messages are not for this one."""
-        if change.prefix != sequences.PREFIX.encode():
-            return
-        if self._writers.origin == self._writers.master:
+        from_master = self._writers.origin == self._writers.master
+        if change.prefix == ddl.FETCH_PREFIX:
+            tables = [table for table in ddl.unpack_missing(change.content) if self._fetches(table, lsn)]
+            items += missing(tables, self._stale, lsn)
+        elif change.prefix == sequences.PREFIX.encode() and from_master:
             items.append(SequenceItem(tuple(sequences.unpack_values(change.content))))
+        elif change.prefix == ddl.PREFIX and from_master and self._profile.ddl:
+            items.append(SchemaItem(ddl.unpack_change(change.content), lsn))
         else:
             self._stats.skipped += 1
+
+    def _fetches(self, table: ddl.MissingContent, lsn: int) -> bool:
+        """Return True when a table's content is to be fetched from this origin."""
+        schema, name = (part.decode(errors="surrogateescape") for part in (table.schema, table.name))
+        rule = self._profile.rule_for(schema, name)
+        if rule is None or counts_wholly(rule, self._writers) is False:
+            return False
+        return not self._stale.skips((table.schema, table.name), lsn)
 
     def _route(self, relation: Relation, items: list[PlanItem], lsn: int) -> _Route:
         """Return a table's rule, whether all or none of its changes count, and the place of the owner otherwise."""

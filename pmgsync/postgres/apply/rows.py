@@ -17,7 +17,16 @@ from pmgsync.errors import ApplyError, ProtocolError
 from pmgsync.pgoutput import UNCHANGED, Row, Value
 from pmgsync.positions import format_lsn
 from pmgsync.postgres.apply import statements
-from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlanItem, SequenceItem, TruncateItem
+from pmgsync.postgres.apply.plan import (
+    ApplyStats,
+    Item,
+    NoteItem,
+    PlanItem,
+    SchemaItem,
+    SequenceItem,
+    TruncateItem,
+)
+from pmgsync.postgres.apply.schema import repeat
 from pmgsync.postgres.apply.statements import OLD, Statement
 from pmgsync.postgres.apply.target import Target
 from pmgsync.postgres.apply.truncate import truncate
@@ -194,12 +203,17 @@ class RowExecutor:
                 hint=f"something wrote to {name} on this node: run `pmgcm resync`",
             )
 
-    def _other(self, cursor: Cursor, item: TruncateItem | SequenceItem | NoteItem) -> None:
+    def _other(self, cursor: Cursor, item: TruncateItem | SequenceItem | NoteItem | SchemaItem) -> None:
         if isinstance(item, TruncateItem):
             truncate(cursor, item)
             return
         if isinstance(item, NoteItem):
             self.send(cursor, self._noted(item))
+            return
+        if isinstance(item, SchemaItem):
+            self.forget(cursor)
+            notes = repeat(cursor, item, self._stale)
+            self.send(cursor, [statement for note in notes for statement in self._noted(note)])
             return
         for name in follow(cursor, item.values):
             self._stats.warn(f"the sequence {name} of the master is not here")

@@ -21,6 +21,7 @@ CONFLICTS_KEPT = 10_000
 """Of each origin: the log must not fill a disk."""
 REPAIRED_AT_ONCE = 1000
 REPAIR_LOCK_S = 1
+FAILURES_SHOWN = 5
 
 _SHAPE = b"""
 SELECT a.attname, a.atttypid::int8, a.atttypmod, a.attnotnull, a.atthasdef, c.oid::int8
@@ -70,6 +71,27 @@ def trim_conflicts(cursor: Cursor, origin: int, trimmed: int, conflicts: int) ->
             % (origin, origin, CONFLICTS_KEPT)
         )
     return conflicts
+
+
+def schema_failures(cursor: Cursor, origin: int) -> list[str]:
+    """Return what status is to say of changes of the schema that could not be repeated, the newest first.
+
+    Raises:
+        psycopg2.Error: when the server does not answer.
+    """
+    cursor.execute(
+        b"SELECT id, change, error FROM pmgsync.schema_failure WHERE origin = %d ORDER BY id DESC LIMIT %d"
+        % (origin, FAILURES_SHOWN)
+    )
+    return [
+        f"a change of the schema on node {origin} could not be repeated here: {_text(change)}: {_text(error)}; "
+        f"make it by hand, then DELETE FROM pmgsync.schema_failure WHERE id = {_text(number)}"
+        for number, change, error in rows(cursor)
+    ]
+
+
+def _text(value: bytes | None) -> str:
+    return (value or b"").decode(errors="backslashreplace")
 
 
 def repairs_wait(cursor: Cursor, origin: int) -> bool:

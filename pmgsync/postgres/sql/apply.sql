@@ -36,6 +36,17 @@ CREATE TABLE IF NOT EXISTS pmgsync.relation (
     PRIMARY KEY (origin, schema, name)
 );
 
+-- The newest changes of the schema that could not be repeated here. Deleted by whoever has put it right.
+CREATE TABLE IF NOT EXISTS pmgsync.schema_failure (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    noticed timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    origin integer NOT NULL,
+    lsn pg_lsn NOT NULL,
+    change text NOT NULL,
+    statement text NOT NULL,
+    error text NOT NULL
+);
+
 -- The newest conflicts: values of an origin's that were not taken because a rule prefers those that were here.
 CREATE TABLE IF NOT EXISTS pmgsync.conflict (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

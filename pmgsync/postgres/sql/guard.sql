@@ -41,7 +41,7 @@ WHERE c.relkind = 'p' AND c.relpersistence = 'p'
        WHERE leaf.isleaf AND leaf.relid <> c.oid);
 
 CREATE OR REPLACE FUNCTION pmgsync.guard_table(schema name, name name) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET pmgsync.internal = 'on' AS $$
 BEGIN
     EXECUTE format('CREATE TRIGGER pmgsync_guard BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %I.%I '
                    'FOR EACH STATEMENT EXECUTE FUNCTION pmgsync.refuse()', schema, name);

@@ -6,7 +6,8 @@
 
 CREATE TABLE IF NOT EXISTS pmgsync.profile (
     one boolean PRIMARY KEY DEFAULT true CHECK (one),
-    all_tables boolean NOT NULL
+    all_tables boolean NOT NULL,
+    ddl boolean NOT NULL
 );
 
 -- The tables that the profile names.
@@ -58,7 +59,7 @@ WHERE p.all_tables AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_sc
 -- Gives tables without a usable key REPLICA IDENTITY FULL: one table, or all. What they had before is kept for the day
 -- that pmgsync leaves, and for when they get a key.
 CREATE OR REPLACE FUNCTION pmgsync.keep_identity(one oid DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET pmgsync.internal = 'on' AS $$
 DECLARE
     t record;
 BEGIN
@@ -76,12 +77,28 @@ BEGIN
 END
 $$;
 
--- Makes the publication what the profile and the catalog say it should be.
-CREATE OR REPLACE FUNCTION pmgsync.publish() RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+-- Tells the other nodes to fetch tables whose content the stream does not have.
+CREATE OR REPLACE FUNCTION pmgsync.missing_content(relations oid[]) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    tables json := (
+        SELECT json_agg(json_build_object('schema', t.schema, 'name', t.name, 'oid', t.relation::bigint))
+        FROM pmgsync.tables AS t WHERE t.relation = ANY (relations) AND t.wanted);
+BEGIN
+    IF tables IS NOT NULL THEN
+        PERFORM pmgsync.emit('pmgsync.table', convert_to(
+            json_build_object('tables', tables)::text, getdatabaseencoding()));
+    END IF;
+END
+$$;
+
+-- Makes the publication what the profile and the catalog say it should be. Late: tables that come in may hold rows already.
+CREATE OR REPLACE FUNCTION pmgsync.publish(late boolean DEFAULT false) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET pmgsync.internal = 'on' AS $$
 DECLARE
     publication oid := (SELECT p.oid FROM pg_publication AS p WHERE p.pubname = 'pmgsync');
     change record;
+    filled oid[] := '{}';
 BEGIN
     IF publication IS NULL THEN
         RETURN;
@@ -110,12 +127,18 @@ BEGIN
                           THEN (SELECT format('ONLY %I.%I', n.nspname, t.relname) FROM pg_class AS t
                                 JOIN pg_namespace AS n ON n.oid = t.relnamespace WHERE t.oid = c.object)
                           ELSE (SELECT quote_ident(n.nspname) FROM pg_namespace AS n WHERE n.oid = c.object) END,
-                          ', ') AS objects
+                          ', ') AS objects,
+               array_agg(c.object) AS added
         FROM changes AS c GROUP BY c.verb, c.kind
         ORDER BY c.verb, c.kind  -- first ADD: at no moment is a table out that stays in
     LOOP
         EXECUTE format('ALTER PUBLICATION pmgsync %s %s %s', change.verb, change.kind, change.objects);
+        IF late AND change.verb = 'ADD' THEN
+            filled := filled || ARRAY(SELECT t.relation FROM pmgsync.tables AS t
+                                      WHERE t.relation = ANY (change.added) OR t.namespace = ANY (change.added));
+        END IF;
     END LOOP;
+    PERFORM pmgsync.missing_content(filled);
 END
 $$;
 
@@ -132,6 +155,17 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     WHERE t.relation = one AND t.persistence = 'p'
 $$;
 
+-- Notes a table that is written anew because it becomes logged: its rows were in no stream. Reason 1: persistence.
+CREATE OR REPLACE FUNCTION pmgsync.watch_rewrite() RETURNS event_trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF pg_event_trigger_table_rewrite_reason() & 1 = 1 THEN
+        PERFORM set_config('pmgsync.relogged', concat_ws(
+            ',', nullif(current_setting('pmgsync.relogged', true), ''), pg_event_trigger_table_rewrite_oid()), true);
+    END IF;
+END
+$$;
+
 -- The event triggers' function. Whatever goes wrong here is not the application's fault: its statement goes on, and the
 -- agent tries again within seconds. It waits for a lock no longer than lock_timeout: only tables of schemas that are not
 -- published as a whole, and new schemas, need one that others may hold.
@@ -140,6 +174,8 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
 DECLARE
     object record;
     publishing boolean := false;
+    enters boolean;
+    filled oid[] := coalesce(string_to_array(nullif(current_setting('pmgsync.relogged', true), ''), ','), '{}')::oid[];
 BEGIN
     IF tg_event = 'sql_drop' THEN
         -- With an index or a column a key may be gone, of any table; a table's own go with it.
@@ -159,7 +195,13 @@ BEGIN
     LOOP
         IF object.classid = 'pg_class'::regclass THEN
             PERFORM pmgsync.keep_identity(object.objid);
-            publishing := publishing OR coalesce(pmgsync.misplaced(object.objid), false);
+            enters := coalesce(pmgsync.misplaced(object.objid), false);
+            publishing := publishing OR enters;
+            -- What a table that is new to the publication holds already is in no stream.
+            IF enters AND tg_tag <> 'CREATE TABLE'
+                AND current_setting('pmgsync.internal', true) IS DISTINCT FROM 'on' THEN
+                filled := filled || object.objid;
+            END IF;
         ELSE
             publishing := publishing OR EXISTS (SELECT FROM pmgsync.profile AS p WHERE p.all_tables);
         END IF;
@@ -167,6 +209,7 @@ BEGIN
     IF publishing THEN
         PERFORM pmgsync.publish();
     END IF;
+    PERFORM set_config('pmgsync.relogged', '', true), pmgsync.missing_content(filled);
 EXCEPTION WHEN OTHERS THEN
     RAISE WARNING 'pmgsync will look at this again: %', sqlerrm;
 END
@@ -198,6 +241,6 @@ BEGIN
         EXECUTE format('ALTER TABLE ONLY %I.%I REPLICA IDENTITY DEFAULT', t.schema, t.name);
     END LOOP;
     PERFORM pmgsync.keep_identity();
-    PERFORM pmgsync.publish();
+    PERFORM pmgsync.publish(late => true);
 END
 $$;
