@@ -11,7 +11,7 @@ import zmq
 from broker.desk import answer_error, begin_call, common
 from broker.heartbeats import parse_applied
 from broker.loop import Socket
-from pmgsync.errors import PmgsyncError, ProtocolError
+from pmgsync.errors import PmgsyncError, ProtocolError, UnknownOperationError
 from pmgsync.link import Message, pack, unpack
 
 if TYPE_CHECKING:
@@ -70,4 +70,4 @@ class MemberDesk:
             case "call":
                 begin_call(self._broker, owner, send, message, self._broker.cid, cid)
             case other:
-                raise ProtocolError(f"the operation {other!r:.40} is not known here")
+                raise UnknownOperationError(f"the operation {other!r:.40} is not known here")

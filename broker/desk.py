@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from broker.calls import End, Send
 from broker.streams import Stream
-from pmgsync.errors import PmgsyncError, ProtocolError
+from pmgsync.errors import PmgsyncError, ProtocolError, UnknownChainError
 from pmgsync.frames import Frame
 from pmgsync.link import Message, error_map
 from pmgsync.positions import MAX_LSN, Position
@@ -56,7 +56,7 @@ def open_replay(broker: Broker, owner: object, send: Send, message: Message) -> 
     request, origin = number(message, "id"), number(message, "origin")
     head = broker.chain_heads().get(origin)
     if broker.streams is None or head is None or head.incarnation != number(message, "incarnation"):
-        raise ProtocolError(f"no such chain of node {origin} is held here")
+        raise UnknownChainError(f"no such chain of node {origin} is held here")
     refuse_crowd(broker, owner)
 
     def finish(position: Position, error: PmgsyncError | None) -> None:

@@ -12,8 +12,8 @@ from broker import sockets
 from broker.calls import End
 from broker.loop import Loop, Socket
 from broker.state import NodeKeys
-from broker.tokens import TokenRefusedError, Tokens
-from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError
+from broker.tokens import Tokens
+from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnknownOperationError
 from pmgsync.link import Message, error_map, pack, unpack
 from pmgsync.membership import ClusterDocument, Member, SignedDocument, with_member
 
@@ -78,13 +78,10 @@ class Door:
             elif message["op"] == "admit":
                 self._admit(identity, request, message, client_key)
             else:
-                raise ProtocolError(f"the join door does not know {message['op']!r:.40}")
+                raise UnknownOperationError(f"the join door does not know {message['op']!r:.40}")
         except PmgsyncError as error:
             log.warning("action=join-refused reason=%s", error.message)
-            answer = error_map(request, error)
-            if isinstance(error, TokenRefusedError):
-                answer["error"] = error.name
-            self._send(identity, answer)
+            self._send(identity, error_map(request, error))
 
     def _check(self, identity: bytes, request: int, message: Message) -> None:
         document = self._host.master_document()

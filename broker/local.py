@@ -13,7 +13,13 @@ from broker.heartbeats import Applied
 from broker.loop import Socket
 from broker.sessions import Session, Sessions
 from broker.streams import Stream
-from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError, UnreachableError
+from pmgsync.errors import (
+    PmgsyncError,
+    ProtocolError,
+    ResyncRequiredError,
+    UnknownOperationError,
+    UnreachableError,
+)
 from pmgsync.frames import read_frame
 from pmgsync.link import Message, error_from, error_map, pack, unpack
 from pmgsync.positions import Position
@@ -117,7 +123,7 @@ class LocalDesk:
                 broker.reload()
                 send({"op": "done", "id": number(message, "id"), "result": {}}, ())
             case other:
-                raise ProtocolError(f"the operation {other!r:.40} is not known here")
+                raise UnknownOperationError(f"the operation {other!r:.40} is not known here")
 
     def _welcome(self, session: Session, request: int) -> None:
         broker, signed = self._broker, self._broker.signed
@@ -227,7 +233,7 @@ class LocalDesk:
                 for follower in list(broker.followers.values()):
                     follower.failed(request, UnreachableError(f"node {cid} broke the replay off"))
             case other:
-                raise ProtocolError(f"the operation {other!r:.40} is not known here")
+                raise UnknownOperationError(f"the operation {other!r:.40} is not known here")
 
 
 def _pid(message: Message) -> int:

@@ -9,7 +9,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 
-from pmgsync.errors import MembershipError
+from pmgsync.errors import MembershipError, TokenExpiredError, TokenRefusedError, TooManyAttemptsError
 
 TOKEN_BYTES = 16
 MAX_TTL_S = 7 * 86_400.0
@@ -18,14 +18,6 @@ MAX_WRONG = 10
 WRONG_WINDOW_S = 60.0
 REMEMBER_S = 86_400.0
 """How long a used or expired token is told apart from one that never was."""
-
-
-class TokenRefusedError(MembershipError):
-    """A join token is wrong, used or expired; `name` is the error's name in PROTOCOL.md, section 9."""
-
-    def __init__(self, name: str, message: str, *, hint: str = "") -> None:
-        super().__init__(message, hint=hint)
-        self.name = name
 
 
 class Tokens:
@@ -65,19 +57,17 @@ class Tokens:
         while self._wrong and self._wrong[0] < now - WRONG_WINDOW_S:
             self._wrong.popleft()
         if len(self._wrong) >= MAX_WRONG:
-            raise TokenRefusedError(
-                "too_many_attempts", "too many wrong tokens were tried, the door is closed for a minute"
-            )
+            raise TooManyAttemptsError("too many wrong tokens were tried, the door is closed for a minute")
         digest = _digest(token)
         found = next((known for known in self._expiry if hmac.compare_digest(known, digest)), None)
         hint = "run `pmgcm join-cmd` on the master for a new one"
         if found is None:
             self._wrong.append(now)
-            raise TokenRefusedError("bad_token", "the master does not know this token", hint=hint)
+            raise TokenRefusedError("the master does not know this token", hint=hint)
         if found in self._used:
-            raise TokenRefusedError("expired_token", "this token has been used already", hint=hint)
+            raise TokenExpiredError("this token has been used already", hint=hint)
         if self._expiry[found] <= now:
-            raise TokenRefusedError("expired_token", "this token has expired", hint=hint)
+            raise TokenExpiredError("this token has expired", hint=hint)
 
     def use(self, token: str) -> None:
         """Check a token and use it up.

@@ -13,9 +13,12 @@ class PmgsyncError(Exception):
         hint: what the administrator can do about it, or "" when there is nothing to do but wait.
 
     Attributes:
+        code: the error's name on the wire (PROTOCOL.md, section 9); a class that has none of its own travels under its
+            parent's, and arrives as that.
         recoverable: True when repeating the same thing later may succeed without anyone's help.
     """
 
+    code: str = "failed"
     recoverable: bool = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
@@ -34,6 +37,20 @@ class ConfigError(PmgsyncError):
 class ProtocolError(PmgsyncError):
     """Bytes from a peer, a journal or a WAL stream are not what PROTOCOL.md allows."""
 
+    code = "bad_request"
+
+
+class UnknownOperationError(ProtocolError):
+    """A message's `op` is not known here; a later version may know it."""
+
+    code = "unknown_op"
+
+
+class UnknownChainError(PmgsyncError):
+    """A chain, or that incarnation of it, is not held here."""
+
+    code = "unknown_chain"
+
 
 class FrameDamagedError(ProtocolError):
     """A frame's checksum does not match its bytes."""
@@ -41,6 +58,26 @@ class FrameDamagedError(ProtocolError):
 
 class MembershipError(PmgsyncError):
     """A membership operation is not allowed, or its proof (token, fingerprint, signature) does not hold."""
+
+    code = "refused"
+
+
+class TokenRefusedError(MembershipError):
+    """A join token is not one that was given out."""
+
+    code = "bad_token"
+
+
+class TokenExpiredError(TokenRefusedError):
+    """A join token was used already, or its time is over."""
+
+    code = "expired_token"
+
+
+class TooManyAttemptsError(TokenRefusedError):
+    """Too many wrong join tokens were tried; no token is looked at for a while."""
+
+    code = "too_many_attempts"
 
 
 class PreflightError(PmgsyncError):
@@ -50,6 +87,7 @@ class PreflightError(PmgsyncError):
 class UnreachableError(PmgsyncError):
     """A peer, a broker or a server does not answer; it may come back."""
 
+    code = "unavailable"
     recoverable = True
 
 
@@ -73,6 +111,8 @@ class ResyncRequiredError(PmgsyncError):
     Args:
         tables: schema and name of the tables that are to be fetched; none: all that the origin answers for.
     """
+
+    code = "resync_required"
 
     def __init__(self, message: str, *, hint: str = "", tables: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(message, hint=hint)

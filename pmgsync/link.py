@@ -12,7 +12,18 @@ from typing import Any, Self
 import msgpack
 import zmq
 
-from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, ResyncRequiredError, UnreachableError
+from pmgsync.errors import (
+    MembershipError,
+    PmgsyncError,
+    ProtocolError,
+    ResyncRequiredError,
+    TokenExpiredError,
+    TokenRefusedError,
+    TooManyAttemptsError,
+    UnknownChainError,
+    UnknownOperationError,
+    UnreachableError,
+)
 
 Message = dict[str, Any]
 REPLY_TIMEOUT_S = 10.0
@@ -21,16 +32,22 @@ CALL_CREDIT = 4 << 20
 CALL_SILENCE_S = 60.0
 """A call that has sent nothing for so long is given up; serving agents send `progress` in between."""
 
-_ERRORS: Mapping[str, type[PmgsyncError]] = {
-    "resync_required": ResyncRequiredError,
-    "unavailable": UnreachableError,
-    "not_member": MembershipError,
-    "bad_token": MembershipError,
-    "expired_token": MembershipError,
-    "too_many_attempts": MembershipError,
-    "conflict": MembershipError,
-    "version_mismatch": MembershipError,
+ERRORS: Mapping[str, type[PmgsyncError]] = {
+    kind.code: kind
+    for kind in (
+        PmgsyncError,
+        ProtocolError,
+        UnknownOperationError,
+        UnknownChainError,
+        MembershipError,
+        TokenRefusedError,
+        TokenExpiredError,
+        TooManyAttemptsError,
+        UnreachableError,
+        ResyncRequiredError,
+    )
 }
+"""What an error's name on the wire becomes here."""
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
@@ -55,20 +72,19 @@ def unpack(data: bytes) -> Message:
 
 def error_from(message: Mapping[str, Any]) -> PmgsyncError:
     """Return the exception that an `error` message stands for."""
-    kind = _ERRORS.get(str(message.get("error")), PmgsyncError)
+    kind = ERRORS.get(str(message.get("error")), PmgsyncError)
     error = kind(str(message.get("message", "the peer gave no reason")), hint=str(message.get("hint", "")))
-    if message.get("recoverable"):
-        error.recoverable = True
+    if isinstance(recoverable := message.get("recoverable"), bool):
+        error.recoverable = recoverable
     return error
 
 
 def error_map(request: int, error: PmgsyncError) -> Message:
     """Return the `error` message that stands for an exception."""
-    name = next((name for name, kind in _ERRORS.items() if type(error) is kind), "failed")
     return {
         "op": "error",
         "id": request,
-        "error": name,
+        "error": error.code,
         "message": error.message,
         "hint": error.hint,
         "recoverable": error.recoverable,

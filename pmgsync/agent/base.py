@@ -124,7 +124,7 @@ class Worker:
             if not self.keeps_session(data):
                 raise SessionOverError("the cluster document has changed")
         elif message["op"] == "error":
-            if message.get("id") == 0 and message.get("error") == "unavailable":
+            if message.get("id") == 0 and message.get("error") == UnreachableError.code:
                 raise SessionOverError(str(message.get("message")))
             raise error_from(message)
 
