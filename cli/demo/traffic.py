@@ -6,6 +6,7 @@ import contextlib
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def write_history(dsn: str) -> None:
         connection.commit()
 
 
-class Writer(threading.Thread):
+class Writer(threading.Thread, ABC):
     """Writes transactions to one node's database at a steady rate until told to stop.
 
     Attributes:
@@ -138,9 +139,9 @@ class Writer(threading.Thread):
                 self.done += 1
                 self.rows += rows
 
+    @abstractmethod
     def transaction(self, number: int) -> tuple[str, int]:
         """Return a transaction's statements, and how many rows they change."""
-        raise NotImplementedError
 
     def committed(self, number: int) -> None:
         """Called right after a transaction was committed."""

@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import zmq
@@ -29,7 +30,7 @@ class SessionOverError(UnreachableError):
     """The session with the broker must be begun again: it was restarted, or the cluster document has changed."""
 
 
-class Worker:
+class Worker(ABC):
     """One worker process. A subclass works in `session`, which is begun again whenever it ends with an error."""
 
     def __init__(self, config: NodeConfig, name: str) -> None:
@@ -53,9 +54,9 @@ class Worker:
         assert self.signed is not None
         return self.signed.document
 
+    @abstractmethod
     def session(self, link: BrokerLink) -> None:
         """Do the work until something ends it."""
-        raise NotImplementedError
 
     def run(self) -> None:
         """Work until the process is ended; this is the one place where a worker's errors are handled."""
