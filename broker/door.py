@@ -53,11 +53,7 @@ class Door:
         self._tokens = tokens
         self._host = host
         self._socket = sockets.open_socket(context, zmq.ROUTER, max_bytes=sockets.JOIN_MAX_BYTES, hwm=100)
-        try:
-            sockets.serve(self._socket, keys, sockets.DOOR_DOMAIN, address, port, "join")
-        except PmgsyncError:
-            self._socket.close()
-            raise
+        sockets.serve(self._socket, keys, sockets.DOOR_DOMAIN, address, port, "join")
         loop.add_socket(self._socket, self._receive)
 
     def close(self) -> None:

@@ -50,6 +50,9 @@ HEARTBEAT_S = 0.5
 ACK_S = 0.05
 TICK_S = 0.25
 RELOAD_S = 1.0
+BIND_S = 0.05
+BIND_PATIENCE_S = 2.0
+"""A port that was just closed here may be taken for an instant longer: libzmq closes it in a thread of its own."""
 
 
 class Broker:
@@ -77,6 +80,7 @@ class Broker:
         self.notes: list[str] = []
         self.damage: list[str] = []
         self._ack_due = False
+        self._closed_at = -BIND_PATIENCE_S
         self._publisher: Socket | None = None
         self._members: MemberDesk | None = None
         self._door: Door | None = None
@@ -94,6 +98,7 @@ class Broker:
         self.loop.every(ACK_S, self._send_acks)
         self.loop.every(TICK_S, self._tick)
         self.loop.every(RELOAD_S, self._look_for_document)
+        self.loop.every(BIND_S, self._bind_rest)
         try:
             self.loop.run()
         finally:
@@ -161,10 +166,15 @@ class Broker:
         try:
             self._put_in_force(signed, cid)
         except PmgsyncError:
-            self._leave_cluster()
-            self.roster.signed = None
-            self.roster.forget_stamp()
+            self._stand_aside()
             raise
+
+    def _stand_aside(self) -> None:
+        """Be in no cluster until the document can be put in force; it is tried again."""
+        self._leave_cluster()
+        self._closed_at = -BIND_PATIENCE_S
+        self.roster.signed = None
+        self.roster.forget_stamp()
 
     def _put_in_force(self, signed: SignedDocument | None, cid: int) -> None:
         old = self.signed
@@ -191,11 +201,9 @@ class Broker:
         if removed:
             # libzmq looks at keys at the handshake only: a removed member's live connections end with the sockets.
             self._close_members_sockets()
-        if self._publisher is None:
-            self._open_members_sockets()
+        self._bind()
         self.publish(b"d", signed.pack())
         self._meet_members(signed.document)
-        self._tend_door()
         self.local.spread_document()
         self._beat()
 
@@ -240,18 +248,43 @@ class Broker:
         self.clocks.clear()
         self.roster.cid = 0
 
+    def _bind(self) -> None:
+        """Bind every port that is wanted and not bound; one that was closed here just now is left to the next call.
+
+        Raises:
+            ConfigError: when a port cannot be bound.
+        """
+        try:
+            self._open_members_sockets()
+            self._tend_door()
+        except sockets.PortInUseError:
+            if time.monotonic() - self._closed_at >= BIND_PATIENCE_S:
+                raise
+
+    def _bind_rest(self) -> None:
+        if not self.cid:
+            return
+        try:
+            self._bind()
+        except PmgsyncError as error:
+            log.error("action=bind-failed error=%s", error)
+            self._stand_aside()
+
     def _open_members_sockets(self) -> None:
         ports = self.config
-        publisher = sockets.open_socket(self.context, zmq.PUB)
-        sockets.serve(publisher, self.keys, sockets.MEMBERS_DOMAIN, ports.address, ports.events_port, "events")
-        self._publisher = publisher
-        router = sockets.open_socket(self.context, zmq.ROUTER, max_bytes=sockets.CONTROL_MAX_BYTES, hwm=10_000)
-        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        sockets.serve(router, self.keys, sockets.MEMBERS_DOMAIN, ports.address, ports.control_port, "control")
-        self._members = MemberDesk(self, router)
+        if self._publisher is None:
+            publisher = sockets.open_socket(self.context, zmq.PUB)
+            sockets.serve(publisher, self.keys, sockets.MEMBERS_DOMAIN, ports.address, ports.events_port, "events")
+            self._publisher = publisher
+        if self._members is None:
+            router = sockets.open_socket(self.context, zmq.ROUTER, max_bytes=sockets.CONTROL_MAX_BYTES, hwm=10_000)
+            router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            sockets.serve(router, self.keys, sockets.MEMBERS_DOMAIN, ports.address, ports.control_port, "control")
+            self._members = MemberDesk(self, router)
 
     def _close_members_sockets(self) -> None:
         if self._publisher is not None:
+            self._closed_at = time.monotonic()
             self._publisher.close(linger=200)
             self._publisher = None
         if self._members is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +24,10 @@ CONTROL_MAX_BYTES = 1 << 20
 JOIN_MAX_BYTES = 64 << 10
 MEMBERS_DOMAIN = b"members"
 DOOR_DOMAIN = b"door"
-BIND_PATIENCE_S = 2.0
-"""A port that this process has just closed may be taken for an instant longer."""
+
+
+class PortInUseError(ConfigError):
+    """A port is taken, perhaps only for an instant longer by a socket that this process has just closed."""
 
 
 def open_socket(
@@ -62,27 +63,24 @@ def endpoint(address: str, port: int) -> str:
 
 
 def serve(socket: Socket, keys: NodeKeys, domain: bytes, address: str, port: int, purpose: str) -> None:
-    """Make a socket a CURVE server and bind it.
+    """Make a socket a CURVE server and bind it; it is closed when that fails.
 
     Raises:
-        ConfigError: when the port is in use or the address is not one of this machine's.
+        PortInUseError: when the port is in use.
+        ConfigError: when the address is not one of this machine's.
     """
     socket.curve_server = True
     socket.curve_secretkey = keys.curve_secret
     socket.setsockopt(zmq.ZAP_DOMAIN, domain)
-    deadline = time.monotonic() + BIND_PATIENCE_S
-    while True:
-        try:
-            socket.bind(endpoint(address, port))
-            return
-        except zmq.ZMQError as error:
-            if error.errno == errno.EADDRINUSE and time.monotonic() < deadline:
-                time.sleep(0.02)
-                continue
-            raise ConfigError(
-                f"the {purpose} port {port} on {address} cannot be bound ({error.strerror})",
-                hint=f"free it, or set another one: [ports] {purpose} in node.toml",
-            ) from error
+    try:
+        socket.bind(endpoint(address, port))
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        kind = PortInUseError if error.errno == errno.EADDRINUSE else ConfigError
+        raise kind(
+            f"the {purpose} port {port} on {address} cannot be bound ({error.strerror})",
+            hint=f"free it, or set another one: [ports] {purpose} in node.toml",
+        ) from error
 
 
 def connect(socket: Socket, keys: NodeKeys, server_key: bytes, address: str, port: int) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from broker import node
 from broker.state import StateDirectory
+from pmgsync.config import load_config
 from pmgsync.errors import PmgsyncError, ResyncRequiredError
 from pmgsync.frames import Frame, Header, make_frame, read_frame
 from pmgsync.link import BrokerLink
@@ -239,6 +243,83 @@ def test_a_stranger_and_a_removed_member_get_nothing(pair: tuple[Broker, Broker]
 def _left(broker: Broker) -> bool:
     signed = StateDirectory(broker.state_dir).document()
     return signed is not None and signed.document.member(2) is None
+
+
+def test_a_port_that_is_not_free_yet_does_not_hold_the_loop_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = Broker(tmp_path, "one"), Broker(tmp_path, "two")
+    state = StateDirectory(one.state_dir)
+    keys = state.keys()
+    both = with_member(found_cluster(CLUSTER, "test", "mirror", one.member()), two.member())
+    state.store_document(sign(both, 1, keys.sign_private))
+    served = node.Broker(load_config(one.config))
+    close = served._close_members_sockets
+    taken: list[socket.socket] = []
+
+    def close_and_take() -> None:
+        """Have somebody else on the control port at the moment when it was closed."""
+        close()
+        monkeypatch.undo()
+        taken.append(eventually(lambda: _listener(one.ports[1]), within_s=10, what="the port is closed"))
+
+    thread = threading.Thread(target=served.run)
+    thread.start()
+    try:
+        cli = one.link("cli")
+        monkeypatch.setattr(served, "_close_members_sockets", close_and_take)
+        state.store_document(sign(without_member(both, 2), 1, keys.sign_private))
+        cli.request({"op": "reload"})
+        assert taken, "a member's removal closes the members' sockets"
+        begun = time.monotonic()
+        for _ in range(5):
+            cli.request({"op": "status"})
+        assert time.monotonic() - begun < 1.0
+        taken.pop().close()
+        eventually(lambda: _answers_as_zmq(one.ports[1]), within_s=10, what="the port is bound again")
+        assert [found["cid"] for found in cli.request({"op": "status"})[0]["status"]["nodes"]] == [1]
+    finally:
+        served.stop()
+        thread.join(10)
+        for held in taken:
+            held.close()
+        one.close()
+        two.close()
+
+
+def test_a_port_that_stays_taken_puts_the_broker_out_of_the_cluster_until_it_is_free(tmp_path: Path) -> None:
+    one = Broker(tmp_path, "one")
+    taken = eventually(lambda: _listener(one.ports[1]), what="the port is taken")
+    try:
+        one.start()
+        cli = one.link("cli")
+        state = StateDirectory(one.state_dir)
+        state.store_document(sign(found_cluster(CLUSTER, "test", "mirror", one.member()), 1, state.keys().sign_private))
+        with pytest.raises(PmgsyncError, match=f"control port {one.ports[1]} .* cannot be bound"):
+            cli.request({"op": "reload"})
+        with pytest.raises(PmgsyncError, match="no cluster defined"):
+            cli.request({"op": "status"})
+        taken.close()
+        eventually(lambda: _answers_as_zmq(one.ports[1]), within_s=10, what="the port is bound")
+        assert cli.request({"op": "status"})[0]["status"]["nodes"]
+    finally:
+        taken.close()
+        one.close()
+
+
+def _listener(port: int) -> socket.socket | None:
+    """Return a socket that holds a port, None while somebody else does."""
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError:
+        return None
+
+
+def _answers_as_zmq(port: int) -> bool:
+    """Return True when a ZMTP greeting comes from a port."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), 1) as connection:
+            return connection.recv(1) == b"\xff"
+    except OSError:
+        return False
 
 
 def test_garbage_on_the_local_socket_is_answered_and_hurts_nobody(pair: tuple[Broker, Broker]) -> None:
