@@ -54,7 +54,7 @@ class MemberDesk:
             message = unpack(parts[1].bytes)
             self._handle(owner, cid, send, message, [part.bytes for part in parts[2:]])
         except PmgsyncError as error:
-            self._broker.note(f"node {cid}: {error}")
+            self._broker.note(cid, error)
             answer_error(send, message, error)
 
     def _handle(self, owner: object, cid: int, send: Any, message: Message, attachments: Sequence[bytes]) -> None:

@@ -67,6 +67,13 @@ class Health:
             if not link.up and time.monotonic() - self._since > GRACE_S:
                 reason = f": {link.problem}" if link.problem else ""
                 alerts.append({"kind": "not-receiving", "text": f"nothing is received from node {origin}{reason}"})
+            if link.up and link.refused:
+                text = f"something that node {origin} sent was refused: {link.refused}"
+                alerts.append({"kind": "refused", "text": text})
+            if link.up and link.control_problem:
+                alerts.append(
+                    {"kind": "control", "text": f"nothing can be asked of node {origin}: {link.control_problem}"}
+                )
             clock, done = broker.clocks.get(origin), broker.applied.get(origin)
             if clock is not None and done is not None:
                 behind_s = clock.lag_s(time.monotonic(), done.position.lsn)

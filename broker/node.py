@@ -37,6 +37,7 @@ from pmgsync.errors import (
     MembershipError,
     PmgsyncError,
     ProtocolError,
+    UnknownChainError,
     UnreachableError,
 )
 from pmgsync.frames import Frame, read_frame
@@ -442,7 +443,7 @@ class Broker:
                 case _:
                     raise ProtocolError(f"an event of {len(parts)} parts is not known here")
         except PmgsyncError as error:
-            self.note(f"node {link.member.cid}: {error}")
+            self.note(link.member.cid, error)
 
     def _foreign_frame(self, link: PeerLink, header: bytes, body: bytes) -> None:
         origin = link.member.cid
@@ -487,7 +488,7 @@ class Broker:
         try:
             self.local.from_member(link.member.cid, [part.bytes for part in parts])
         except PmgsyncError as error:
-            self.note(f"node {link.member.cid}: {error}")
+            self.note(link.member.cid, error)
 
     def _rebuilt(self, link: PeerLink) -> None:
         for follower in self.followers.values():
@@ -507,8 +508,13 @@ class Broker:
         self.applied[origin] = applied
         self._ack_due = True
 
-    def note(self, text: str) -> None:
-        """Log something odd that a peer sent, each text once in a while."""
+    def note(self, cid: int, error: PmgsyncError) -> None:
+        """Log why something that a member sent was refused, each reason once in a while, and have status show it."""
+        text = f"node {cid}: {error}"
+        link = self.peers.get(cid)
+        # A member may well ask for what cannot be had now.
+        if link is not None and not isinstance(error, UnreachableError | UnknownChainError):
+            link.refuse(str(error))
         if text not in self.notes:
             log.warning("action=refused %s", text)
             self.notes = [*self.notes[-99:], text]

@@ -25,6 +25,8 @@ REBUILD_AFTER_S = 5.0
 for good that ZAP has denied, or that received something damaged."""
 PING_S = 1.0
 """A control connection that carries nothing is asked for a sign of life so often."""
+REFUSED_S = 60.0
+"""For so long it is shown that something a member sent was refused."""
 
 _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -167,18 +169,24 @@ class PeerLink:
         self._heard = time.monotonic()
         self._asked: float | None = None
         self._answered = 0.0
+        self._refused, self._refused_at = "", 0.0
         self._events = self._open_events()
         self._control = self._open_control()
 
     @property
     def problem(self) -> str:
         """Why the member is not heard, "" when that is not known."""
-        return self._events.problem
+        return self._events.problem or self.refused
 
     @property
     def control_problem(self) -> str:
         """Why nothing can be asked of the member, "" while it can."""
         return self._control.problem
+
+    @property
+    def refused(self) -> str:
+        """Why something that the member sent in the last minute was refused, "" when nothing was."""
+        return self._refused if time.monotonic() - self._refused_at < REFUSED_S else ""
 
     @property
     def age_s(self) -> float:
@@ -193,6 +201,10 @@ class PeerLink:
     def heard(self, heartbeat: Heartbeat) -> None:
         """Note a heartbeat."""
         self.heartbeat = heartbeat
+
+    def refuse(self, reason: str) -> None:
+        """Note that something the member sent was refused."""
+        self._refused, self._refused_at = reason, time.monotonic()
 
     def send(self, message: Mapping[str, Any], attachments: Sequence[bytes] = ()) -> bool:
         """Send a control message; False when the member is not connected."""

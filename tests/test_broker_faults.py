@@ -38,6 +38,7 @@ from tests.brokers import (
     running_brokers,
     until,
 )
+from tests.cluster import eventually
 from tests.fake_member import FakeMember, Habits
 from tests.proxy import Link, Proxy, Way
 
@@ -286,9 +287,32 @@ def test_frames_of_a_later_version_keep_the_position(played: tuple[FakeMember, F
         fake.publish(frame.header_bytes, frame.body)
     until(lambda: len(fake.requests) > 1, receiver.step)
     assert receiver.ledger.head.position == frames[4].here
-    until(lambda: "version 2" in broker.log(), receiver.step)
+    until(lambda: "version 2" in _alerts(broker, "refused"), receiver.step)
+    assert "version 2" in broker.log()
     fake.frames = frames[:]
     until(lambda: receiver.ledger.head.position == frames[-1].here, receiver.step)
+
+
+def test_status_says_that_heartbeats_of_a_later_version_are_not_read(played: tuple[FakeMember, FaultyBroker]) -> None:
+    fake, broker = played
+    eventually(lambda: broker.status()[1]["heartbeat_age_s"] is not None, what="the member is heard")
+    fake.habits.heartbeats = False
+    later = fake.heartbeat().pack().replace(b"\xa1v\x01", b"\xa1v\x02")
+
+    def told() -> bool:
+        fake.event(b"h", later)
+        time.sleep(0.1)
+        found = broker.status()[1]
+        return found["state"] == "ERROR" and "nothing heard" in found["error"] and "version 2" in found["error"]
+
+    eventually(told, within_s=20)
+    eventually(lambda: "version 2" in _alerts(broker, "not-receiving"), within_s=20)
+
+
+def _alerts(broker: FaultyBroker, kind: str) -> str:
+    """Return the texts of one kind of alerts that a broker shows of itself, which is the last member."""
+    nodes = broker.status()
+    return " | ".join(alert["text"] for alert in nodes[max(nodes)]["alerts"] if alert["kind"] == kind)
 
 
 # -- links ------------------------------------------------------------------------------------------------------------
@@ -391,6 +415,18 @@ def test_a_control_connection_that_a_flipped_bit_ended_is_made_anew(proxied: lis
     events.heal()
     until(lambda: len(receiver.ledger.transactions) == 60, source.step, receiver.step)
     assert receiver.ledger.transactions == source.transactions
+
+
+def test_a_control_port_that_is_shut_is_shown_while_events_come(proxied: list[FaultyBroker]) -> None:
+    _, two = proxied
+    control = links_of(proxied)[0].proxies[1]
+    eventually(lambda: two.status()[1]["heartbeat_age_s"] is not None, what="the member is heard")
+    control.refuse()
+    eventually(lambda: "node1" in _alerts(two, "control"), within_s=20)
+    found = two.status()[1]
+    assert found["heartbeat_age_s"] < 3, "its events come"
+    control.heal()
+    eventually(lambda: not _alerts(two, "control"), within_s=20)
 
 
 # -- slow and stopped receivers ---------------------------------------------------------------------------------------
