@@ -80,6 +80,7 @@ class Broker:
         self.clocks: dict[int, HeadClock] = {}
         self.notes: list[str] = []
         self.damage: list[str] = []
+        self._lost: dict[int, ChainHead] = {}
         self._ack_due = False
         self._closed_at = -BIND_PATIENCE_S
         self._publisher: Socket | None = None
@@ -247,6 +248,7 @@ class Broker:
         self.applied.clear()
         self.acked.clear()
         self.clocks.clear()
+        self._lost.clear()
         self.roster.cid = 0
 
     def _bind(self) -> None:
@@ -384,7 +386,10 @@ class Broker:
             self._journals().reset(origin, head.incarnation, applied.position)
             self.followers[origin].reset()
             return
-        log.error("action=resync-required origin=%d position=%s", origin, head.position)
+        if self._lost.get(origin) != head:
+            # Found again and again until somebody has resynchronised, which may take long.
+            self._lost[origin] = head
+            log.error("action=resync-required origin=%d position=%s", origin, head.position)
         self.streams.fail(origin, error)
 
     def servers(self, origin: int, incarnation: int, position: Position) -> list[int]:

@@ -566,6 +566,11 @@ def test_who_is_behind_the_journal_is_told_to_resynchronise(tmp_path: Path) -> N
         got = len(receiver.ledger.transactions)
         assert receiver.ledger.transactions == list(source.transactions[:got]), "what it got until then has no hole"
         assert before <= got < count
+        again = time.monotonic() + 3
+        with pytest.raises(ResyncRequiredError):
+            until(lambda: False, Receiver(two, known=True).step, what="whoever asks later is told too")
+        until(lambda: time.monotonic() > again, source.step)
+        assert two.log().count("action=resync-required") == 1
         # A snapshot later: it stands at the end, and what follows reaches it.
         source.transactions = [*source.transactions, *blocks(10, start=START + count)]
         source.restart()
