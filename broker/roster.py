@@ -68,7 +68,11 @@ class Roster:
         return self._read_stamp() != self._stamp
 
     def store_change(self, document: ClusterDocument) -> SignedDocument:
-        """Sign a new document and store it."""
+        """Sign a new document and store it.
+
+        Raises:
+            ConfigError: when it cannot be written.
+        """
         signed = sign(document, self.cid, self._keys.sign_private)
         self._state.store_document(signed)
         return signed

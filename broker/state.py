@@ -39,16 +39,25 @@ class NodeKeys:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file by new content that only this user can read, surviving a crash at any instant."""
+    """Replace a file by new content that only this user can read, surviving a crash at any instant.
+
+    Raises:
+        ConfigError: when it cannot be written.
+    """
     temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
+    try:
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror})", hint="make room there, or see that this user may write it"
+        ) from error
 
 
 def sync_directory(path: Path) -> None:
@@ -109,12 +118,17 @@ class StateDirectory:
         """Return the cluster document held, None when no cluster is defined.
 
         Raises:
-            ConfigError: when the file is damaged.
+            ConfigError: when the file is damaged or cannot be read.
         """
         try:
             data = self.document_path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise ConfigError(
+                f"the cluster document {self.document_path} cannot be read ({error.strerror})",
+                hint="see that this user may read it, and that its disk is well",
+            ) from error
         try:
             signed = SignedDocument.unpack(data)
         except ProtocolError as error:
@@ -130,7 +144,11 @@ class StateDirectory:
         return member.cid if member else 0
 
     def store_document(self, signed: SignedDocument) -> None:
-        """Replace the cluster document."""
+        """Replace the cluster document.
+
+        Raises:
+            ConfigError: when it cannot be written; the old one stays.
+        """
         write_private(self.document_path, signed.pack())
 
     def drop_document(self) -> None:

@@ -12,7 +12,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -243,6 +245,31 @@ def test_a_stranger_and_a_removed_member_get_nothing(pair: tuple[Broker, Broker]
 def _left(broker: Broker) -> bool:
     signed = StateDirectory(broker.state_dir).document()
     return signed is not None and signed.document.member(2) is None
+
+
+def test_a_document_that_cannot_be_written_ends_nobody_and_is_taken_later(pair: tuple[Broker, Broker]) -> None:
+    one, two = pair
+    cli = two.link("cli")
+
+    def status() -> dict[str, Any]:
+        answer: dict[str, Any] = cli.request({"op": "status"})[0]["status"]
+        return answer
+
+    eventually(lambda: status()["nodes"][0]["heartbeat_age_s"] is not None, what="the master is heard")
+    # What stands in the way of the new file; a full disk would.
+    (two.state_dir / "cluster.document.new").mkdir()
+    state = StateDirectory(one.state_dir)
+    held = state.document()
+    assert held is not None
+    third = replace(held.document.members[1], name="three", address="127.0.0.9", curve_key=b"3" * 32)
+    state.store_document(sign(with_member(held.document, third), 1, state.keys().sign_private))
+    eventually(
+        lambda: any("cannot be written" in alert["text"] for alert in status()["nodes"][1]["alerts"]),
+        what="it says that it cannot take the document",
+    )
+    assert len(status()["nodes"]) == 2
+    (two.state_dir / "cluster.document.new").rmdir()
+    eventually(lambda: len(status()["nodes"]) == 3, within_s=10, what="the document is taken")
 
 
 def test_a_port_that_is_not_free_yet_does_not_hold_the_loop_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
