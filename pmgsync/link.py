@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import msgpack
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from pmgsync.errors import (
     MembershipError,
@@ -188,7 +189,7 @@ class Peer:
 
 
 class BrokerLink(Peer):
-    """A session with the broker of this node."""
+    """A session with the broker of this node; it is over with the connection, and a new link begins the next one."""
 
     def __init__(self, path: Path, worker: str, *, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
         self._own_context = context is None
@@ -196,13 +197,35 @@ class BrokerLink(Peer):
         socket = self._context.socket(zmq.DEALER)
         socket.linger = 0
         socket.sndhwm = socket.rcvhwm = 0  # bounded by credit, not by number
-        socket.immediate = True
+        # Not ZMQ_IMMEDIATE: see broker/sockets.py. The monitor tells when there is a connection, and when it has ended.
         socket.reconnect_ivl = 50
         socket.reconnect_ivl_max = 500
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._begun = self._ended = False
         socket.connect(f"ipc://{path}")
         super().__init__(socket, f"the broker at {path}")
         self.path = path
         self.worker = worker
+
+    def send(self, message: Mapping[str, Any], *attachments: bytes) -> None:
+        """Send a message.
+
+        Raises:
+            UnreachableError: when the connection has ended: libzmq would keep the message for the next one, in which
+                the broker knows nothing of this session.
+        """
+        self._watch(0)
+        if self._ended:
+            raise UnreachableError(f"{self.name} has closed the connection")
+        super().send(message, *attachments)
+
+    def _watch(self, timeout_s: float) -> None:
+        """Take over what the monitor tells, after waiting for it."""
+        while self._monitor.poll(round(timeout_s * 1000)):
+            event = parse_monitor_message(self._monitor.recv_multipart())["event"]
+            self._ended = self._ended or (self._begun and event == zmq.EVENT_DISCONNECTED)
+            self._begun = self._begun or event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            timeout_s = 0
 
     def hello(self, timeout_s: float = REPLY_TIMEOUT_S) -> tuple[Message, Sequence[bytes]]:
         """Introduce this session; returns `welcome` with the signed cluster document attached when there is one.
@@ -211,15 +234,18 @@ class BrokerLink(Peer):
             UnreachableError: when the broker is not running.
         """
         deadline = time.monotonic() + timeout_s
-        while not self.socket.poll(50, zmq.POLLOUT):
-            if time.monotonic() > deadline:
+        while not self._begun:
+            if (left := deadline - time.monotonic()) <= 0:
                 raise UnreachableError(
                     f"no broker answers on {self.path}", hint="start it: systemctl start pmgsync-broker"
                 )
+            self._watch(left)
         return self.request({"op": "hello", "worker": self.worker, "pid": os.getpid()}, timeout_s=timeout_s)
 
     def close(self) -> None:
         """End the session."""
+        self.socket.disable_monitor()
+        self._monitor.close(linger=0)
         self.socket.close(linger=200)
         if self._own_context:
             self._context.term()

@@ -21,7 +21,7 @@ import pytest
 from broker import node
 from broker.state import StateDirectory
 from pmgsync.config import load_config
-from pmgsync.errors import PmgsyncError, ResyncRequiredError
+from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
 from pmgsync.frames import Frame, Header, make_frame, read_frame
 from pmgsync.link import BrokerLink
 from pmgsync.membership import Member, SignedDocument, found_cluster, sign, with_member, without_member
@@ -245,6 +245,38 @@ def test_a_stranger_and_a_removed_member_get_nothing(pair: tuple[Broker, Broker]
 def _left(broker: Broker) -> bool:
     signed = StateDirectory(broker.state_dir).document()
     return signed is not None and signed.document.member(2) is None
+
+
+def test_a_session_waits_for_its_broker_and_is_over_with_it(tmp_path: Path) -> None:
+    one = Broker(tmp_path, "one")
+    try:
+        begun = time.monotonic()
+        with (
+            BrokerLink(one.run_dir / "broker.sock", "cli") as early,
+            pytest.raises(UnreachableError, match="no broker answers"),
+        ):
+            early.hello(0.5)
+        assert 0.4 < time.monotonic() - begun < 3
+        starting = threading.Timer(0.5, one.start)
+        starting.start()
+        link = one.link("cli")
+        starting.join()
+        link.send({"op": "report"})
+        one.kill()
+
+        def refused() -> bool:
+            try:
+                link.send({"op": "report"})
+            except UnreachableError:
+                return True
+            return False
+
+        eventually(refused, within_s=2, what="the end of the connection is noticed")
+        one.start()
+        assert one.link("cli").request({"op": "ping"})[0]["op"] == "pong"
+        assert refused(), "libzmq has connected again, to a broker that does not know this session"
+    finally:
+        one.close()
 
 
 def test_a_document_that_cannot_be_written_ends_nobody_and_is_taken_later(pair: tuple[Broker, Broker]) -> None:
