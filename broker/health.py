@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from broker.conflicts import add_up
 from broker.heartbeats import DOWN_AFTER_S, Heartbeat, measure_machine
 from broker.status import BEHIND_S, View, status_map
 
@@ -35,6 +36,7 @@ class Health:
             document.cluster, broker.cid, document.epoch, document.serial, time.time_ns() // 1000,
             machine.uptime_s, machine.load1, machine.mem_pct, machine.disk_pct,
             state, error, tuple(alerts), broker.retainer.held(), broker.own, dict(broker.applied),
+            add_up(session.counters for session in broker.local.sessions.workers()),
         )  # fmt: skip
 
     def status(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import msgpack
 import psutil
 
+from broker.conflicts import read_counters
 from pmgsync.errors import ProtocolError
 from pmgsync.positions import MAX_LSN, Position
 
@@ -65,6 +66,7 @@ class Heartbeat:
     chains: Mapping[int, HeldChain]
     own: OwnChain | None
     applied: Mapping[int, Applied]
+    conflicts: Mapping[str, int] = field(default_factory=dict)
     received: float = field(default_factory=time.monotonic)
 
     def pack(self) -> bytes:
@@ -93,6 +95,7 @@ class Heartbeat:
             if self.own
             else None,
             "applied": {origin: [done.incarnation, *done.position] for origin, done in self.applied.items()},
+            "conflicts": dict(self.conflicts),
         }
         return msgpack.packb(data, use_bin_type=True)  # type: ignore[no-any-return]
 
@@ -138,6 +141,7 @@ class Heartbeat:
                     _number(own["watermark"]),
                 ),
                 parse_applied(raw["applied"]),
+                read_counters(raw.get("conflicts")),
             )
         except ProtocolError:
             raise

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import zmq
 
+from broker.conflicts import read_counters
 from broker.loop import Socket
 from pmgsync.errors import MembershipError
 from pmgsync.link import pack
@@ -33,6 +34,7 @@ class Session:
     hint: str = ""
     error_since: float = 0.0
     alerts: list[dict[str, str]] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
     methods: frozenset[str] = frozenset()
 
     def report(self, message: Mapping[str, Any]) -> None:
@@ -49,6 +51,7 @@ class Session:
             for alert in (alerts if isinstance(alerts, list) else [])[:50]
             if isinstance(alert, dict)
         ]
+        self.counters = read_counters(message.get("counters"))
 
 
 class Sessions:

@@ -98,5 +98,6 @@ def _node(
         "lag_s": round(lag_s, 3),
         "waiting_for": [f"first position of node {origin}" for origin in unknown],
         "alerts": [dict(alert) for alert in heartbeat.alerts] if heartbeat else [],
+        "conflicts": dict(heartbeat.conflicts) if heartbeat else {},
         "heartbeat_age_s": round(view.age_s, 3) if heartbeat else None,
     }

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 WATCH_S = 1.0
 IN_SYNC = "A"
 NAME_WIDTH, ADDRESS_WIDTH, ROLE_WIDTH = 18, 15, 6
+SHOWN = 5
+"""Counters of conflicts that the table shows; JSON has more."""
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -110,7 +112,7 @@ def format_uptime(seconds: float) -> str:
 
 
 def notes(node: Mapping[str, Any]) -> list[str]:
-    """Return what there is to say of a node beside its line: how far it is behind, what it waits for, its alerts."""
+    """Return what there is to say of a node beside its line: its lag, what it waits for, its alerts and conflicts."""
     from cli.console import amount
 
     found = []
@@ -125,4 +127,14 @@ def notes(node: Mapping[str, Any]) -> list[str]:
         if text not in shown:
             found.append(printable(f"{alert.get('kind', 'alert')}: {text}"))
             shown.add(text)
+    if conflicts := node.get("conflicts"):
+        found.append(_conflicts(conflicts))
     return found
+
+
+def _conflicts(counters: Mapping[str, int]) -> str:
+    total = sum(counters.values())
+    ranked = sorted(counters.items(), key=lambda item: (-item[1], item[0]))
+    named = [f"{printable(name)} {count}" for name, count in ranked[:SHOWN]]
+    more = [f"{len(ranked) - SHOWN} more"] if len(ranked) > SHOWN else []
+    return f"conflicts: {total} value{'s' if total > 1 else ''} lost against others: {', '.join(named + more)}"

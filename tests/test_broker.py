@@ -279,6 +279,22 @@ def test_a_session_waits_for_its_broker_and_is_over_with_it(tmp_path: Path) -> N
         one.close()
 
 
+def test_the_conflicts_that_workers_report_are_shown_by_every_member(pair: tuple[Broker, Broker]) -> None:
+    one, two = pair
+    reports = {"apply:1": {"public.a.x": 2, "public.b.y": 1}, "apply:3": {"public.a.x": 5}}
+    links = {worker: two.link(worker) for worker in reports}
+    asked = [one.link("cli"), two.link("cli")]
+
+    def shown() -> list[dict[str, int]]:
+        for worker, link in links.items():
+            link.send({"op": "report", "state": "A", "error": "", "counters": reports[worker]})
+        return [cli.request({"op": "status"})[0]["status"]["nodes"][1]["conflicts"] for cli in asked]
+
+    eventually(lambda: shown() == [{"public.a.x": 7, "public.b.y": 1}] * 2, within_s=10)
+    links.pop("apply:1").close()
+    eventually(lambda: shown() == [{"public.a.x": 5}] * 2, within_s=10, what="what a worker counted goes with it")
+
+
 def test_a_document_that_cannot_be_written_ends_nobody_and_is_taken_later(pair: tuple[Broker, Broker]) -> None:
     one, two = pair
     cli = two.link("cli")

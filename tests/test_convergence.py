@@ -176,6 +176,8 @@ def test_all_nodes_write_and_are_cut_off(new_cluster: NewCluster) -> None:
     rules = {f"cgreylist.{name}" for name in ("rctime", "extime", "blocked", "mtime")} | {"userprefs.data"}
     rules |= {"cmsreceivers.status", "cmsreceivers.seen", "cmsreceivers.mtime"}
     assert rules <= {name.split()[0] for name in lost}
+    counted = cluster.master.status()["nodes"]
+    assert all(node["conflicts"] and all(name.startswith("public.") for name in node["conflicts"]) for node in counted)
     assert min(writer.writes for writer in writers) > 100
 
 

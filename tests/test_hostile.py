@@ -245,6 +245,7 @@ def nonsense(rng: random.Random) -> list[list[bytes]]:
     keys = [
         "id", "origin", "incarnation", "position", "credit", "bytes", "applied", "durable", "epoch", "method", "args",
         "target", "methods", "lsn", "start", "snapshot", "ttl_s", "state", "error", "hint", "alerts", "message",
+        "counters",
     ]  # fmt: skip
     messages: list[list[bytes]] = [[b""], [b"\xc1"], [b"\x01"], [b"\x80"], [b"\x90" * 2000], [b"\x81" * 2000]]
     for op in ops:

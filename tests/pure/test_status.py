@@ -93,6 +93,15 @@ def test_an_alert_does_not_repeat_the_error() -> None:
     assert notes(node(2, state="ERROR", error="gone", alerts=[{"kind": "error", "text": "gone"}])) == []
 
 
+def test_conflicts_stand_below_the_table_the_most_frequent_first() -> None:
+    counted = {f"public.t.c{n}": n for n in range(1, 7)} | {"other": 3}
+    text = "conflicts: 24 values lost against others: "
+    text += "public.t.c6 6, public.t.c5 5, public.t.c4 4, other 3, public.t.c3 3, 2 more"
+    assert notes(node(2, conflicts=counted)) == [text]
+    assert notes(node(2, conflicts={"public.\x1bt.c": 1})) == ["conflicts: 1 value lost against others: public. t.c 1"]
+    assert notes(node(2, conflicts={})) == []
+
+
 def test_a_node_that_lags_says_by_how_much() -> None:
     assert notes(node(2, state="S", lag_s=7.25, lag_bytes=3 << 20)) == ["7.2 s and 3.0 MiB behind"]
 

@@ -1,0 +1,61 @@
+"""What a heartbeat carries of conflicts stays small, and survives members that send nonsense or nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.conflicts import MAX_NAME, MAX_NAMES, OTHER, add_up, read_counters
+from broker.heartbeats import MAX_BYTES, Heartbeat
+from pmgsync.positions import MAX_LSN
+
+names = st.one_of(st.sampled_from(["public.a.x", "public.b.y", OTHER]), st.text(min_size=1, max_size=300))
+counters = st.dictionaries(names, st.integers(1, 1000), max_size=150)
+
+
+def heartbeat(**other: Any) -> Heartbeat:
+    values: dict[str, Any] = {
+        "cluster": b"c" * 16, "cid": 1, "epoch": 1, "serial": 1, "time_us": 1, "uptime_s": 1, "load1": 0.0,
+        "mem_pct": 1.0, "disk_pct": 1.0, "state": "A", "error": "", "alerts": (), "chains": {}, "own": None,
+        "applied": {},
+    }  # fmt: skip
+    return Heartbeat(**(values | other))
+
+
+@given(st.lists(counters, max_size=4))
+def test_counters_are_added_up_and_bounded(given_counters: list[dict[str, int]]) -> None:
+    total = add_up(given_counters)
+    assert sum(total.values()) == sum(sum(each.values()) for each in given_counters), "none is dropped"
+    assert len(total) <= MAX_NAMES + 1
+    assert all(len(name) <= MAX_NAME for name in total)
+    sums: dict[str, int] = {}
+    for each in given_counters:
+        for name, count in each.items():
+            sums[name[:MAX_NAME]] = sums.get(name[:MAX_NAME], 0) + count
+    kept = {name: count for name, count in total.items() if name != OTHER}
+    assert all(sums[name] == count for name, count in kept.items())
+    gone = [count for name, count in sums.items() if name not in total]
+    assert not gone or (len(kept) == MAX_NAMES and max(gone) <= min(kept.values())), "the greatest are kept"
+
+
+@given(st.dictionaries(st.text(max_size=300), st.integers(1, MAX_LSN * 2 + 1), max_size=120))
+def test_a_heartbeat_carries_whatever_workers_count(counted: dict[str, int]) -> None:
+    sent = add_up([counted, counted])
+    packed = heartbeat(conflicts=sent).pack()
+    assert len(packed) < MAX_BYTES // 4
+    assert Heartbeat.unpack(packed).conflicts == sent
+
+
+def test_a_member_that_does_not_count_is_read() -> None:
+    raw = msgpack.unpackb(heartbeat().pack(), strict_map_key=False)
+    del raw["conflicts"]
+    assert Heartbeat.unpack(msgpack.packb(raw)).conflicts == {}
+
+
+def test_what_is_no_counter_is_left_out() -> None:
+    assert read_counters({"a": 1, "b": -1, "c": 0, "d": True, "e": 1.5, "f": "1", 7: 7, b"h": 8, "i": None}) == {"a": 1}
+    for nonsense in (None, 5, "text", [1], [["a", 1]]):
+        assert read_counters(nonsense) == {}
