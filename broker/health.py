@@ -42,9 +42,10 @@ class Health:
     def status(self) -> dict[str, Any]:
         """Return the map of `pmgcm status --json`."""
         broker = self._broker
-        views = {broker.cid: View(self.heartbeat(), 0.0, broker.applied, "")}
+        views = {broker.cid: View(self.heartbeat(), 0.0, broker.applied, "", 0.0)}
         for cid, link in broker.peers.items():
-            views[cid] = View(link.heartbeat, link.age_s, broker.acked.get(cid, {}), link.problem)
+            applied = broker.acked.get(cid, {})
+            views[cid] = View(link.heartbeat, link.age_s, applied, link.problem, link.clock_skew_s)
         now = time.monotonic()
         return status_map(broker.document, views, broker.clocks, now=now, down_after_s=DOWN_AFTER_S)
 

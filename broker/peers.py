@@ -13,6 +13,7 @@ from zmq.utils.monitor import parse_monitor_message
 from broker import sockets
 from broker.heartbeats import DOWN_AFTER_S, Heartbeat
 from broker.loop import Loop, Socket
+from broker.skew import ClockSkew
 from broker.state import NodeKeys
 from pmgsync.frames import MAX_BODY
 from pmgsync.link import pack
@@ -170,6 +171,7 @@ class PeerLink:
         self._asked: float | None = None
         self._answered = 0.0
         self._refused, self._refused_at = "", 0.0
+        self._skew = ClockSkew()
         self._events = self._open_events()
         self._control = self._open_control()
 
@@ -198,9 +200,15 @@ class PeerLink:
         """True while heartbeats come."""
         return self.age_s < DOWN_AFTER_S
 
+    @property
+    def clock_skew_s(self) -> float | None:
+        """How far the member's clock seems to be ahead of this node's; None while it is not heard."""
+        return self._skew.seconds if self.up else None
+
     def heard(self, heartbeat: Heartbeat) -> None:
         """Note a heartbeat."""
         self.heartbeat = heartbeat
+        self._skew.note(heartbeat.time_us, time.time_ns() // 1000)
 
     def refuse(self, reason: str) -> None:
         """Note that something the member sent was refused."""

@@ -18,12 +18,14 @@ BEHIND_S = 5.0
 @dataclass(frozen=True, slots=True)
 class View:
     """What a broker knows of one member: its newest heartbeat (None: none yet), that heartbeat's age in seconds,
-    its applied vector (may be newer than the heartbeat's), and the link's own trouble."""
+    its applied vector (may be newer than the heartbeat's), the link's own trouble, and how far its clock seems to be
+    ahead of this node's (None: not known)."""
 
     heartbeat: Heartbeat | None
     age_s: float
     applied: Mapping[int, Applied]
     problem: str
+    clock_skew_s: float | None
 
 
 def status_map(
@@ -99,5 +101,6 @@ def _node(
         "waiting_for": [f"first position of node {origin}" for origin in unknown],
         "alerts": [dict(alert) for alert in heartbeat.alerts] if heartbeat else [],
         "conflicts": dict(heartbeat.conflicts) if heartbeat else {},
+        "clock_skew_s": None if view.clock_skew_s is None else round(view.clock_skew_s, 3),
         "heartbeat_age_s": round(view.age_s, 3) if heartbeat else None,
     }

@@ -94,7 +94,7 @@ def examine(config: NodeConfig, profile: Profile) -> Iterator[Finding]:
             yield from _check_sequences(connection, profile)
     except psycopg2.Error as error:
         raise UnreachableError(f"the database could not be checked ({str(error).strip()})") from error
-    yield from _check_cluster(status, document)
+    yield from _check_cluster(status, document, profile)
 
 
 def _document(config: NodeConfig) -> tuple[ClusterDocument | None, int]:
@@ -155,7 +155,10 @@ def _check_node(config: NodeConfig, running: bool) -> Iterator[Finding]:
         yield Finding("disk", True)
 
 
-def _check_cluster(status: dict[str, Any] | None, document: ClusterDocument | None) -> Iterator[Finding]:
+def _check_cluster(
+    status: dict[str, Any] | None, document: ClusterDocument | None, profile: Profile
+) -> Iterator[Finding]:
+    from cli.status import clock_problem
     from pmgsync.postgres.preflight import Finding
 
     if document is None:
@@ -169,11 +172,11 @@ def _check_cluster(status: dict[str, Any] | None, document: ClusterDocument | No
     for node in status.get("nodes", ()):
         if node["error"]:
             yield Finding("members", False, f"{node['name']}({node['cid']}): {node['error']}", "see `pmgcm status`")
-        skew = node.get("clock_skew_s")
-        if skew is not None and abs(skew) > 1.0:
+        if skew := clock_problem(node):
+            why = ": rules that take the latest value compare them" if profile.compares_times else ""
             yield Finding(
-                "clocks", False, f"the clock of {node['name']}({node['cid']}) differs from this node's by {skew:.1f} s",
-                "synchronise the clocks (chrony, systemd-timesyncd): rules that take the latest value compare them",
+                "clocks", not profile.compares_times, f"the clock of {node['name']}({node['cid']}) is {skew}",
+                f"synchronise the clocks (chrony, systemd-timesyncd){why}",
             )  # fmt: skip
 
 

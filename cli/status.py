@@ -37,7 +37,7 @@ def status(
     if as_json:
         say_json(current)
     else:
-        say("\n".join(render(current)))
+        say("\n".join(render(current, clocks_matter=_clocks_matter(config))))
     if not in_sync(current):
         raise CommandFailedError
 
@@ -49,6 +49,7 @@ def _watch(config: NodeConfig, *, as_json: bool) -> None:
     from cli.node import member_broker, read_status
     from pmgsync.errors import UnreachableError
 
+    clocks_matter = _clocks_matter(config)
     clear = _CLEAR if sys.stdout.isatty() and not as_json else ""
     while True:
         try:
@@ -58,7 +59,7 @@ def _watch(config: NodeConfig, *, as_json: bool) -> None:
                     if as_json:
                         say_json(current)
                     else:
-                        say(clear + "\n".join(render(current)) + ("" if clear else "\n"))
+                        say(clear + "\n".join(render(current, clocks_matter=clocks_matter)) + ("" if clear else "\n"))
                     time.sleep(WATCH_S)
         except UnreachableError as error:
             if as_json:
@@ -68,13 +69,28 @@ def _watch(config: NodeConfig, *, as_json: bool) -> None:
             time.sleep(WATCH_S)
 
 
+def _clocks_matter(config: NodeConfig) -> bool:
+    """Return True when the profile has rules that compare times; one that cannot be read is others' to complain of."""
+    from pmgsync.errors import ConfigError
+    from pmgsync.profile import load_profile
+
+    try:
+        return load_profile(config.profile).compares_times
+    except ConfigError:
+        return False
+
+
 def in_sync(status: Mapping[str, Any]) -> bool:
     """Return True when every member is."""
     return all(node["state"] == IN_SYNC for node in status["nodes"])
 
 
-def render(status: Mapping[str, Any]) -> list[str]:
-    """Return the table's lines, with the alerts of each node below it."""
+def render(status: Mapping[str, Any], *, clocks_matter: bool = False) -> list[str]:
+    """Return the table's lines, with what there is to say of each node below it.
+
+    Args:
+        clocks_matter: warn of clocks that differ.
+    """
     nodes: Sequence[Mapping[str, Any]] = status["nodes"]
     names = [printable(f"{node['name']}({node['cid']})") for node in nodes]
     addresses = [printable(node["ip"]) for node in nodes]
@@ -88,6 +104,8 @@ def render(status: Mapping[str, Any]) -> list[str]:
         lines.append(line + _rest(node))
     for node, name in zip(nodes, names, strict=True):
         lines += [f"{name}: {note}" for note in notes(node)]
+        if clocks_matter and (skew := clock_problem(node)):
+            lines.append(f"{name}: clock: {skew}; rules that take the latest value compare clocks")
     return lines
 
 
@@ -130,6 +148,16 @@ def notes(node: Mapping[str, Any]) -> list[str]:
     if conflicts := node.get("conflicts"):
         found.append(_conflicts(conflicts))
     return found
+
+
+def clock_problem(node: Mapping[str, Any]) -> str:
+    """Return by how much a node's clock differs when that is too much, "" when it is well or not known."""
+    from broker.skew import WARN_S
+
+    skew = node.get("clock_skew_s")
+    if skew is None or abs(skew) <= WARN_S:
+        return ""
+    return f"about {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this node's"
 
 
 def _conflicts(counters: Mapping[str, int]) -> str:

@@ -146,6 +146,11 @@ class Profile:
     actions: tuple[Action, ...]
     digest: str
 
+    @property
+    def compares_times(self) -> bool:
+        """True when some value is taken from the row that was changed last: then the nodes' clocks must agree."""
+        return any(rule.kind == "latest" for table in self.tables for rule in table.rules.values())
+
     def rule_for(self, schema: str, table: str) -> TableRule | None:
         """Return what the profile says of a table, None when it is no concern of the profile's."""
         if schema.startswith("pg_") or schema in {"information_schema", OWN_SCHEMA}:

@@ -309,6 +309,28 @@ def test_status_says_that_heartbeats_of_a_later_version_are_not_read(played: tup
     eventually(lambda: "version 2" in _alerts(broker, "not-receiving"), within_s=20)
 
 
+@pytest.mark.parametrize("ahead_s", [7, -7])
+def test_status_estimates_how_far_clocks_differ(played: tuple[FakeMember, FaultyBroker], ahead_s: int) -> None:
+    fake, broker = played
+
+    def estimate() -> float | None:
+        skew: float | None = broker.status()[1]["clock_skew_s"]
+        return skew
+
+    eventually(lambda: estimate() is not None, what="the member is heard")
+    assert -1 < (estimate() or 0) <= 0.001, "both clocks are this machine's"
+    fake.habits.heartbeats = False
+
+    def told() -> bool:
+        time_us = (time.time_ns() + ahead_s * 10**9) // 1000
+        fake.event(b"h", fake.heartbeat(time_us=time_us).pack())
+        return ahead_s - 1 < (estimate() or 0) <= ahead_s
+
+    eventually(told, within_s=20)
+    assert broker.status()[2]["clock_skew_s"] == 0
+    eventually(lambda: estimate() is None, within_s=10, what="nothing is said of a member that is not heard")
+
+
 def _alerts(broker: FaultyBroker, kind: str) -> str:
     """Return the texts of one kind of alerts that a broker shows of itself, which is the last member."""
     nodes = broker.status()

@@ -1,4 +1,4 @@
-"""What a heartbeat carries of conflicts stays small, and survives members that send nonsense or nothing."""
+"""What a heartbeat tells of conflicts stays small, whoever sends it; what it tells of clocks is as near as can be."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from broker.conflicts import MAX_NAME, MAX_NAMES, OTHER, add_up, read_counters
 from broker.heartbeats import MAX_BYTES, Heartbeat
+from broker.skew import SAMPLES, ClockSkew
 from pmgsync.positions import MAX_LSN
 
 names = st.one_of(st.sampled_from(["public.a.x", "public.b.y", OTHER]), st.text(min_size=1, max_size=300))
@@ -59,3 +60,25 @@ def test_what_is_no_counter_is_left_out() -> None:
     assert read_counters({"a": 1, "b": -1, "c": 0, "d": True, "e": 1.5, "f": "1", 7: 7, b"h": 8, "i": None}) == {"a": 1}
     for nonsense in (None, 5, "text", [1], [["a", 1]]):
         assert read_counters(nonsense) == {}
+
+
+times_us = st.integers(0, 10_000_000)
+
+
+@given(st.integers(-(10**12), 10**12), st.lists(st.tuples(times_us, times_us), min_size=1, max_size=60))
+def test_a_clock_is_judged_by_the_fastest_heartbeat(ahead_us: int, steps: list[tuple[int, int]]) -> None:
+    skew = ClockSkew()
+    assert skew.seconds is None
+    now_us = 1_700_000_000_000_000
+    for wait_us, under_way_us in steps:
+        now_us += wait_us
+        skew.note(now_us + ahead_us, now_us + under_way_us)
+    fastest_us = min(under_way_us for _, under_way_us in steps[-SAMPLES:])
+    assert skew.seconds == (ahead_us - fastest_us) / 1e6
+
+
+def test_a_clock_that_was_put_right_is_seen_to_be() -> None:
+    skew = ClockSkew()
+    for ahead_us in [5_000_000] * SAMPLES + [0] * SAMPLES:
+        skew.note(ahead_us, 0)
+    assert skew.seconds == 0

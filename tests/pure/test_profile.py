@@ -45,6 +45,8 @@ def test_the_gateways_profile_follows_its_facts() -> None:
         "mtime": MergeRule("greatest"),
     }
     assert receivers.columns >= {"ticketid", "seen", "seenmtime", "status", "mtime"}
+    assert profile.compares_times
+    assert not load_profile("mirror").compares_times
     greylist = profile.rule_for("public", "cgreylist")
     assert greylist is not None
     assert not greylist.deletes

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from cli.console import amount, duration, printable
 from cli.demo.compare import Content, differences
 from cli.demo.latency import Latency, percentile
+from cli.doctor import _check_cluster
 from cli.join_cmd import parse_ttl
 from cli.progress import estimate_left_s
 from cli.status import format_uptime, in_sync, notes, render
 from cli.wait import Behind, Goal
 from pmgsync.errors import PmgsyncError
+from pmgsync.membership import Member, found_cluster
 from pmgsync.positions import format_lsn
+from pmgsync.profile import load_profile
 
 
 def node(cid: int = 5, **changes: Any) -> dict[str, Any]:
@@ -100,6 +103,27 @@ def test_conflicts_stand_below_the_table_the_most_frequent_first() -> None:
     assert notes(node(2, conflicts=counted)) == [text]
     assert notes(node(2, conflicts={"public.\x1bt.c": 1})) == ["conflicts: 1 value lost against others: public. t.c 1"]
     assert notes(node(2, conflicts={})) == []
+
+
+def test_clocks_that_differ_are_told_where_they_matter() -> None:
+    nodes = [node(1, clock_skew_s=0.0), node(2, clock_skew_s=1.26), node(3, clock_skew_s=-90.0), node(4)]
+    nodes += [node(5, clock_skew_s=-1.0), node(6, clock_skew_s=None)]
+    assert render(status(*nodes), clocks_matter=True)[7:] == [
+        "pmg2(2): clock: about 1.3 s ahead of this node's; rules that take the latest value compare clocks",
+        "pmg3(3): clock: about 90.0 s behind this node's; rules that take the latest value compare clocks",
+    ]
+    assert render(status(*nodes))[7:] == []
+
+
+@pytest.mark.parametrize(("name", "ok"), [("pmg", False), ("mirror", True)])
+def test_the_doctor_fails_for_clocks_only_where_they_matter(name: str, ok: bool) -> None:
+    member = Member(1, "pmg1", "192.0.2.11", 1, 2, 3, b"c" * 32, b"s" * 32)
+    document = found_cluster(b"0" * 16, "test", name, member)
+    nodes = status(node(1, clock_skew_s=0.0), node(2, clock_skew_s=-2.0))
+    found = [each for each in _check_cluster(nodes, document, load_profile(name)) if each.check == "clocks"]
+    assert [each.ok for each in found] == [ok]
+    assert found[0].problem == "the clock of pmg2(2) is about 2.0 s behind this node's"
+    assert ("latest value" in found[0].remedy) is not ok
 
 
 def test_a_node_that_lags_says_by_how_much() -> None:
