@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from pmgsync.positions import MAX_LSN, Position
 
 VERSION = 1
 MAX_BYTES = 256 << 10
+MAX_ALERTS = 100
+ALERT_BYTES = 128 << 10
+"""Of the alerts of many workers; the first ones that fit are sent, for a heartbeat that is too long counts as none."""
 DOWN_AFTER_S = 3.5
 """A node whose newest heartbeat is older is down."""
 
@@ -84,7 +87,7 @@ class Heartbeat:
             "disk_pct": self.disk_pct,
             "state": self.state,
             "error": self.error,
-            "alerts": [dict(alert) for alert in self.alerts],
+            "alerts": _fitting(self.alerts),
             "chains": {origin: [chain.incarnation, *chain.first, *chain.head] for origin, chain in self.chains.items()},
             "own": {
                 "incarnation": self.own.incarnation,
@@ -129,7 +132,8 @@ class Heartbeat:
                 _typed(raw["state"], str)[:20],
                 _typed(raw["error"], str)[:2000],
                 tuple(
-                    {str(key)[:40]: str(value)[:2000] for key, value in alert.items()} for alert in raw["alerts"][:100]
+                    {str(key)[:40]: str(value)[:2000] for key, value in alert.items()}
+                    for alert in raw["alerts"][:MAX_ALERTS]
                 ),
                 {_cid(key): _held(value) for key, value in raw["chains"].items()},
                 None
@@ -147,6 +151,17 @@ class Heartbeat:
             raise
         except Exception as error:  # any shape may come
             raise ProtocolError(f"a heartbeat is malformed ({type(error).__name__}: {error})") from error
+
+
+def _fitting(alerts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Return the alerts that a heartbeat has room for."""
+    found, room = [], ALERT_BYTES
+    for alert in alerts[:MAX_ALERTS]:
+        room -= len(msgpack.packb(dict(alert)))
+        if room < 0:
+            break
+        found.append(dict(alert))
+    return found
 
 
 def _typed(value: Any, kind: type[Any]) -> Any:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.conflicts import MAX_NAME, MAX_NAMES, OTHER, add_up, read_counters
-from broker.heartbeats import MAX_BYTES, Heartbeat
+from broker.heartbeats import MAX_ALERTS, MAX_BYTES, Heartbeat
 from broker.skew import SAMPLES, ClockSkew
 from pmgsync.positions import MAX_LSN
 
@@ -48,6 +48,21 @@ def test_a_heartbeat_carries_whatever_workers_count(counted: dict[str, int]) -> 
     packed = heartbeat(conflicts=sent).pack()
     assert len(packed) < MAX_BYTES // 4
     assert Heartbeat.unpack(packed).conflicts == sent
+
+
+@given(st.lists(st.tuples(st.sampled_from(["x", "\N{SNOWMAN}"]), st.integers(0, 2000)), max_size=300))
+def test_a_heartbeat_carries_the_alerts_that_fit(texts: list[tuple[str, int]]) -> None:
+    alerts = [{"kind": "table", "text": char * length} for char, length in texts]
+    packed = heartbeat(alerts=tuple(alerts), error="\N{SNOWMAN}" * 2000).pack()
+    assert len(packed) <= MAX_BYTES
+    came = Heartbeat.unpack(packed).alerts
+    assert list(came) == alerts[: len(came)]
+    assert len(came) == min(len(alerts), MAX_ALERTS) or sum(len(alert["text"]) for alert in alerts) * 3 > 100 << 10
+
+
+def test_alerts_of_many_workers_do_not_silence_a_member() -> None:
+    alerts = tuple({"kind": "table", "text": f"{n} " * 400} for n in range(2000))
+    assert 50 < len(Heartbeat.unpack(heartbeat(alerts=alerts).pack()).alerts) <= MAX_ALERTS
 
 
 def test_a_member_that_does_not_count_is_read() -> None:
