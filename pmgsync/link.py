@@ -243,7 +243,9 @@ class BrokerLink(Peer):
         return self.request({"op": "hello", "worker": self.worker, "pid": os.getpid()}, timeout_s=timeout_s)
 
     def close(self) -> None:
-        """End the session."""
+        """End the session; one that was ended already stays so."""
+        if self.socket.closed:
+            return
         self.socket.disable_monitor()
         self._monitor.close(linger=0)
         self.socket.close(linger=200)
