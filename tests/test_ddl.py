@@ -283,8 +283,10 @@ def test_on_a_cluster(new_cluster: Callable[..., Cluster]) -> None:
     master.sql("DO 'BEGIN CREATE TABLE from_do (id int PRIMARY KEY); END'; INSERT INTO from_do VALUES (1)")
     cluster.wait()
     tables = ["t", "made", "more.keyless", "from_do"]
-    eventually(lambda: not slave.sql("SELECT FROM pmgsync.stale_table WHERE kind <> 'none'"), what="nothing is stale")
+    eventually(lambda: not slave.sql("SELECT 1 FROM pmgsync.stale_table WHERE kind <> 'none'"), what="nothing is stale")
     cluster.assert_equal(tables)
+    guarded = "SELECT 1 FROM pg_trigger WHERE tgname = 'pmgsync_guard' AND tgrelid = 'more.keyless'::regclass"
+    eventually(lambda: slave.sql(guarded), what="the new table is guarded")
     with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
         slave.sql("INSERT INTO more.keyless VALUES ('c')")
     # What a node does to its own schema stays there.
