@@ -91,6 +91,7 @@ def examine(config: NodeConfig, profile: Profile) -> Iterator[Finding]:
                 yield from _check_slot(facts, slot)
                 yield from _check_publication(connection)
                 yield from _check_guard(connection, document, cid)
+                yield from _check_schema(connection)
             yield from _check_sequences(connection, profile)
     except psycopg2.Error as error:
         raise UnreachableError(f"the database could not be checked ({str(error).strip()})") from error
@@ -330,6 +331,35 @@ def _check_guard(connection: Any, document: ClusterDocument | None, cid: int) ->
     elif open_tables := unguarded(connection):
         problem = f"tables that the master writes can be written here: {_names(open_tables)}"
     yield Finding("guard", not problem, problem, RESTART_AGENT if problem else "")
+
+
+def _check_schema(connection: Any) -> Iterator[Finding]:
+    """Tables that differ from another node's, and changes of the schema that could not be repeated here."""
+    from pmgsync.postgres.preflight import Finding
+
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT pg_catalog.format('%I.%I', schema, name), origin, reason FROM pmgsync.stale_table "
+            "WHERE kind <> 'none' ORDER BY 1, 2"
+        )
+        stale = [tuple(map(_shown, row)) for row in cursor.fetchall()]
+        cursor.execute("SELECT id, change, origin, error FROM pmgsync.schema_failure ORDER BY id")
+        failures = [tuple(map(_shown, row)) for row in cursor.fetchall()]
+    yield from () if stale or failures else (Finding("schema", True),)
+    for table, origin, reason in stale:
+        yield Finding(
+            "schema", False, f"{table} is not kept in step with node {origin}: {reason}",
+            "make the table as it is there; it is fetched by itself then",
+        )  # fmt: skip
+    for number, change, origin, error in failures:
+        yield Finding(
+            "schema", False, f"a change of the schema on node {origin} could not be repeated here: {change}: {error}",
+            f"make it by hand, then DELETE FROM pmgsync.schema_failure WHERE id = {number}",
+        )  # fmt: skip
+
+
+def _shown(value: object) -> str:
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 # Sequences that a column's default uses and that no column owns.

@@ -296,3 +296,13 @@ def test_on_a_cluster(new_cluster: Callable[..., Cluster]) -> None:
     cluster.assert_equal(tables)
     assert master.sql("SELECT to_regclass('own') IS NULL, to_regclass('pg_trigger') IS NULL") == [(True, False)]
     assert slave.sql("SELECT count(*) FROM pmgsync.schema_failure") == [(0,)]
+    # One that cannot be repeated is told by status and doctor, with what to do.
+    master.sql("CREATE VIEW own AS SELECT 1 AS x; INSERT INTO made VALUES (501, 'z')")
+    cluster.wait()
+    told = "a change of the schema on node 1 could not be repeated here: CREATE VIEW (view public.own)"
+    eventually(lambda: any(told in alert["text"] for alert in slave.node_status(2)["alerts"]), what="an alert")
+    done = slave.pmgcm("doctor", check=False)
+    assert done.returncode == 1
+    assert told in done.stdout.replace("\n", " ")
+    assert "DELETE FROM pmgsync.schema_failure WHERE id = 1" in done.stdout
+    cluster.assert_equal(tables)
