@@ -251,6 +251,21 @@ def test_what_fails_is_said_and_the_rest_goes_on(studio: Studio) -> None:
         studio.write("DROP ROLE pmgsync_test_role")
 
 
+def test_a_copy_that_is_newer_than_a_change(studio: Studio) -> None:
+    """The table that was fetched by its name may have been another one: the name changed hands meanwhile."""
+    studio.same("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY)")
+    studio.run(
+        "INSERT INTO pmgsync.stale_table (origin, schema, name, kind, reason, lsn, until) "
+        "VALUES (1, 'public', 't', 'none', '', '0/1', 'FF/0')",
+        on=studio.target,
+    )
+    studio.write("ALTER TABLE t RENAME TO was_t; ALTER TABLE u RENAME TO t; INSERT INTO was_t VALUES (1)")
+    studio.apply()
+    assert studio.stale() == {"was_t": "its copy here is newer than a change of it", "t": studio.stale()["was_t"]}
+    # Dropped, the copy is gone too, and what follows counts.
+    studio.same("DROP TABLE t, was_t; CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (2)")
+
+
 def test_in_a_large_transaction(studio: Studio) -> None:
     """Changes of the schema in the middle of parts, repeated when a part is executed again row by row."""
     studio.framer = studio._framer(studio.framer.position, 2000)

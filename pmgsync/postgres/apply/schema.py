@@ -48,7 +48,7 @@ def repeat(cursor: Cursor, item: SchemaItem, stale: StaleTables) -> list[NoteIte
         _write_down(cursor, item, stale.origin, problem)
     for key in change.dropped:
         stale.forget(cursor, key)
-    return [note for table in change.tables for note in _compare(cursor, table, stale, item.lsn)]
+    return [note for table in change.tables for note in _compare(cursor, table, stale, item.lsn, failed=bool(problem))]
 
 
 def missing(tables: Iterable[MissingContent], stale: StaleTables, lsn: int) -> list[NoteItem]:
@@ -93,9 +93,14 @@ def _is_gone(error: psycopg2.Error, change: SchemaChange) -> bool:
     return change.tag.startswith("DROP ") and error.pgcode in {"42P01", "42704", "42883", "3F000"}
 
 
-def _compare(cursor: Cursor, table: TableShape, stale: StaleTables, lsn: int) -> list[NoteItem]:
+def _compare(cursor: Cursor, table: TableShape, stale: StaleTables, lsn: int, *, failed: bool) -> list[NoteItem]:
     """Return what is to be noted of a table that was changed: which one it is there, and that it is to be fetched."""
     notes = [NoteItem(relation=(table.schema, table.name, table.oid))]
+    # A copy is fetched by the table's name: another table may have had it by then.
+    early = any(
+        known.until > lsn and (key == (table.schema, table.name) or stale.relations.get(key) == table.oid)
+        for key, known in stale.tables.items()
+    )
     cursor.execute(
         b"SELECT pmgsync.shape(c.oid) FROM pg_catalog.pg_class AS c "
         b"JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace "
@@ -110,6 +115,10 @@ def _compare(cursor: Cursor, table: TableShape, stale: StaleTables, lsn: int) ->
         reason = "its columns are not the same here"
     elif table.rewritten:
         reason = "its rows were written anew on the origin"
+    elif failed:
+        reason = "a change of it could not be repeated here"
+    elif early:
+        reason = "its copy here is newer than a change of it"
     if reason:
         noted = StaleTable(table.schema, table.name, "table", reason, lsn=lsn)
         notes.append(NoteItem(stale=stale.note(noted)))
