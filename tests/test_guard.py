@@ -11,7 +11,8 @@ import pytest
 
 from pmgsync.errors import UnreachableError
 from pmgsync.membership import Member
-from pmgsync.postgres.embedded import EmbeddedPostgres, pg_tool
+from pmgsync.postgres.binaries import pg_tool
+from pmgsync.postgres.embedded import EmbeddedPostgres
 from pmgsync.postgres.guard import ensure_guard, guarded_by, unguarded
 from pmgsync.postgres.provision import deprovision
 from pmgsync.postgres.session import connect

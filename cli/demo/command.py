@@ -64,7 +64,7 @@ def _require_postgres() -> None:
     Raises:
         ConfigError: when there is none.
     """
-    from pmgsync.postgres.embedded import find_binaries
+    from pmgsync.postgres.binaries import find_binaries
 
     find_binaries()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg2.extensions
 
 from pmgsync.errors import ConfigError, PmgsyncError
-from pmgsync.postgres.embedded import BINDIR_VARIABLE, find_binaries
+from pmgsync.postgres.binaries import BINDIR_VARIABLE, find_binaries
 from pmgsync.profile import OWN_SCHEMA
 
 INSTALLED = Path("/usr/lib/postgresql")
