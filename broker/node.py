@@ -12,8 +12,6 @@ import zmq
 
 from broker import sockets
 from broker.calls import Calls, End
-from broker.control import MemberDesk
-from broker.door import Door
 from broker.follower import Follower
 from broker.health import Health
 from broker.heartbeats import Applied, Heartbeat, OwnChain
@@ -22,6 +20,7 @@ from broker.lag import HeadClock
 from broker.local import LocalDesk
 from broker.loop import Loop, Socket
 from broker.peers import PeerLink
+from broker.ports import Ports
 from broker.publishing import Publishing
 from broker.retaining import Retainer
 from broker.roster import Roster, no_cluster
@@ -52,8 +51,6 @@ ACK_S = 0.05
 TICK_S = 0.25
 RELOAD_S = 1.0
 BIND_S = 0.05
-BIND_PATIENCE_S = 2.0
-"""A port that was just closed here may be taken for an instant longer: libzmq closes it in a thread of its own."""
 
 
 class Broker:
@@ -82,10 +79,7 @@ class Broker:
         self.damage: list[str] = []
         self._lost: dict[int, ChainHead] = {}
         self._ack_due = False
-        self._closed_at = -BIND_PATIENCE_S
-        self._publisher: Socket | None = None
-        self._members: MemberDesk | None = None
-        self._door: Door | None = None
+        self._ports = Ports(self)
         self._doorkeeper = sockets.Doorkeeper(self.context, self.loop, self.roster.cid_of_key)
         self.local = LocalDesk(self, sockets.bind_local(self.context, config.broker_socket))
         self.retainer = Retainer(self)
@@ -174,7 +168,7 @@ class Broker:
     def _stand_aside(self) -> None:
         """Be in no cluster until the document can be put in force; it is tried again."""
         self._leave_cluster()
-        self._closed_at = -BIND_PATIENCE_S
+        self._ports.lose_patience()
         self.roster.signed = None
         self.roster.forget_stamp()
 
@@ -201,9 +195,8 @@ class Broker:
         if self.journals is None:
             self._open_journals()
         if removed:
-            # libzmq looks at keys at the handshake only: a removed member's live connections end with the sockets.
-            self._close_members_sockets()
-        self._bind()
+            self._ports.cut()
+        self._ports.bind(master=signed.document.master == cid)
         self.publish(b"d", signed.pack())
         self._meet_members(signed.document)
         self.local.spread_document()
@@ -236,10 +229,7 @@ class Broker:
         for link in self.peers.values():
             link.close()
         self.peers.clear()
-        self._close_members_sockets()
-        if self._door is not None:
-            self._door.close()
-            self._door = None
+        self._ports.close()
         if self.journals is not None:
             self.loop.remove(self.journals.notify_fd)
             self.journals.close()
@@ -251,59 +241,14 @@ class Broker:
         self._lost.clear()
         self.roster.cid = 0
 
-    def _bind(self) -> None:
-        """Bind every port that is wanted and not bound; one that was closed here just now is left to the next call.
-
-        Raises:
-            ConfigError: when a port cannot be bound.
-        """
-        try:
-            self._open_members_sockets()
-            self._tend_door()
-        except sockets.PortInUseError:
-            if time.monotonic() - self._closed_at >= BIND_PATIENCE_S:
-                raise
-
     def _bind_rest(self) -> None:
         if not self.cid:
             return
         try:
-            self._bind()
+            self._ports.bind(master=self.document.master == self.cid)
         except PmgsyncError as error:
             log.error("action=bind-failed error=%s", error)
             self._stand_aside()
-
-    def _open_members_sockets(self) -> None:
-        ports = self.config
-        if self._publisher is None:
-            publisher = sockets.open_socket(self.context, zmq.PUB)
-            sockets.serve(publisher, self.keys, sockets.MEMBERS_DOMAIN, ports.address, ports.events_port, "events")
-            self._publisher = publisher
-        if self._members is None:
-            router = sockets.open_socket(self.context, zmq.ROUTER, max_bytes=sockets.CONTROL_MAX_BYTES, hwm=10_000)
-            router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-            sockets.serve(router, self.keys, sockets.MEMBERS_DOMAIN, ports.address, ports.control_port, "control")
-            self._members = MemberDesk(self, router)
-
-    def _close_members_sockets(self) -> None:
-        if self._publisher is not None:
-            self._closed_at = time.monotonic()
-            self._publisher.close(linger=200)
-            self._publisher = None
-        if self._members is not None:
-            self._members.close()
-            self._members = None
-
-    def _tend_door(self) -> None:
-        wanted = self.document.master == self.cid
-        if wanted and self._door is None:
-            self._door = Door(
-                self.context, self.loop, self.keys, self.tokens, self,
-                address=self.config.address, port=self.config.join_port,
-            )  # fmt: skip
-        elif not wanted and self._door is not None:
-            self._door.close()
-            self._door = None
 
     def _meet_members(self, document: ClusterDocument) -> None:
         for cid, link in list(self.peers.items()):
@@ -505,8 +450,7 @@ class Broker:
 
     def publish(self, *parts: bytes) -> None:
         """Publish an event; nothing happens while there are no members' sockets."""
-        if self._publisher is not None:
-            self._publisher.send_multipart(parts)
+        self._ports.publish(*parts)
 
     def applied_moved(self, origin: int, applied: Applied) -> None:
         """Note what a local apply worker has committed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -160,6 +161,23 @@ class Apply:
         self.id = answer["id"]
         self.position = Position.parse(answer["position"])
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Say something now and then, as a worker does, while the test is busy elsewhere."""
+        over = threading.Event()
+
+        def talk() -> None:
+            while not over.wait(0.3):
+                self.link.send({"op": "report", "state": "A", "error": ""})
+
+        thread = threading.Thread(target=talk)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
     def take(self, until: Position) -> list[Frame]:
         def reached() -> bool:
             while (received := self.link.receive(0.1)) is not None:
@@ -192,9 +210,10 @@ def test_frames_arrive_live_and_after_every_kind_of_restart(pair: tuple[Broker, 
     again = Apply(two, incarnation=INCARNATION, position=frames[49].here)
     assert again.take(frames[199].here) == frames[50:200]
 
-    one.kill()
-    one.start()
-    capture = Capture(one)
+    with again.kept():
+        one.kill()
+        one.start()
+        capture = Capture(one)
     assert capture.position == frames[199].here
     capture.send(frames[200:])
     assert again.take(frames[-1].here) == frames[50:]
@@ -210,9 +229,10 @@ def test_a_large_transaction_is_begun_again_after_a_crash(pair: tuple[Broker, Br
     capture.send(parts)
     assert apply.take(Position(200, 2)) == parts
     capture.wait_durable(Position(200, 2))
-    one.kill()
-    one.start()
-    capture = Capture(one)
+    with apply.kept():
+        one.kill()
+        one.start()
+        capture = Capture(one)
     assert capture.position == Position(100), "what is half journaled is dropped"
     again = [
         frame(Position(100), Position(200, 1), attempt=6),
@@ -327,7 +347,7 @@ def test_a_port_that_is_not_free_yet_does_not_hold_the_loop_up(tmp_path: Path, m
     both = with_member(found_cluster(CLUSTER, "test", "mirror", one.member()), two.member())
     state.store_document(sign(both, 1, keys.sign_private))
     served = node.Broker(load_config(one.config))
-    close = served._close_members_sockets
+    close = served._ports.cut
     taken: list[socket.socket] = []
 
     def close_and_take() -> None:
@@ -340,7 +360,7 @@ def test_a_port_that_is_not_free_yet_does_not_hold_the_loop_up(tmp_path: Path, m
     thread.start()
     try:
         cli = one.link("cli")
-        monkeypatch.setattr(served, "_close_members_sockets", close_and_take)
+        monkeypatch.setattr(served._ports, "cut", close_and_take)
         state.store_document(sign(without_member(both, 2), 1, keys.sign_private))
         cli.request({"op": "reload"})
         assert taken, "a member's removal closes the members' sockets"
