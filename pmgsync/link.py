@@ -52,8 +52,8 @@ ERRORS: Mapping[str, type[PmgsyncError]] = {
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
-    """Return a control message's first part."""
-    return msgpack.packb(message, use_bin_type=True)  # type: ignore[no-any-return]
+    """Return a control message's first part. Text may quote names from a database, which need not be UTF-8."""
+    return msgpack.packb(message, use_bin_type=True, unicode_errors="backslashreplace")  # type: ignore[no-any-return]
 
 
 def unpack(data: bytes) -> Message:

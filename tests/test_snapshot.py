@@ -61,9 +61,9 @@ def copied(restore: DatabaseRestore, pieces: Iterator[Piece]) -> dict[str, Any]:
     raise AssertionError("no result")
 
 
-def rows_of(pieces: Iterator[Piece], table: str) -> tuple[bytes, dict[str, Any]]:
+def rows_of(pieces: Iterator[Piece], table: bytes) -> tuple[bytes, dict[str, Any]]:
     """Return a table's rows as COPY text, and the result."""
-    data, current, result = b"", "", {}
+    data, current, result = b"", b"", {}
     for piece, attachment in pieces:
         current = piece.get("table", current)
         if piece["kind"] == "rows" and current == table:
@@ -113,12 +113,12 @@ def test_the_vector_says_exactly_what_is_in(server: EmbeddedPostgres, mirror: Pr
     snapshots = []
     try:
         for _ in range(6):
-            snapshots.append(rows_of(take_database_snapshot(app.dsn, mirror, own=(1, made.incarnation)), "mark"))
+            snapshots.append(rows_of(take_database_snapshot(app.dsn, mirror, own=(1, made.incarnation)), b"mark"))
             eventually(lambda: app.sql("SELECT count(*) FROM public.mark")[0][0] > 0)
             chain = take_chain_snapshot(
                 app.dsn, mirror, origin=1, own=(1, made.incarnation), master=1, members=(1,)
             )  # fmt: skip
-            snapshots.append(rows_of(chain, "mark"))
+            snapshots.append(rows_of(chain, b"mark"))
     finally:
         stop.set()
         for writer in writers:
@@ -137,11 +137,11 @@ def test_positions_of_others_are_those_of_the_snapshot(server: EmbeddedPostgres,
     app.sql("CREATE TABLE public.t (id int PRIMARY KEY)")
     made = app.provision(mirror)
     app.sql("INSERT INTO pmgsync.position (origin, incarnation, lsn) VALUES (2, 9, '0/20'), (3, 8, '0/30')")
-    _, result = rows_of(take_database_snapshot(app.dsn, mirror, own=(1, made.incarnation)), "t")
+    _, result = rows_of(take_database_snapshot(app.dsn, mirror, own=(1, made.incarnation)), b"t")
     assert result["vector"].keys() == {1, 2, 3}
     assert result["vector"][3] == [8, 0x30, LAST]
     chain = take_chain_snapshot(app.dsn, mirror, origin=3, own=(1, made.incarnation), master=3, members=(1, 3))
-    _, result = rows_of(chain, "t")
+    _, result = rows_of(chain, b"t")
     assert result["vector"] == {3: [8, 0x30, LAST]}
     with pytest.raises(PmgsyncError, match="nothing of the chain of node 4"):
         list(take_chain_snapshot(app.dsn, mirror, origin=4, own=(1, 1), master=1, members=(1, 4)))
@@ -168,7 +168,7 @@ def test_a_table_that_was_truncated_is_not_taken_for_empty(
         yield from real(connection, dsn, tables)
 
     monkeypatch.setattr(snapshot_module, "hold_tables", hold)
-    data, result = rows_of(take_database_snapshot(app.dsn, mirror, own=(1, made.incarnation)), "t")
+    data, result = rows_of(take_database_snapshot(app.dsn, mirror, own=(1, made.incarnation)), b"t")
     assert data == b"11\n"
     assert result["rows"] == 2
     assert len(calls) == 4
@@ -330,7 +330,7 @@ def test_an_interrupted_restore_leaves_the_old_database(
     again.feed({"kind": "schema", "section": "pre-data"}, b"int)")
     with pytest.raises(ProtocolError, match="where none can stand"):
         again.feed({"kind": "rows"}, b"1\n")
-    again.feed({"kind": "table", "schema": "public", "table": "t", "columns": [b"id"]}, None)
+    again.feed({"kind": "table", "schema": b"public", "table": b"t", "columns": [b"id"]}, None)
     again.feed({"kind": "rows"}, b"1\nnot a number\n")
     with pytest.raises(PmgsyncError, match=r"public\.t.*not a number"):
         again.feed({"kind": "table-end", "rows": 2}, None)
@@ -448,14 +448,14 @@ def test_what_an_origin_does_not_answer_for_is_refused(server: EmbeddedPostgres,
     target.provision(gateway, cid=2)
     restore = ChainRestore(target.dsn, gateway, origin=3, own_cid=2, master=1, members=(1, 2, 3))
     try:
-        for table in ("rule", "clusterinfo", "nothing"):
+        for table in (b"rule", b"clusterinfo", b"nothing"):
             with pytest.raises(ProtocolError, match="does not answer for"):
-                restore.feed({"kind": "table", "schema": "public", "table": table, "columns": [b"id"]}, None)
+                restore.feed({"kind": "table", "schema": b"public", "table": table, "columns": [b"id"]}, None)
         with pytest.raises(ProtocolError, match="malformed"):
-            restore.feed({"kind": "table", "schema": "pmgsync", "table": "node", "columns": [b"cid"]}, None)
+            restore.feed({"kind": "table", "schema": b"pmgsync", "table": b"node", "columns": [b"cid"]}, None)
         # Rows of others among those of the origin are passed over.
         columns = [b"time", b"rblcount", b"pregreetcount", b"cid", b"mtime"]
-        restore.feed({"kind": "table", "schema": "public", "table": "localstat", "columns": columns}, None)
+        restore.feed({"kind": "table", "schema": b"public", "table": b"localstat", "columns": columns}, None)
         restore.feed({"kind": "rows"}, b"1\t0\t0\t3\t1\n1\t0\t0\t1\t1\n")
         restore.feed({"kind": "table-end", "rows": 2}, None)
         restore.finish({"vector": {3: [1, 5, LAST]}, "rows": 2})

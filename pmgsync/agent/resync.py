@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from pmgsync.agent.base import Bell
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.link import BrokerLink
-from pmgsync.postgres.catalog import as_text
 from pmgsync.postgres.restore import ChainRestore
 from pmgsync.profile import load_profile
 
@@ -95,7 +94,7 @@ class Resync:
                 link.hello()
                 args: dict[str, Any] = {"scope": "chain", "origin": worker.origin}
                 if self._tables:
-                    args["tables"] = [[as_text(part) for part in table] for table in self._tables]
+                    args["tables"] = [list(table) for table in self._tables]
                 for message, parts in link.call("snapshot", args, target=worker.origin):
                     if self._cancelled.is_set():
                         raise UnreachableError("the resync was given up")

@@ -75,12 +75,12 @@ class _Serving:
         return False
 
 
-def _tables(given: object) -> set[tuple[str, str]] | None:
+def _tables(given: object) -> set[tuple[bytes, bytes]] | None:
     if given is None:
         return None
     if isinstance(given, list):
         pairs = {(pair[0], pair[1]) for pair in given if isinstance(pair, list) and len(pair) == 2}
-        if len(pairs) == len(given) and all(isinstance(part, str) for pair in pairs for part in pair):
+        if len(pairs) == len(given) and all(isinstance(part, bytes) for pair in pairs for part in pair):
             return pairs
     raise ProtocolError(f"a snapshot was asked for of the tables {given!r:.100}")
 

@@ -19,7 +19,7 @@ from pmgsync.postgres.apply.failures import is_drift, one_line
 from pmgsync.postgres.apply.rows import MERGE_LOCK
 from pmgsync.postgres.catalog import Table, as_bytes, as_text, list_tables
 from pmgsync.postgres.copying import CopyIn
-from pmgsync.postgres.pieces import checked_vector, copy_from, set_position, table_piece
+from pmgsync.postgres.pieces import checked_vector, copy_from, set_position, table_label, table_piece
 from pmgsync.postgres.provision import ORIGIN_PREFIX
 from pmgsync.postgres.session import connect, quote_ident
 from pmgsync.postgres.snapshot import chain_condition, owner_condition
@@ -190,7 +190,7 @@ class ChainRestore:
 
     def _begin_table(self, piece: Mapping[str, Any]) -> None:
         schema, name, columns = table_piece(piece)
-        label = f"{piece['schema']}.{piece['table']}"
+        label = table_label(schema, name)
         rule = self._profile.rule_for(as_text(schema), as_text(name))
         condition = None if rule is None else chain_condition(rule, self._origin, self._master, self._members)
         if rule is None or condition is None:

@@ -7,9 +7,13 @@ from typing import Any
 
 from pmgsync.errors import ProtocolError
 from pmgsync.positions import LAST, MAX_LSN, format_lsn
-from pmgsync.postgres.catalog import as_bytes
 from pmgsync.postgres.session import quote_ident
 from pmgsync.profile import OWN_SCHEMA
+
+
+def table_label(schema: bytes, table: bytes) -> str:
+    """Return a table's name as messages write it."""
+    return (schema + b"." + table).decode(errors="backslashreplace")
 
 
 def table_piece(piece: Mapping[str, Any]) -> tuple[bytes, bytes, list[bytes]]:
@@ -19,9 +23,9 @@ def table_piece(piece: Mapping[str, Any]) -> tuple[bytes, bytes, list[bytes]]:
         ProtocolError: when it does not have them.
     """
     match piece:
-        case {"schema": str(schema), "table": str(table), "columns": [*columns]} if schema != OWN_SCHEMA:
+        case {"schema": bytes(schema), "table": bytes(table), "columns": [*columns]} if schema != OWN_SCHEMA.encode():
             if all(type(column) is bytes for column in columns):
-                return as_bytes(schema), as_bytes(table), columns
+                return schema, table, columns
     raise ProtocolError(f"the snapshot has a malformed table piece {piece!r:.200}")
 
 

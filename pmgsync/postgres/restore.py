@@ -28,7 +28,7 @@ from pmgsync.postgres.databases import (
     quoted,
     terminate_sessions,
 )
-from pmgsync.postgres.pieces import checked_vector, copy_from, set_position, table_piece
+from pmgsync.postgres.pieces import checked_vector, copy_from, set_position, table_label, table_piece
 from pmgsync.postgres.provision import SQL
 from pmgsync.postgres.session import connect, quote_ident, quote_literal
 
@@ -223,7 +223,7 @@ class DatabaseRestore:
         if self._copy is not None:
             raise ProtocolError("the snapshot begins a table within another")
         schema, table, columns = table_piece(piece)
-        self._table = f"{piece['schema']}.{piece['table']}"
+        self._table = table_label(schema, table)
         name = quote_ident(schema) + b"." + quote_ident(table)
         self._copy = CopyIn(self._session(), copy_from(name, columns))
 

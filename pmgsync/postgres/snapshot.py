@@ -66,7 +66,7 @@ def take_chain_snapshot(
     own: tuple[int, int],
     master: int,
     members: Collection[int],
-    tables: Collection[tuple[str, str]] | None = None,
+    tables: Collection[tuple[bytes, bytes]] | None = None,
 ) -> Iterator[Piece]:
     """Yield the pieces of a snapshot of the rows that one origin answers for, with its position alone.
 
@@ -177,7 +177,7 @@ def _take_chain(
     own: tuple[int, int],
     master: int,
     members: Collection[int],
-    tables: Collection[tuple[str, str]] | None,
+    tables: Collection[tuple[bytes, bytes]] | None,
 ) -> Generator[Piece, None, None]:
     with contextlib.ExitStack() as stack:
         if origin == own[0]:
@@ -194,7 +194,7 @@ def _take_chain(
         chosen = []
         published = _published(connection)
         for table, rule in synchronised(list_tables(connection), profile):
-            if tables is not None and (as_text(table.schema), as_text(table.name)) not in tables:
+            if tables is not None and (table.schema, table.name) not in tables:
                 continue
             condition = chain_condition(rule, origin, master, members)
             if condition is not None and table.oid in published:
@@ -301,7 +301,7 @@ def _rows(
     connection: Connection, table: Table, columns: Sequence[bytes], condition: bytes | None, counts: list[int]
 ) -> Iterator[Piece]:
     yield {
-        "kind": "table", "schema": as_text(table.schema), "table": as_text(table.name), "columns": list(columns)
+        "kind": "table", "schema": table.schema, "table": table.name, "columns": list(columns)
     }, None  # fmt: skip
     listed = b", ".join(map(quote_ident, columns))
     source = b"(SELECT %s FROM ONLY %s%s)" % (listed, table.quoted, b" WHERE " + condition if condition else b"")
