@@ -54,6 +54,25 @@ def owners(pair: Pair) -> list[tuple[object, ...]]:
     return pair.run("SELECT cid, count(*)::int FROM o GROUP BY 1 ORDER BY 1", on=pair.target)
 
 
+def test_an_owned_row_is_found_by_a_generated_key(make_pair: MakePair, shared: EmbeddedPostgres) -> None:
+    if shared.version < 18:
+        pytest.skip("generated columns are published from PostgreSQL 18 on")
+    pair = make_pair(
+        "CREATE TABLE g (cid int, rid int, k int GENERATED ALWAYS AS (cid * 1000 + rid) STORED, v text, "
+        "PRIMARY KEY (cid, k))",
+        make_profile(rule("g", Policy.OWNED, owner="cid")),
+    )
+    pair.run("ALTER PUBLICATION p SET (publish_generated_columns = stored)")
+    pair.run("INSERT INTO g (cid, rid, v) VALUES (2, 3, 'was here')", on=pair.target)
+    applier = pair.both("INSERT INTO g (cid, rid, v) SELECT 2, r, 'v' FROM generate_series(1, 20) AS r")
+    assert applier.stats.conflicts == 1
+    pair.both(
+        "UPDATE g SET v = 'w' WHERE rid < 5; UPDATE g SET rid = rid + 100 WHERE rid % 2 = 0; "
+        "DELETE FROM g WHERE k > 2110"
+    )
+    assert pair.run("SELECT max(k), count(*)::int FROM g", on=pair.target) == [(2110, 15)]
+
+
 def test_only_the_owners_changes_count(make_pair: MakePair) -> None:
     pair = make_pair(SCHEMA, OWNED)
     pair.run(f"{ROWS}; INSERT INTO m VALUES (1); INSERT INTO l VALUES (1)")

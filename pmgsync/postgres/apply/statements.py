@@ -50,7 +50,7 @@ class _Builder:
         self._known: dict[tuple[Source, bytes], bytes] = {}
 
     def parameter(self, row: int, place: int, type_name: bytes | None = None) -> bytes:
-        type_name = type_name or self.target.columns[place].type_name
+        type_name = type_name or self.target.column(place).type_name
         wanted = ((row, place), type_name)
         if wanted not in self._known:
             self.types.append(type_name)
@@ -89,7 +89,7 @@ class _Builder:
         return b"ctid = (SELECT ctid FROM ONLY %s%s LIMIT 1)" % (target.name, where)
 
     def _equal(self, place: int) -> bytes:
-        column = self.target.columns[place]
+        column = self.target.column(place)
         if column.equals is None:
             return identical(column.name, self.parameter(OLD, place, b"text"))
         return b"%s %s %s" % (column.name, column.equals, self.parameter(OLD, place))
@@ -133,7 +133,7 @@ def upsert(target: Target) -> Statement:
     plain = insert(target)
     if not target.arbiter:
         return plain
-    key = _names(target.columns[place] for place in target.arbiter)
+    key = _names(target.column(place) for place in target.arbiter)
     changed = [
         column.name + b" = EXCLUDED." + column.name
         for place, column in target.columns.items()

@@ -48,6 +48,7 @@ class Target:
         name: qualified and quoted.
         only: "ONLY " unless the table is partitioned: rows of inheriting tables are another table's.
         columns: place -> local column, of all columns that are written and compared.
+        derived: place -> local column, of the columns of the key that are generated here: compared, never written.
         key: the places of the replica identity; () under REPLICA IDENTITY FULL.
         full: rows are found by all their values.
         indexed: the places that an index can find rows by.
@@ -68,6 +69,7 @@ class Target:
     relation: Relation
     rule: TableRule
     columns: dict[int, LocalColumn]
+    derived: dict[int, LocalColumn]
     key: tuple[int, ...]
     full: bool
     indexed: tuple[int, ...]
@@ -83,11 +85,16 @@ class Target:
     def __post_init__(self) -> None:
         self.strict = self.rule.policy is Policy.MIRROR
         self.always = any(column.identity == "a" for column in self.columns.values())
-        pairs = [(self.relation.columns[place], column) for place, column in self.columns.items()]
+        known = self.columns | self.derived
+        pairs = [(self.relation.columns[place], column) for place, column in known.items()]
         self.differs = any(
             (theirs.type_oid, theirs.typmod) != (mine.type_oid, mine.typmod) or mine.type_oid >= FIRST_USER_OID
             for theirs, mine in pairs
         )
+
+    def column(self, place: int) -> LocalColumn:
+        """Return a column that is written or belongs to the key."""
+        return self.columns[place] if place in self.columns else self.derived[place]
 
 
 FIRST_USER_OID = 16384
@@ -185,6 +192,7 @@ def _match(
 ) -> Target:  # fmt: skip
     own = {column.encode() for column in rule.local_columns}
     columns: dict[int, LocalColumn] = {}
+    generated: dict[int, LocalColumn] = {}
     by_name: dict[bytes, int] = {}
     warnings: list[str] = []
     missing: list[bytes] = []
@@ -196,7 +204,9 @@ def _match(
             missing.append(column.name)
             text = column.name.decode(errors="backslashreplace")
             warnings.append(f"{relation.qualified} has no column {text!r} here: its values from the origin are dropped")
-        elif not here.generated:
+        elif here.generated:
+            generated[place] = here
+        else:
             columns[place] = here
             by_name[column.name] = place
     full = relation.identity == "f"
@@ -204,12 +214,20 @@ def _match(
     if rule.policy is Policy.MERGE:
         named = tuple(by_name.get(column.encode(), -1) for column in rule.key)
         key, full = named or key or _first_arbiter(indexes, places, by_name, ()), False
-    lacking = [place for place in key if place not in columns]
+    # From 18 on a replica identity may have stored generated columns.
+    derived = {place: generated[place] for place in key if place in generated}
+    if rule.policy is Policy.MERGE and derived:
+        raise ApplyError(
+            f"table {relation.qualified} is merged by a key with a generated column", table=relation.qualified,
+            sqlstate="42703", hint="name a key of other columns in the profile",
+        )  # fmt: skip
+    lacking = [place for place in key if place not in columns and place not in derived]
     if lacking:
         raise ApplyError(
             f"table {relation.qualified} lacks a column of its key here", table=relation.qualified, sqlstate="42703",
             hint="bring the table into agreement with the origin's",
         )  # fmt: skip
+    by_key = by_name | {relation.columns[place].name: place for place in derived}
     if rule.policy is Policy.MERGE:
         try:
             groups(rule.rules, [n.decode(errors="surrogateescape") for n, place in by_name.items() if place not in key])
@@ -228,10 +246,11 @@ def _match(
         relation=relation,
         rule=rule,
         columns=columns,
+        derived=derived,
         key=key,
         full=full,
         indexed=indexed,
-        arbiter=_first_arbiter(indexes, places, by_name, key),
+        arbiter=_first_arbiter(indexes, places, by_key, key),
         rest=tuple(c for n, c in local.items() if n not in by_name and not c.generated),
         warnings=tuple(warnings),
         lacking=tuple(missing),
