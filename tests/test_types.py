@@ -295,6 +295,11 @@ CREATE TABLE odd.nothing ();
 CREATE TABLE odd.only_generated (g int GENERATED ALWAYS AS (42) STORED);
 CREATE TABLE odd.generated (id int PRIMARY KEY, g text GENERATED ALWAYS AS ('\\N' || id) STORED, v text);
 CREATE TABLE odd.generated_keyless (g int GENERATED ALWAYS AS (v * 2) STORED, v int);
+CREATE TABLE odd.generated_key (id int, k int GENERATED ALWAYS AS (id * 2) STORED PRIMARY KEY, v text);
+CREATE TABLE odd.generated_part (a int, k int GENERATED ALWAYS AS (a % 3) STORED, b int, v text, PRIMARY KEY (b, k));
+CREATE TABLE odd.generated_index (a int NOT NULL, k int GENERATED ALWAYS AS (-a) STORED NOT NULL, v text);
+CREATE UNIQUE INDEX generated_index_k ON odd.generated_index (k);
+ALTER TABLE odd.generated_index REPLICA IDENTITY USING INDEX generated_index_k;
 CREATE TABLE odd.always_key (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v text);
 CREATE TABLE odd.always_beside (k text PRIMARY KEY, id int GENERATED ALWAYS AS IDENTITY, v text);
 CREATE TABLE odd.always_keyless (id int GENERATED ALWAYS AS IDENTITY, v text);
@@ -346,6 +351,9 @@ def shape_rows(first: int) -> list[bytes]:
             *["INSERT INTO odd.only_generated DEFAULT VALUES"] * 10,
             f"INSERT INTO odd.generated (id, v) SELECT g, '\\N' FROM {rows}",
             f"INSERT INTO odd.generated_keyless (v) SELECT g % 5 FROM {rows}",
+            f"INSERT INTO odd.generated_key (id, v) SELECT g, 'v' FROM {rows}",
+            f"INSERT INTO odd.generated_part (a, b, v) SELECT g, g / 3, 'v' FROM {rows}",
+            f"INSERT INTO odd.generated_index (a, v) SELECT g, 'v' FROM {rows}",
             f"INSERT INTO odd.always_key (v) SELECT 'v' || g FROM {rows}",
             f"INSERT INTO odd.always_beside (k, v) SELECT 'k' || g, NULL FROM {rows}",
             f"INSERT INTO odd.always_keyless (v) SELECT 'v' || g FROM {rows}",
@@ -373,6 +381,13 @@ UPDATE odd.wide_keyless SET c1600 = -1 WHERE ctid IN (SELECT min(ctid) FROM odd.
 UPDATE odd.generated SET id = id + 100000 WHERE id % 2 = 0
 UPDATE odd.generated SET v = 'changed' WHERE id % 3 = 0
 UPDATE odd.generated_keyless SET v = v + 10 WHERE v % 2 = 0
+UPDATE odd.generated_key SET v = 'w' WHERE id % 2 = 0
+UPDATE odd.generated_key SET id = id + 100000 WHERE id % 3 = 0
+UPDATE odd.generated_part SET v = a WHERE k = 1
+UPDATE odd.generated_part SET a = a + 3 WHERE k = 2
+UPDATE odd.generated_part SET a = a + 1, b = b + 100000 WHERE k = 0
+UPDATE odd.generated_index SET v = 'w' WHERE a % 2 = 0
+UPDATE odd.generated_index SET a = a + 100000, v = k WHERE a % 3 = 0
 UPDATE odd.always_key SET v = NULL WHERE id % 2 = 0
 UPDATE odd.always_beside SET id = DEFAULT, v = 'x' WHERE id % 2 = 0
 UPDATE odd.always_beside SET k = k || 'x' WHERE id % 3 = 0
@@ -409,6 +424,9 @@ DELETE FROM odd.nothing WHERE ctid IN (SELECT ctid FROM odd.nothing LIMIT 3)
 DELETE FROM odd.only_generated WHERE ctid IN (SELECT ctid FROM odd.only_generated LIMIT 3)
 DELETE FROM odd.generated WHERE id % 2 = 0
 DELETE FROM odd.generated_keyless WHERE v % 2 = 0
+DELETE FROM odd.generated_key WHERE id % 4 = 0
+DELETE FROM odd.generated_part WHERE b % 2 = 0
+DELETE FROM odd.generated_index WHERE a % 4 < 2
 DELETE FROM odd.always_key WHERE id % 2 = 0
 DELETE FROM odd.always_beside WHERE id % 2 = 0
 DELETE FROM odd.always_keyless WHERE id % 2 = 0

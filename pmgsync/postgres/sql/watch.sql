@@ -18,6 +18,16 @@ CREATE TABLE IF NOT EXISTS pmgsync.profile_table (
     PRIMARY KEY (schema, name)
 );
 
+-- True when updates and deletes can be published by an index as replica identity. Before PostgreSQL 18 generated columns
+-- are left out of what is sent, and with them what the row is found by.
+CREATE OR REPLACE FUNCTION pmgsync.identifies(i pg_catalog.pg_index) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT i.indisvalid AND i.indislive AND i.indimmediate AND (
+        current_setting('server_version_num')::integer >= 180000
+        OR NOT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = i.indrelid AND a.attgenerated <> ''
+                       AND a.attnum = ANY ((i.indkey::int2[])[:i.indnkeyatts - 1])))
+$$;
+
 -- Every table that holds rows, with what the profile and the catalog say of it. Usable: updates and deletes of it can be
 -- published. A virtual generated column (PostgreSQL 18) cannot be part of a published replica identity.
 CREATE OR REPLACE VIEW pmgsync.tables AS
@@ -39,7 +49,7 @@ CROSS JOIN LATERAL (
                    AND d.objid = c.oid AND d.deptype = 'e') AS extension,
            CASE c.relreplident WHEN 'f' THEN NOT v.virtual WHEN 'n' THEN false
            ELSE EXISTS (SELECT FROM pg_catalog.pg_index AS i
-                        WHERE i.indrelid = c.oid AND i.indisvalid AND i.indislive AND i.indimmediate
+                        WHERE i.indrelid = c.oid AND pmgsync.identifies(i)
                           AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END)
            END AS usable
 ) AS t
@@ -235,8 +245,8 @@ BEGIN
     FOR t IN
         SELECT w.schema, w.name FROM pmgsync.tables AS w JOIN pmgsync.replica_identity AS r ON r.relation = w.relation
         WHERE w.identity = 'f' AND r.identity = 'd'
-          AND EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = w.relation AND i.indisprimary AND i.indimmediate
-                      AND i.indisvalid AND i.indislive)
+          AND EXISTS (SELECT FROM pg_index AS i
+                      WHERE i.indrelid = w.relation AND i.indisprimary AND pmgsync.identifies(i))
     LOOP
         EXECUTE format('ALTER TABLE ONLY %I.%I REPLICA IDENTITY DEFAULT', t.schema, t.name);
     END LOOP;
