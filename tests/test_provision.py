@@ -121,6 +121,7 @@ def test_everything_that_is_wrong_is_said_at_once(pg_bindir: str) -> None:
         database.sql("CREATE TABLE public.rule (id int)")
         database.sql("CREATE TABLE public.cmsreceivers (ticketid int)")
         database.sql("CREATE UNLOGGED TABLE public.object (id int PRIMARY KEY)")
+        database.sql("CREATE TABLE public.cgreylist (id int, twice int GENERATED ALWAYS AS (id) STORED PRIMARY KEY)")
         database.sql("CREATE ROLE plain LOGIN")
         with database.connection() as connection:
             connection.cursor().execute("SET ROLE plain")
@@ -136,6 +137,7 @@ def test_everything_that_is_wrong_is_said_at_once(pg_bindir: str) -> None:
             "rulegroup, objectgroup, attribut",
             "the table cmsreceivers lacks columns that the profile refers to: cmailstore_cid",
             "the table object is unlogged",
+            "the table cgreylist would be merged by generated columns: twice",
         ):
             assert part in text
 

@@ -10,7 +10,7 @@ import psycopg2
 import psycopg2.extensions
 
 from pmgsync.errors import PreflightError, UnreachableError
-from pmgsync.postgres.catalog import Table, as_text, list_tables, synchronised
+from pmgsync.postgres.catalog import Table, as_bytes, as_text, list_tables, synchronised
 from pmgsync.profile import DEFAULT_SCHEMA, Policy, Profile, TableRule
 
 OLDEST, NEWEST = 15, 18
@@ -210,4 +210,11 @@ def _check_table(table: Table, rule: TableRule) -> Iterable[Finding]:
             "merge key", bool(rule.key or table.primary_key),
             f"the table {_label(rule)} has no primary key, and the profile names no key to merge its rows by",
             "give it a primary key, or a key in the profile",
+        )  # fmt: skip
+        key = {as_bytes(name) for name in rule.key} or set(table.primary_key)
+        generated = sorted(as_text(column.name) for column in table.columns if column.generated and column.name in key)
+        yield _judged(
+            "generated key", not generated,
+            f"the table {_label(rule)} would be merged by generated columns: {', '.join(generated)}",
+            "name a key of other columns in the profile",
         )  # fmt: skip
