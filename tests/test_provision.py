@@ -225,7 +225,7 @@ def test_a_signal_while_it_waits_leaves_nothing(app: Database, mirror: Profile, 
     assert app.left()[0] == 1
 
 
-@pytest.mark.parametrize("step", range(1, 15))
+@pytest.mark.parametrize("step", range(1, 18))
 def test_a_kill_after_any_statement_is_made_good_by_the_next_attempt(
     app: Database, mirror: Profile, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

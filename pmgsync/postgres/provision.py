@@ -1,9 +1,12 @@
 """Provisioning: makes a database the home of a node's chain, all of it or nothing, and takes it all away again.
 
-The order is forced by PostgreSQL. The publication must be committed before the slot begins, because a transaction that
-wrote before there was a publication jams pgoutput for good; creating the slot waits until every such transaction has
-ended, but cannot be done in a transaction that has written. So: objects, slot, and at last the row in pmgsync.node that
-makes it count. Until that row is complete everything is a leftover, which the next attempt removes.
+The order is forced by PostgreSQL. A published table without a usable key refuses UPDATE and DELETE, and a transaction
+may have made one, or dropped a key, that nobody else sees yet. So the event triggers that give such tables an
+identity come first, and what has begun without them must have ended before anything is published. The publication
+must be committed before the slot begins, because a transaction that wrote before there was a publication jams
+pgoutput for good; creating the slot waits until every such transaction has ended, but cannot be done in a transaction
+that has written. So: watch, objects, slot, and at last the row in pmgsync.node that makes it count. Until that row is
+complete everything is a leftover, which the next attempt removes.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from pmgsync.positions import format_lsn, parse_lsn
 from pmgsync.postgres import watch
 from pmgsync.postgres.catalog import as_text
 from pmgsync.postgres.session import connect, quote_ident
-from pmgsync.postgres.slot import Progress, create_slot
+from pmgsync.postgres.slot import Progress, create_slot, wait_for_older
 from pmgsync.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -36,8 +39,10 @@ ORIGIN_PREFIX = "pmgsync_"
 SET_UP_ORIGIN = "pmgsync_0"
 """Marks what provisioning writes to user tables, so that capture takes it for somebody else's; no node has CID 0."""
 SQL = Path(__file__).with_name("sql")
-LOCK_TIMEOUT_S = 2
-LOCK_TRIES = 30
+LOCK_TIMEOUT_S = 1
+"""No longer than deadlock_timeout is for others, so that none of them ends because of a deadlock with this session."""
+DEADLOCK_MS = 100
+LOCK_TRIES = 60
 DROP_PATIENCE_S = 20.0
 POLL_S = 0.1
 
@@ -134,6 +139,8 @@ def provision(
         try:
             _remove(connection, drop_schema=False)
             incarnation = secrets.randbits(62) + 1
+            _make_watch(connection, profile)
+            wait_for_older(connection, tell)
             _make_objects(connection, profile, cid, cluster, incarnation, needs_snapshot, tell)
             with _session(dsn, "pmgsync provision") as creating:
                 create_slot(creating, connection, SLOT, tell)
@@ -166,6 +173,15 @@ def deprovision(dsn: str) -> None:
 # -- the steps ---------------------------------------------------------------------------------------------------------
 
 
+def _make_watch(connection: Connection, profile: Profile) -> None:
+    """Make the schema and the event triggers: from now on no transaction makes a table without an identity."""
+    with _transaction(connection):
+        for name in ("schema.sql", "apply.sql"):
+            _execute(connection, (SQL / name).read_bytes())
+        watch.install(connection, profile, tending=False)
+        watch.arm(connection)
+
+
 def _make_objects(
     connection: Connection,
     profile: Profile,
@@ -175,36 +191,45 @@ def _make_objects(
     needs_snapshot: bool,
     tell: Progress,
 ) -> None:
-    """Make schema, publication and replica identities in one transaction, and the row, incomplete."""
+    """Make publication and replica identities in one transaction, and the row, incomplete."""
+
+    def make() -> None:
+        if needs_snapshot:
+            _execute(connection, "DELETE FROM pmgsync.position")
+        # From 18 on a published key may hold generated columns only when these are published.
+        stored = ", publish_generated_columns = stored" if connection.server_version >= 180000 else ""
+        options = f"publish = 'insert, update, delete, truncate'{stored}"
+        _execute(connection, f"CREATE PUBLICATION {PUBLICATION} WITH ({options})")
+        _execute(connection, "SELECT pmgsync.tend()")
+        _execute(connection, "DELETE FROM pmgsync.node")
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "INSERT INTO pmgsync.node (cid, cluster, incarnation, needs_snapshot, system_id, timeline, "
+                "slot, publication, profile_digest) "
+                "SELECT %s, %s, %s, %s, s.system_identifier::text, c.timeline_id, %s, %s, %s "
+                "FROM pg_control_system() AS s, pg_control_checkpoint() AS c",
+                (cid, cluster, incarnation, needs_snapshot, SLOT, PUBLICATION, profile.digest),
+            )
+
+    _patiently(connection, make, tell)
+
+
+def _patiently(connection: Connection, act: Callable[[], None], tell: Progress) -> None:
+    """Run something in a transaction, again and again while it does not get its locks at once: beside long transactions
+    it could wait for hours, and everybody else would queue up behind it."""
     for attempt in range(LOCK_TRIES):
         try:
             with _transaction(connection):
-                for name in ("schema.sql", "apply.sql"):
-                    _execute(connection, (SQL / name).read_bytes())
-                if needs_snapshot:
-                    _execute(connection, "DELETE FROM pmgsync.position")
-                # Beside long transactions this lock could wait for hours, and everybody else would queue up behind it.
                 _execute(connection, f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'")
-                # From 18 on a published key may hold generated columns only when these are published.
-                stored = ", publish_generated_columns = stored" if connection.server_version >= 180000 else ""
-                options = f"publish = 'insert, update, delete, truncate'{stored}"
-                _execute(connection, f"CREATE PUBLICATION {PUBLICATION} WITH ({options})")
-                watch.install(connection, profile)
-                watch.arm(connection)
-                _execute(connection, "DELETE FROM pmgsync.node")
-                with connection.cursor() as cursor:
-                    cursor.execute(
-                        "INSERT INTO pmgsync.node (cid, cluster, incarnation, needs_snapshot, system_id, timeline, "
-                        "slot, publication, profile_digest) "
-                        "SELECT %s, %s, %s, %s, s.system_identifier::text, c.timeline_id, %s, %s, %s "
-                        "FROM pg_control_system() AS s, pg_control_checkpoint() AS c",
-                        (cid, cluster, incarnation, needs_snapshot, SLOT, PUBLICATION, profile.digest),
-                    )
+                _execute(connection, f"SET LOCAL deadlock_timeout = '{DEADLOCK_MS}ms'")
+                act()
             return
-        except psycopg2.errors.LockNotAvailable:
+        except (psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected):
             if attempt == LOCK_TRIES - 1:
                 raise
-            tell("waiting for transactions that hold locks on tables without a key")
+            if attempt == 0:
+                tell("waiting for transactions that hold locks on tables without a key")
+            time.sleep(POLL_S)
 
 
 def _check_slot_name(connection: Connection) -> None:
@@ -248,17 +273,23 @@ def _complete(connection: Connection, profile: Profile, cid: int, *, take_over_c
 
 def _remove(connection: Connection, *, drop_schema: bool) -> None:
     """Remove what provisioning made, and with the schema the origins of applying; what is in use is cut off first."""
-    with _transaction(connection):
-        # First: they would make the identities FULL again.
+
+    def quiet() -> None:
+        # First: they would make the identities FULL again, and what nobody publishes needs none.
         watch.disarm(connection)
+        _execute(connection, b"DROP PUBLICATION IF EXISTS " + quote_ident(PUBLICATION.encode()))
+        if _value(connection, "SELECT pg_catalog.to_regclass('pmgsync.node')::oid::bigint") is not None:
+            _execute(connection, "DELETE FROM pmgsync.node")
+
+    def remove() -> None:
         if _value(connection, "SELECT pg_catalog.to_regclass('pmgsync.replica_identity')::oid::bigint") is not None:
             _restore_identities(connection)
-        _execute(connection, b"DROP PUBLICATION IF EXISTS " + quote_ident(PUBLICATION.encode()))
         if drop_schema:
             _execute(connection, "SET LOCAL client_min_messages = warning")
             _execute(connection, "DROP SCHEMA IF EXISTS pmgsync CASCADE")
-        elif _value(connection, "SELECT pg_catalog.to_regclass('pmgsync.node')::oid::bigint") is not None:
-            _execute(connection, "DELETE FROM pmgsync.node")
+
+    _patiently(connection, quiet, lambda text: log.info("action=remove %s", text))
+    _patiently(connection, remove, lambda text: log.info("action=remove %s", text))
     _drop_in_use(
         connection,
         "SELECT active_pid, NULL FROM pg_replication_slots WHERE slot_name = %s AND database = current_database()",

@@ -44,10 +44,13 @@ EVENT_TRIGGERS = (*_DDL_TRIGGERS, *_EVENT_TRIGGERS, GUARD_TRIGGER)
 """Event triggers that pmgsync may have made in a database."""
 
 
-def install(connection: Connection, profile: Profile) -> None:
+def install(connection: Connection, profile: Profile, *, tending: bool = True) -> None:
     """Make the functions, note the profile, and complete identities and publication, in the caller's transaction.
 
     The event triggers follow with `arm`; until then nothing happens by itself.
+
+    Args:
+        tending: False leaves identities and publication as they are.
 
     Raises:
         psycopg2.Error: LockNotAvailable among others, when a table without a key is in use and lock_timeout is set.
@@ -66,7 +69,8 @@ def install(connection: Connection, profile: Profile) -> None:
         )
         if named:
             cursor.execute(b"INSERT INTO pmgsync.profile_table (schema, name, policy) VALUES " + named)
-        cursor.execute("SELECT pmgsync.tend()")
+        if tending:
+            cursor.execute("SELECT pmgsync.tend()")
 
 
 def arm(connection: Connection) -> None:

@@ -29,14 +29,15 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 -- Every table that holds rows, with what the profile and the catalog say of it. Usable: updates and deletes of it can be
--- published. A virtual generated column (PostgreSQL 18) cannot be part of a published replica identity.
+-- published. A virtual generated column (PostgreSQL 18) cannot be part of a published replica identity. A transaction with
+-- a snapshot from before the profile (REPEATABLE READ) does not see it: then every table may be published.
 CREATE OR REPLACE VIEW pmgsync.tables AS
 SELECT c.oid AS relation, n.oid AS namespace, n.nspname AS schema, c.relname AS name, c.relpersistence AS persistence,
        c.relreplident AS identity, t.policy, t.extension, t.virtual, t.usable,
        t.policy <> 'local' AND NOT t.extension AND c.relpersistence = 'p' AND (t.usable OR NOT t.virtual) AS wanted
 FROM pg_catalog.pg_class AS c
 JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
-CROSS JOIN pmgsync.profile AS p
+LEFT JOIN pmgsync.profile AS p ON true
 LEFT JOIN pmgsync.profile_table AS named ON named.schema = n.nspname AND named.name = c.relname
 CROSS JOIN LATERAL (
     SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute AS a
@@ -44,7 +45,7 @@ CROSS JOIN LATERAL (
 ) AS v
 CROSS JOIN LATERAL (
     SELECT v.virtual,
-           coalesce(named.policy, CASE WHEN p.all_tables THEN 'mirror' ELSE 'local' END) AS policy,
+           coalesce(named.policy, CASE WHEN p.all_tables IS NOT FALSE THEN 'mirror' ELSE 'local' END) AS policy,
            EXISTS (SELECT FROM pg_catalog.pg_depend AS d WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
                    AND d.objid = c.oid AND d.deptype = 'e') AS extension,
            CASE c.relreplident WHEN 'f' THEN NOT v.virtual WHEN 'n' THEN false
@@ -187,6 +188,9 @@ DECLARE
     enters boolean;
     filled oid[] := coalesce(string_to_array(nullif(current_setting('pmgsync.relogged', true), ''), ','), '{}')::oid[];
 BEGIN
+    IF current_setting('pmgsync.tending', true) = 'on' THEN
+        RETURN;
+    END IF;
     IF tg_event = 'sql_drop' THEN
         -- With an index or a column a key may be gone, of any table; a table's own go with it.
         IF EXISTS (SELECT FROM pg_event_trigger_dropped_objects() AS d
@@ -232,6 +236,8 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     t record;
 BEGIN
+    -- All tables are looked at here, not again for each that is altered.
+    PERFORM set_config('pmgsync.tending', 'on', true);
     -- Copied from another node by name.
     UPDATE pmgsync.replica_identity AS r SET relation = c.oid
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -252,5 +258,6 @@ BEGIN
     END LOOP;
     PERFORM pmgsync.keep_identity();
     PERFORM pmgsync.publish(late => true);
+    PERFORM set_config('pmgsync.tending', 'off', true);
 END
 $$;
