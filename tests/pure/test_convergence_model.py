@@ -6,6 +6,7 @@ that came, the replica owes a repair, which writes its row again, unchanged, to 
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 from hypothesis import given, settings
@@ -104,3 +105,49 @@ def test_a_write_against_a_rule_comes_back() -> None:
     assert model.rows[1] != model.rows[0] == done
     assert model.settle() <= 3
     assert model.rows == [done] * REPLICAS
+
+
+def deleted_beside(other: str, order: tuple[tuple[int, int], ...]) -> list[bool]:
+    """Return which replicas have a row in the end that all had, that replica 0 deletes while replica 1 does another
+    thing with it: an update, or a delete and an insert of the same key.
+
+    Args:
+        order: (origin, replica) of the deliveries, one change each; what is left is delivered afterwards.
+    """
+    chains = [["delete"], ["update"] if other == "update" else ["delete", "insert"], []]
+    here, owed = [False, True, True], [False] * REPLICAS
+    heard = [[0] * REPLICAS for _ in range(REPLICAS)]
+
+    def deliver(origin: int, replica: int) -> None:
+        if origin == replica or heard[replica][origin] == len(chains[origin]):
+            return
+        change = chains[origin][heard[replica][origin]]
+        heard[replica][origin] += 1
+        # An update that finds no row brings it back, for everybody.
+        owed[replica] |= change == "update" and not here[replica]
+        here[replica] = change != "delete"
+
+    for origin, replica in order:
+        deliver(origin, replica)
+    for _ in range(ROUNDS):
+        for origin in range(REPLICAS):
+            for replica in range(REPLICAS):
+                deliver(origin, replica)
+        for replica in range(REPLICAS):
+            if owed[replica] and here[replica]:
+                chains[replica].append("update")
+            owed[replica] = False
+    return here
+
+
+ORDERS = tuple(permutations([(0, 1), (0, 2), (1, 0), (1, 2), (1, 0), (1, 2)]))
+
+
+def test_an_update_wins_over_a_delete_in_every_order() -> None:
+    assert {tuple(deleted_beside("update", order)) for order in ORDERS} == {(True, True, True)}
+
+
+def test_a_row_made_anew_beside_a_delete_is_a_known_limit() -> None:
+    """The limit that ARCHITECTURE.md states: the one who made the row anew has lost it, and nobody tells."""
+    ends = {tuple(deleted_beside("insert", order)) for order in ORDERS}
+    assert ends == {(True, False, True), (True, False, False)}
