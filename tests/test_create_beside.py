@@ -170,6 +170,7 @@ class Application:
             self.errors.append(str(error))
             self._cursor.execute("ROLLBACK")
         self.steps += 1
+        time.sleep(0.02)
 
     def close(self) -> None:
         self._entered.__exit__(None, None, None)

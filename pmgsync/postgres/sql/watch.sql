@@ -192,10 +192,18 @@ BEGIN
         RETURN;
     END IF;
     IF tg_event = 'sql_drop' THEN
-        -- With an index or a column a key may be gone, of any table; a table's own go with it.
+        -- With an index or a column a key may be gone; a table's own go with it. Which tables that are, the locks say that
+        -- it took: to look at all of them would lock those of others.
         IF EXISTS (SELECT FROM pg_event_trigger_dropped_objects() AS d
                    WHERE d.object_type IN ('index', 'table constraint', 'table column') AND NOT d.is_temporary) THEN
-            PERFORM pmgsync.keep_identity();
+            FOR object IN
+                SELECT DISTINCT l.relation FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation
+                WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND c.relkind = 'r'
+                  AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+                  AND l.mode IN ('AccessExclusiveLock', 'ShareUpdateExclusiveLock')
+            LOOP
+                PERFORM pmgsync.keep_identity(object.relation);
+            END LOOP;
             IF EXISTS (SELECT FROM pmgsync.tables AS t WHERE t.virtual AND NOT t.usable) THEN
                 PERFORM pmgsync.publish();
             END IF;
