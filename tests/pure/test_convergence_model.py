@@ -42,6 +42,12 @@ class Model:
         self.rows[replica] = row
         self.chains[replica].append(row)
 
+    def purge(self, replica: int) -> None:
+        """Forget the row, when the others have heard what was written of it: rows are purged by age."""
+        others = (heard for number, heard in enumerate(self.heard) if number != replica)
+        if all(heard[replica] == len(self.chains[replica]) for heard in others):
+            self.rows[replica] = None
+
     def repair(self, replica: int) -> bool:
         row, owed = self.rows[replica], self.owed[replica]
         self.owed[replica] = False
@@ -75,7 +81,7 @@ def run(model: Model, happened: list[Any]) -> None:
             case "write":
                 model.write(replica, more)
             case "purge":
-                model.rows[replica] = None
+                model.purge(replica)
             case "repair":
                 model.repair(replica)
             case _:
@@ -105,6 +111,21 @@ def test_a_write_against_a_rule_comes_back() -> None:
     assert model.rows[1] != model.rows[0] == done
     assert model.settle() <= 3
     assert model.rows == [done] * REPLICAS
+
+
+def test_a_purge_before_the_others_have_heard_is_a_known_limit() -> None:
+    """The one who purged takes a lesser row for good: the others have the better one from itself and owe it nothing."""
+    model = Model()
+    row: Row = dict.fromkeys(("key", "high", "low", "status", "seen", "seenmtime", "data", "more"))
+    model.write(1, {**row, "mtime": 7})
+    model.rows[1] = None
+    model.write(0, {**row, "mtime": 3})
+    model.settle()
+    assert [row and row["mtime"] for row in model.rows] == [7, 3, 7]
+    # Until the next change.
+    model.write(0, {**row, "mtime": 8})
+    model.settle()
+    assert [row and row["mtime"] for row in model.rows] == [8, 8, 8]
 
 
 def deleted_beside(other: str, order: tuple[tuple[int, int], ...]) -> list[bool]:
