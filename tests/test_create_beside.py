@@ -167,7 +167,7 @@ class Application:
             for statement in scripts[self.steps % len(scripts)]:
                 self._cursor.execute(statement)
         except psycopg2.errors.ObjectNotInPrerequisiteState as error:
-            self.errors.append(str(error))
+            self.errors.append(f"{error}{''.join(self._cursor.connection.notices[-3:])}")
             self._cursor.execute("ROLLBACK")
         self.steps += 1
         time.sleep(0.02)

@@ -153,6 +153,26 @@ BEGIN
 END
 $$;
 
+-- Does so inside somebody's DDL. Whatever fails here must not undo the identities, by which published tables can be
+-- written; another session that has just published the same is no failure.
+CREATE OR REPLACE FUNCTION pmgsync.try_publish() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    FOR attempt IN 1..3 LOOP
+        BEGIN
+            PERFORM pmgsync.publish();
+            RETURN;
+        EXCEPTION WHEN duplicate_object OR undefined_object OR undefined_table OR invalid_schema_name THEN
+            IF attempt = 3 THEN
+                RAISE WARNING 'pmgsync will look at this again: %', sqlerrm;
+            END IF;
+        END;
+    END LOOP;
+EXCEPTION WHEN OTHERS THEN
+    RAISE WARNING 'pmgsync will look at this again: %', sqlerrm;
+END
+$$;
+
 -- True when a table is in the publication and should not be, or the other way round. For one table: cheap.
 CREATE OR REPLACE FUNCTION pmgsync.misplaced(one oid) RETURNS boolean
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -205,7 +225,7 @@ BEGIN
                 PERFORM pmgsync.keep_identity(object.relation);
             END LOOP;
             IF EXISTS (SELECT FROM pmgsync.tables AS t WHERE t.virtual AND NOT t.usable) THEN
-                PERFORM pmgsync.publish();
+                PERFORM pmgsync.try_publish();
             END IF;
         END IF;
         RETURN;
@@ -229,7 +249,7 @@ BEGIN
         END IF;
     END LOOP;
     IF publishing THEN
-        PERFORM pmgsync.publish();
+        PERFORM pmgsync.try_publish();
     END IF;
     PERFORM set_config('pmgsync.relogged', '', true), pmgsync.missing_content(filled);
 EXCEPTION WHEN OTHERS THEN
