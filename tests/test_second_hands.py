@@ -6,11 +6,18 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import psycopg2
 import pytest
 from psycopg2.extras import LogicalReplicationConnection
 
+from pmgsync.agent import capture
+from pmgsync.agent.capture import CaptureWorker
+from pmgsync.config import load_config
+from pmgsync.errors import PmgsyncError
+from pmgsync.link import BrokerLink
+from pmgsync.postgres.capture import SlotReader
 from tests.cluster import Cluster, Node, eventually
 from tests.workload import BANK_SCHEMA, BANK_TABLES, Bank, Stoppable, Witness
 
@@ -61,6 +68,38 @@ def test_who_else_reads_the_slot_is_named_and_what_he_took_is_fetched(new_cluste
     master.sql("INSERT INTO t VALUES (1000, 'on')")
     cluster.wait()
     cluster.assert_equal(["t"])
+
+
+def test_what_is_taken_just_before_the_slot_is_ours_is_noticed(
+    new_cluster: NewCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the slot and START_REPLICATION another reader may come and go."""
+    cluster = new_cluster(nodes=1, schema="CREATE TABLE t (id int PRIMARY KEY)")
+    master = cluster.master
+    _kill_agent(master)
+    worker = CaptureWorker(load_config(master.config))
+    renewed: list[object] = []
+    failures: list[PmgsyncError] = []
+    monkeypatch.setattr(worker.upkeep, "start", lambda: None)
+    monkeypatch.setattr(worker, "_renew", renewed.append)
+    monkeypatch.setattr(worker, "fail", failures.append)
+
+    class Late(SlotReader):
+        """Comes just after another reader."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            master.sql("INSERT INTO t VALUES (1)")
+            assert take(master) > 0
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(capture, "SlotReader", Late)
+    with contextlib.closing(BrokerLink(master.run_dir / "broker.sock", "capture")) as link:
+        link.hello(5.0)
+        worker.session(link)
+    worker.context.term()
+    assert renewed
+    assert "begins at" in str(failures)
+    assert master.sql("SELECT active FROM pg_replication_slots") == [(False,)]
 
 
 @contextlib.contextmanager

@@ -68,20 +68,12 @@ class CaptureWorker(Worker):
         )
         position, safe = Position.parse(opened["position"]), int(opened["watermark"])
         try:
-            prove_continuity(
-                state,
-                system_id=facts.system_id,
-                timeline=facts.timeline,
-                journal_lsn=position.lsn,
-                safe_lsn=safe,
-            )
+            reader, state = self._acquire(facts, state, position, safe)
         except ChainBrokenError as error:
             log.error("action=chain-broken position=%s error=%s", position, error)
             self.fail(error)
             self._renew(facts)
             return
-        start = max(position.lsn + 1, safe)
-        reader = SlotReader(self.config.dsn, slot=facts.slot, publication=facts.publication, start_lsn=start)
         try:
             log.info("action=capture incarnation=%016x position=%s", facts.incarnation, position)
             stream = _Stream(self, link, reader, facts, position, safe, state)
@@ -91,6 +83,36 @@ class CaptureWorker(Worker):
                 stream.last_word()
         finally:
             reader.close()
+
+    def _acquire(
+        self, facts: NodeFacts, state: SlotState, position: Position, safe: int
+    ) -> tuple[SlotReader, SlotState]:
+        """Begin to read the slot, which continues exactly what the journal holds.
+
+        Raises:
+            ChainBrokenError: when it does not, or may not.
+            UnreachableError: when the server does not answer, or the slot is in use.
+        """
+
+        def prove(found: SlotState) -> None:
+            prove_continuity(
+                found, system_id=facts.system_id, timeline=facts.timeline, journal_lsn=position.lsn, safe_lsn=safe
+            )
+
+        prove(state)
+        start = max(position.lsn + 1, safe)
+        reader = SlotReader(self.config.dsn, slot=facts.slot, publication=facts.publication, start_lsn=start)
+        try:
+            # From here on nobody else can read the slot. Until here somebody could, and what he confirmed the server
+            # passes over without a word.
+            again, state = read_node(self.config.dsn)
+            if again.incarnation != facts.incarnation:
+                raise UnreachableError("another process has begun a new chain of this database just now")
+            prove(state)
+        except BaseException:
+            reader.close()
+            raise
+        return reader, state
 
     def _renew(self, facts: NodeFacts) -> None:
         """Begin a new chain, with signs of life: making the slot waits for every open transaction."""
