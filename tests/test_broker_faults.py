@@ -138,8 +138,9 @@ class Mischief:
         fake.keep(frame)
         header, body = frame.header_bytes, frame.body
         faults = ["none"] * 8 + [
-            "dropped", "twice", "late", "body bit", "header bit", "cut body", "cut header", "long header", "version",
-            "cluster", "origin", "incarnation", "heartbeat garbage", "heartbeat version", "heartbeat other", "topic",
+            "dropped", "twice", "late", "body bit", "header bit", "cut body", "cut header", "long header", "long body",
+            "version", "cluster", "origin", "incarnation", "heartbeat garbage", "heartbeat version", "heartbeat other",
+            "long heartbeat", "topic",
         ]  # fmt: skip
         fault = rng.choice(faults)
         self._count(fault)
@@ -164,6 +165,10 @@ class Mischief:
                 fake.publish(header[: rng.randrange(len(header))], body)
             case "long header":
                 fake.publish(header + bytes(1000), body)
+            case "long body":
+                fake.publish(header, body + bytes(2 << 20))
+            case "long heartbeat":
+                fake.event(b"h", bytes(300 << 10))
             case "version":
                 fake.publish(header[:1] + b"\x02" + header[2:], body)
             case "cluster" | "origin" | "incarnation":

@@ -279,6 +279,24 @@ def test_nonsense_from_a_member_harms_nobody(tmp_path: Path) -> None:
         assert receiver.ledger.transactions == source.transactions
 
 
+def test_a_request_that_is_too_long_costs_a_member_its_connection_and_nobody_else_anything(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    with running_brokers(tmp_path, 2) as (one, two):
+        source, receiver = Source(one, rng, make_transactions(rng, 60)), Receiver(two)
+        until(lambda: len(receiver.ledger.transactions) >= 10, lambda: source.step(1), receiver.step)
+        keys = StateDirectory(two.state_dir).keys()
+        ping = {"op": "ping", "id": 1}
+        for size in (2 << 20, 64 << 20):
+            with unharmed(one), connected(zmq.DEALER, keys, one.member().curve_key, one.ports[1]) as control:
+                control.send(pack(ping))
+                assert control.poll(5000), "a member is answered"
+                control.recv_multipart()
+                control.send(pack({"op": "ping", "id": 2, "more": bytes(size)}))
+                assert not control.poll(1000), "what is longer than the limit is not read"
+        until(lambda: len(receiver.ledger.transactions) == 60, source.step, receiver.step)
+        assert receiver.ledger.transactions == source.transactions
+
+
 def _ask_for_everything(control: Socket) -> None:
     """Open more streams than are allowed, and see that it is refused and that the broker still answers."""
     while control.poll(300):
