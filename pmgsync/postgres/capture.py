@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from pmgsync.postgres.session import PINNED, connect
 
 STATUS_INTERVAL_S = 86_400
 """Seconds between feedback that psycopg2 sends by itself while it reads: in effect never, see `SlotReader.confirm`."""
+PATIENCE_S = 20.0
+"""Seconds for which feedback is held back while a transaction is on its way to the disk: the server waits for 60."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,8 @@ class SlotReader:
             raise UnreachableError(f"PostgreSQL does not answer ({_first_line(error)})") from error
         try:
             self._cursor = self._connection.cursor()
-            self._newest_start = 0
+            self._newest_start = self._commit = self._told = self._moved = 0
+            self._told_at = time.monotonic()
             arguments = {"proto_version": "1", "publication_names": f'"{publication}"', "messages": "true"}
             if self._connection.server_version >= 160000:
                 # Before 16 the Origin message tells an applied transaction from a local one.
@@ -174,27 +178,40 @@ class SlotReader:
             message = self._cursor.read_message()
         except psycopg2.Error as error:
             raise UnreachableError(f"the replication connection was lost ({_first_line(error)})") from error
+        moves = self._told >= self._newest_start
         if message is None:
+            if moves:
+                self._moved = max(self._moved, self.caught_up_lsn)
             return None
-        self._newest_start = message.data_start
         payload: bytes = message.payload
+        kind = payload[:1]
+        if kind == b"B":
+            self._commit = int.from_bytes(payload[1:9], "big")
+        if moves:
+            # Keepalives before it are not shown; they were not beyond this transaction's commit, or this message.
+            self._moved = max(self._moved, self._commit, message.data_start if kind == b"M" else 0)
+        self._newest_start = message.data_start
         return payload
 
     def confirm(self, lsn: int, *, ask: bool = False) -> None:
         """Tell the server that everything below an LSN is on disk here, and optionally ask how far it has come.
 
         Nothing is sent when more would be confirmed than that: once the newest message was confirmed, psycopg2 moves
-        what it confirms to the LSN of every keepalive it reads, which is not on disk here yet.
+        what it confirms to the LSN of every keepalive it reads, which is not on disk here yet. It says so with
+        whatever is confirmed next, also when messages have come since; that is held back for `PATIENCE_S` only.
 
         Raises:
             UnreachableError: when the connection is lost.
         """
         if lsn >= self._newest_start and self.caught_up_lsn > lsn:
             return
+        if self._moved > lsn and time.monotonic() - self._told_at < PATIENCE_S:
+            return
         try:
             self._cursor.send_feedback(write_lsn=lsn, flush_lsn=lsn, apply_lsn=lsn, reply=ask, force=True)
         except psycopg2.Error as error:
             raise UnreachableError(f"the replication connection was lost ({_first_line(error)})") from error
+        self._told, self._told_at = max(self._told, lsn), time.monotonic()
 
     def close(self) -> None:
         """End the connection; the slot is free as soon as the server has noticed."""
