@@ -261,9 +261,13 @@ def test_many_tables_in_one_transaction(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=2, schema=";".join(f"CREATE TABLE {table} (id int PRIMARY KEY)" for table in tables))
     cluster.master.sql(";".join(f"INSERT INTO {table} SELECT generate_series(1, 20)" for table in tables))
     cluster.wait(timeout_s=300)
-    for node in cluster.nodes:
-        for name, process in node.workers().items():
-            assert process.memory_info().rss < RSS_LIMIT, name
+    rss = {
+        f"{node.name} {name}": process.memory_info().rss
+        for node in cluster.nodes
+        for name, process in {**node.workers(), "broker": psutil.Process(node.processes["broker"].pid)}.items()
+    }
+    print(f"{count} tables:", {name: f"{value >> 20} MB" for name, value in sorted(rss.items())})
+    assert all(value < RSS_LIMIT for value in rss.values()), rss
     union = "UNION ALL ".join(f"SELECT '{table}' AS name, count(*) FROM {table} " for table in tables)
     assert sorted(cluster.nodes[1].sql(union)) == sorted(cluster.master.sql(union))
 
