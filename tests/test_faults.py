@@ -321,6 +321,44 @@ def test_postgresql_stops_at_once_on_either_side(new_cluster: NewCluster) -> Non
     cluster.assert_equal(["t"])
 
 
+def test_services_that_are_told_to_stop_end_soon_and_cost_no_resync(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(nodes=2, schema=BANK_SCHEMA)
+    master, slave = cluster.nodes
+    cluster.wait()
+    incarnation = "SELECT incarnation FROM pmgsync.position WHERE origin = 1"
+    before = slave.sql(incarnation)
+    bank, witness = Bank(master, 13), Witness(slave)
+    threads = [Stoppable(bank.step), Stoppable(witness.step)]
+    took: dict[str, float] = {}
+    try:
+        for node in cluster.nodes:
+            for service in ("broker", "agent"):
+                time.sleep(1)
+                process, workers = node.processes[service], list(node.workers().values())
+                since = time.monotonic()
+                process.terminate()
+                assert process.wait(15) == 0, f"{service} of {node.name}"
+                took[f"{node.name} {service}"] = round(time.monotonic() - since, 1)
+                if service == "agent":
+                    assert not any(worker.is_running() for worker in workers), "workers outlive their agent"
+                node.start()
+            time.sleep(1)
+            # A server that is shut down in good order waits until the slot's reader has everything.
+            node.server.stop(timeout=30)
+            node.server.start()
+    finally:
+        for thread in threads:
+            thread.stop()
+    cluster.wait()
+    cluster.assert_equal(BANK_TABLES)
+    print(f"seconds to stop: {took}")
+    assert slave.sql(incarnation) == before
+    for node in cluster.nodes:
+        assert "action=resync " not in node.log("agent")
+        assert "chain-broken" not in node.log("agent")
+    wait_healthy(cluster)
+
+
 # -- apply errors -----------------------------------------------------------------------------------------------------
 
 
