@@ -7,6 +7,7 @@ committed and from its file afterwards, so a reader sees every accepted frame, i
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from bisect import bisect_right
@@ -30,6 +31,8 @@ from pmgsync.errors import (
 )
 from pmgsync.frames import Frame
 from pmgsync.positions import Position
+
+log = logging.getLogger(__name__)
 
 MAX_PENDING = 64 << 20
 """Bytes that are accepted but not on disk: of the own chain, and as many of all others together."""
@@ -462,6 +465,8 @@ class Journals:
     def _note(self, origin: int, opened: Opened) -> None:
         self._opened[origin] = opened
         self.notes += opened.notes
+        for note in opened.notes:
+            log.error("action=journal-damaged note=%s", note)
 
     def _detach(self, origin: int) -> sqlite3.Connection | None:
         """Take an origin's chain out of the books and return its reader."""
