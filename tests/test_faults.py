@@ -458,38 +458,40 @@ def test_a_full_journal_disk_stops_confirming_and_heals(new_cluster: NewCluster,
 
 
 def nemesis(cluster: Cluster, seed: int, rounds: int) -> list[str]:
-    """Do random harm; the seed decides everything."""
+    """Do random harm; the seed decides what is done and when, whatever state the cluster is in."""
     pick = random.Random(seed)
     done = []
     for _ in range(rounds):
         node = pick.choice(cluster.nodes)
         harm = pick.choice(["broker", "agent", "worker", "postgres", "stop-broker", "stop-worker", "pause"])
+        # As many numbers in each round: what is there to be harmed must not change what follows.
+        which, lasting, rest_s = pick.random(), pick.random(), pick.uniform(0.2, 1.5)
         done.append(f"{node.name}:{harm}")
         match harm:
             case "broker" | "agent":
                 node.kill(harm)
-                time.sleep(pick.uniform(0, 1.5))
+                time.sleep(1.5 * lasting)
                 node.start()
-            case "worker":
-                workers = node.workers()
-                if workers:
-                    workers[pick.choice(sorted(workers))].kill()
             case "postgres":
                 node.server.kill()
-                time.sleep(pick.uniform(0, 1))
+                time.sleep(lasting)
                 node.server.start()
             case "stop-broker":
                 node.kill("broker", signal.SIGSTOP)
-                time.sleep(pick.uniform(1, 7))
+                time.sleep(1 + 6 * lasting)
                 node.kill("broker", signal.SIGCONT)
-            case "stop-worker":
-                workers = node.workers()
+            case "worker" | "stop-worker":
+                workers = sorted(node.workers().items())
                 if workers:
-                    worker = workers[pick.choice(sorted(workers))]
-                    worker.suspend()
-                    time.sleep(pick.uniform(1, 5))
-                    worker.resume()
-        time.sleep(pick.uniform(0.2, 1.5))
+                    _, worker = workers[int(which * len(workers))]
+                    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+                        if harm == "worker":
+                            worker.kill()
+                        else:
+                            worker.suspend()
+                            time.sleep(1 + 4 * lasting)
+                            worker.resume()
+        time.sleep(rest_s)
     return done
 
 
