@@ -62,7 +62,7 @@ def test_an_owned_row_is_found_by_a_generated_key(make_pair: MakePair, shared: E
         "PRIMARY KEY (cid, k))",
         make_profile(rule("g", Policy.OWNED, owner="cid")),
     )
-    pair.run("ALTER PUBLICATION p SET (publish_generated_columns = stored)")
+    pair.run("ALTER PUBLICATION pmgsync SET (publish_generated_columns = stored)")
     pair.run("INSERT INTO g (cid, rid, v) VALUES (2, 3, 'was here')", on=pair.target)
     applier = pair.both("INSERT INTO g (cid, rid, v) SELECT 2, r, 'v' FROM generate_series(1, 20) AS r")
     assert applier.stats.conflicts == 1
