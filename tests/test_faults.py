@@ -45,7 +45,9 @@ def wait_healthy(cluster: Cluster) -> None:
 # -- slots and restored data ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("remake", [False, True], ids=["dropped", "made-anew"])
+@pytest.mark.parametrize(
+    "remake", [pytest.param(False, id="dropped", marks=pytest.mark.campaign), pytest.param(True, id="made-anew")]
+)
 def test_a_lost_slot_begins_a_new_chain_and_everyone_resynchronises(new_cluster: NewCluster, remake: bool) -> None:
     cluster = new_cluster(nodes=2, schema=SIMPLE)
     master, slave = cluster.nodes
@@ -171,6 +173,7 @@ def test_a_damaged_journal_costs_a_resync_and_no_silence(new_cluster: NewCluster
     assert "damaged" in alerts(master, 1)
 
 
+@pytest.mark.campaign
 def test_a_real_link_that_goes_down_and_up(new_cluster: NewCluster, namespaces: tuple[str, str]) -> None:
     cluster = new_cluster(nodes=2, schema=BANK_SCHEMA, namespaces=namespaces)
     master, slave = cluster.nodes
@@ -255,6 +258,7 @@ def test_a_large_transaction_is_whole_or_nothing_and_memory_bounded(new_cluster:
     assert all(value < RSS_LIMIT for value in peak.values()), peak
 
 
+@pytest.mark.campaign
 def test_many_tables_in_one_transaction(new_cluster: NewCluster) -> None:
     count = int(os.environ.get("PMGSYNC_MANY_TABLES", "400"))
     tables = [f"m{number}" for number in range(count)]
@@ -308,6 +312,7 @@ def test_an_apply_that_is_blocked_for_long_harms_nobody(new_cluster: NewCluster)
     cluster.assert_equal(["t"])
 
 
+@pytest.mark.campaign
 def test_postgresql_stops_at_once_on_either_side(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=2, schema=SIMPLE)
     cluster.master.sql("INSERT INTO t VALUES (1, 'x')")
@@ -386,6 +391,7 @@ def test_an_error_that_does_not_pass_is_loud_and_heals_with_its_cause(new_cluste
 # -- retention --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.campaign
 def test_a_slave_that_was_away_for_too_long_resynchronises_by_itself(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=3, schema=SIMPLE, extra='[journal]\nmax_size = "1MiB"')
     master, away, near = cluster.nodes

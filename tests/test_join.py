@@ -70,7 +70,7 @@ def test_refusals_change_nothing(new_cluster: NewCluster) -> None:
     cluster.assert_equal(["t"])
 
 
-@pytest.mark.parametrize("after_s", [1.2, 2.2])
+@pytest.mark.parametrize("after_s", [1.2, pytest.param(2.2, marks=pytest.mark.campaign)])
 def test_a_join_that_is_killed_can_be_repeated(new_cluster: NewCluster, after_s: float) -> None:
     cluster = new_cluster(nodes=1, schema=BIG)
     newcomer = cluster.add_node("newcomer")

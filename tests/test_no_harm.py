@@ -254,7 +254,11 @@ def with_local() -> Profile:
 LISTED = "cannot change table"
 
 
-@pytest.mark.parametrize("profile", [load_profile("mirror"), named(), with_local()], ids=lambda profile: profile.name)
+@pytest.mark.parametrize(
+    "profile",
+    [load_profile("mirror"), pytest.param(named(), marks=pytest.mark.campaign), with_local()],
+    ids=lambda profile: profile.name,
+)
 def test_the_same_statements_end_the_same(server: EmbeddedPostgres, profile: Profile) -> None:
     without, attached = Database(server, "without"), Database(server, "attached")
     results = {}

@@ -22,7 +22,8 @@ from tests.type_values import (
     WITHOUT_INPUT,
 )
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+# One cluster serves all that is asked here: on one test process.
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.xdist_group("types")]
 
 KEY_BYTES = 1000
 """A value that is longer is left out of keys, an entry of an index is no longer than 2700 bytes."""
