@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 DEMO ?= --nodes 3 --seconds 20 --rate 50
 ROUNDS ?= 200
 SEED ?=
-PYTEST ?= --numprocesses 2 --dist loadgroup
+# The tests wait for one another's servers a good part of the time: one process more than the smallest machine has cores.
+PYTEST ?= --numprocesses 3 --dist loadgroup
 
 .PHONY: demo test check campaign soak clean
 
