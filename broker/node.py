@@ -10,25 +10,28 @@ from functools import partial
 
 import zmq
 
-from broker import sockets
-from broker.calls import Calls, End
-from broker.follower import Follower
-from broker.health import Health
-from broker.heartbeats import Applied, Heartbeat, OwnChain
-from broker.journal import Journals
-from broker.lag import HeadClock
-from broker.local import LocalDesk
-from broker.loop import Loop, Socket
-from broker.peers import PeerLink
-from broker.ports import Ports
-from broker.publishing import Publishing
-from broker.retaining import Retainer
-from broker.roster import Roster, no_cluster
-from broker.state import NodeKeys, StateDirectory
-from broker.streams import Streams
-from broker.tokens import Tokens
-from pmgsync.chains import ChainHead
+from broker.chains.follower import Follower
+from broker.chains.publishing import Publishing
+from broker.chains.streams import Streams
+from broker.chains.trimming import Retainer
+from broker.cluster.roster import Roster, no_cluster
+from broker.cluster.state_directory import NodeKeys, StateDirectory
+from broker.cluster.tokens import Tokens
+from broker.desks.local import LocalDesk
+from broker.journal.journals import Journals
+from broker.members.calls import Calls, End
+from broker.members.links import PeerLink
+from broker.net import sockets
+from broker.net.loop import Loop, Socket
+from broker.net.ports import Ports
+from broker.status.health import Health
+from broker.status.heartbeats import Applied, Heartbeat, OwnChain
+from broker.status.lag import HeadClock
 from pmgsync.config import NodeConfig
+from pmgsync.core.chains import ChainHead
+from pmgsync.core.frames import Frame, read_frame
+from pmgsync.core.membership import ClusterDocument, SignedDocument
+from pmgsync.core.positions import Position
 from pmgsync.errors import (
     ConfigError,
     FrameDamagedError,
@@ -39,10 +42,7 @@ from pmgsync.errors import (
     UnknownChainError,
     UnreachableError,
 )
-from pmgsync.frames import Frame, read_frame
-from pmgsync.link import Message
-from pmgsync.membership import ClusterDocument, SignedDocument
-from pmgsync.positions import Position
+from pmgsync.wire.link import Message
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.console import note, say
-from cli.ports import port_findings
+from cli.port_checks import port_findings
 from pmgsync.errors import MembershipError, PmgsyncError
 
 if TYPE_CHECKING:
-    from broker.state import NodeKeys, StateDirectory
+    from broker.cluster.state_directory import NodeKeys, StateDirectory
     from pmgsync.config import NodeConfig
-    from pmgsync.membership import Member
-    from pmgsync.postgres.preflight import Finding
-    from pmgsync.profile import Profile
+    from pmgsync.core.membership import Member
+    from pmgsync.core.profile import Profile
+    from pmgsync.postgres.setup.preflight import Finding
 
 FIRST_CID = 1
 CLUSTER_ID_BYTES = 16
@@ -32,10 +32,10 @@ def create(
     name: Annotated[str | None, typer.Option(metavar="CLUSTERNAME", help="Default: this node's name")] = None,
 ) -> None:
     """Make this node the master of a new cluster. Its database is checked first; nothing is left half made."""
-    from broker.state import StateDirectory
-    from cli.node import held_document, load, tell_broker
+    from broker.cluster.state_directory import StateDirectory
+    from cli.local_node import held_document, load, tell_broker
     from cli.services import stopped
-    from pmgsync.profile import load_profile
+    from pmgsync.core.profile import load_profile
 
     config = load(context)
     profile = load_profile(config.profile)
@@ -54,7 +54,7 @@ def create(
 
 def _clear_interrupted(config: NodeConfig, state: StateDirectory) -> None:
     """Remove from the database what a `create` that was killed had made."""
-    from pmgsync.postgres.provision import deprovision
+    from pmgsync.postgres.setup.provision import deprovision
 
     marker = state.path / BEGUN_FILE
     if marker.exists():
@@ -70,9 +70,9 @@ def _check(config: NodeConfig, profile: Profile) -> None:
         PreflightError: with everything that must be put right first.
         MembershipError: when the database belongs to a cluster.
     """
-    from pmgsync.postgres.preflight import check_server, raise_for
-    from pmgsync.postgres.provision import node_facts
     from pmgsync.postgres.session import connect
+    from pmgsync.postgres.setup.preflight import check_server, raise_for
+    from pmgsync.postgres.setup.provision import node_facts
 
     findings = port_findings(config)
     with contextlib.closing(connect(config.dsn, application_name="pmgcm create")) as connection:
@@ -97,8 +97,8 @@ def _found(
     config: NodeConfig, profile: Profile, state: StateDirectory, keys: NodeKeys, cluster: bytes, cluster_name: str
 ) -> None:
     """Change the database, then store the document; the database is put back when either fails."""
-    from pmgsync.membership import found_cluster, sign
-    from pmgsync.postgres.provision import provision
+    from pmgsync.core.membership import found_cluster, sign
+    from pmgsync.postgres.setup.provision import provision
 
     with _undone_on_failure(config, state):
         provision(
@@ -116,8 +116,8 @@ def _found(
 
 @contextlib.contextmanager
 def _undone_on_failure(config: NodeConfig, state: StateDirectory) -> Iterator[None]:
-    from broker.state import write_private
-    from pmgsync.postgres.provision import deprovision
+    from broker.cluster.state_directory import write_private
+    from pmgsync.postgres.setup.provision import deprovision
 
     marker = state.path / BEGUN_FILE
     write_private(marker, b"")
@@ -142,7 +142,7 @@ def own_member(config: NodeConfig, keys: NodeKeys, cid: int) -> Member:
     Raises:
         ProtocolError: when its name or address cannot stand there.
     """
-    from pmgsync.membership import Member
+    from pmgsync.core.membership import Member
 
     member = Member(
         cid,

@@ -10,8 +10,8 @@ from cli.console import confirm, say
 from pmgsync.errors import MembershipError
 
 if TYPE_CHECKING:
-    from broker.state import StateDirectory
-    from pmgsync.membership import ClusterDocument
+    from broker.cluster.state_directory import StateDirectory
+    from pmgsync.core.membership import ClusterDocument
 
 
 def delete(
@@ -20,9 +20,9 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
 ) -> None:
     """Remove a node from the cluster; its connections are cut, its database stays as it is. On the master only."""
-    from broker.state import StateDirectory
-    from cli.node import cluster_defined, load, no_cluster, tell_broker
-    from pmgsync.membership import sign, without_member
+    from broker.cluster.state_directory import StateDirectory
+    from cli.local_node import cluster_defined, load, no_cluster, tell_broker
+    from pmgsync.core.membership import sign, without_member
 
     config = load(context)
     if not cluster_defined(config):
@@ -52,7 +52,7 @@ def _masters_document(state: StateDirectory) -> ClusterDocument:
     Raises:
         MembershipError: on any other node.
     """
-    from cli.node import no_cluster
+    from cli.local_node import no_cluster
 
     signed = state.document()
     own = state.own_cid(signed.document) if signed else 0

@@ -14,11 +14,11 @@ from cli.console import CommandFailedError, amount, printable, say, say_json
 
 if TYPE_CHECKING:
     from pmgsync.config import NodeConfig
-    from pmgsync.membership import ClusterDocument
-    from pmgsync.postgres.capture import SlotState
-    from pmgsync.postgres.preflight import Finding
-    from pmgsync.postgres.provision import NodeFacts
-    from pmgsync.profile import Profile
+    from pmgsync.core.membership import ClusterDocument
+    from pmgsync.core.profile import Profile
+    from pmgsync.postgres.setup.preflight import Finding
+    from pmgsync.postgres.setup.provision import NodeFacts
+    from pmgsync.postgres.wal.slot_reader import SlotState
 
 LEAST_FREE_BYTES = 1 << 30
 RETAINED_BYTES = 1 << 30
@@ -34,8 +34,8 @@ def doctor(
     ] = False,
 ) -> None:
     """Check the profile against the live database and this node. Exit code 1 when something is to be put right."""
-    from cli.node import load
-    from pmgsync.profile import load_profile
+    from cli.local_node import load
+    from pmgsync.core.profile import load_profile
 
     config = load(context)
     findings = list(examine(config, load_profile(config.profile)))
@@ -68,10 +68,10 @@ def examine(config: NodeConfig, profile: Profile) -> Iterator[Finding]:
     import psycopg2
 
     from pmgsync.errors import UnreachableError
-    from pmgsync.postgres.capture import read_slot_state
-    from pmgsync.postgres.preflight import check_server
-    from pmgsync.postgres.provision import SLOT, node_facts
     from pmgsync.postgres.session import connect
+    from pmgsync.postgres.setup.preflight import check_server
+    from pmgsync.postgres.setup.provision import SLOT, node_facts
+    from pmgsync.postgres.wal.slot_reader import read_slot_state
 
     document, cid = _document(config)
     status = _status(config)
@@ -100,8 +100,8 @@ def examine(config: NodeConfig, profile: Profile) -> Iterator[Finding]:
 
 def _document(config: NodeConfig) -> tuple[ClusterDocument | None, int]:
     """Return the cluster document and this node's CID, None and 0 when there is none."""
-    from broker.state import StateDirectory
-    from cli.node import cluster_defined
+    from broker.cluster.state_directory import StateDirectory
+    from cli.local_node import cluster_defined
 
     if not cluster_defined(config):
         return None, 0
@@ -114,7 +114,7 @@ def _document(config: NodeConfig) -> tuple[ClusterDocument | None, int]:
 
 def _status(config: NodeConfig) -> dict[str, Any] | None:
     """Return the broker's status, {} when it runs without a cluster, None when it does not answer."""
-    from cli.node import broker, read_status
+    from cli.local_node import broker, read_status
     from pmgsync.errors import PmgsyncError, UnreachableError
 
     try:
@@ -133,8 +133,8 @@ def _status(config: NodeConfig) -> dict[str, Any] | None:
 
 
 def _check_node(config: NodeConfig, running: bool) -> Iterator[Finding]:
-    from cli.ports import port_findings
-    from pmgsync.postgres.preflight import Finding
+    from cli.port_checks import port_findings
+    from pmgsync.postgres.setup.preflight import Finding
 
     bad = [] if running else port_findings(config)
     yield from bad or [Finding("ports", True)]
@@ -160,7 +160,7 @@ def _check_cluster(
     status: dict[str, Any] | None, document: ClusterDocument | None, profile: Profile
 ) -> Iterator[Finding]:
     from cli.status import clock_problem
-    from pmgsync.postgres.preflight import Finding
+    from pmgsync.postgres.setup.preflight import Finding
 
     if document is None:
         return
@@ -186,7 +186,7 @@ def _check_cluster(
 
 def _check_free(connection: Any, slot: SlotState) -> Iterator[Finding]:
     """Slots and walsenders of a node that has its own already: one more of each is for snapshots."""
-    from pmgsync.postgres.preflight import Finding
+    from pmgsync.postgres.setup.preflight import Finding
 
     with connection.cursor() as cursor:
         cursor.execute(
@@ -208,7 +208,7 @@ def _check_free(connection: Any, slot: SlotState) -> Iterator[Finding]:
 def _check_membership(
     profile: Profile, facts: NodeFacts | None, document: ClusterDocument | None, cid: int
 ) -> Iterator[Finding]:
-    from pmgsync.postgres.preflight import Finding
+    from pmgsync.postgres.setup.preflight import Finding
 
     if facts is None and document is None:
         yield Finding("cluster", True, "no cluster is defined here", "`pmgcm create` or `pmgcm join`")
@@ -234,7 +234,7 @@ def _check_membership(
 
 
 def _check_slot(facts: NodeFacts, slot: SlotState) -> Iterator[Finding]:
-    from pmgsync.postgres.preflight import Finding
+    from pmgsync.postgres.setup.preflight import Finding
 
     problem = remedy = ""
     if not slot.exists:
@@ -274,9 +274,9 @@ FROM pmgsync.tables AS t LEFT JOIN published AS p ON p.relation = t.relation ORD
 
 def _check_publication(connection: Any) -> Iterator[Finding]:
     from pmgsync.postgres.catalog import as_text
-    from pmgsync.postgres.preflight import Finding
-    from pmgsync.postgres.provision import PUBLICATION
-    from pmgsync.postgres.watch import armed
+    from pmgsync.postgres.setup.preflight import Finding
+    from pmgsync.postgres.setup.provision import PUBLICATION
+    from pmgsync.postgres.setup.watch import armed
 
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_catalog.to_regclass('pmgsync.tables') IS NOT NULL")
@@ -314,8 +314,8 @@ def _check_publication(connection: Any) -> Iterator[Finding]:
 
 
 def _check_guard(connection: Any, document: ClusterDocument | None, cid: int) -> Iterator[Finding]:
-    from pmgsync.postgres.guard import guarded_by, unguarded
-    from pmgsync.postgres.preflight import Finding
+    from pmgsync.postgres.setup.guard import guarded_by, unguarded
+    from pmgsync.postgres.setup.preflight import Finding
 
     if document is None or not cid:
         return
@@ -335,7 +335,7 @@ def _check_guard(connection: Any, document: ClusterDocument | None, cid: int) ->
 
 def _check_schema(connection: Any) -> Iterator[Finding]:
     """Tables that differ from another node's, and changes of the schema that could not be repeated here."""
-    from pmgsync.postgres.preflight import Finding
+    from pmgsync.postgres.setup.preflight import Finding
 
     with connection.cursor() as cursor:
         cursor.execute(
@@ -379,8 +379,8 @@ ORDER BY 1, 2
 
 def _check_sequences(connection: Any, profile: Profile) -> Iterator[Finding]:
     from pmgsync.postgres.catalog import as_text
-    from pmgsync.postgres.preflight import Finding
-    from pmgsync.postgres.sequences import covered
+    from pmgsync.postgres.setup.preflight import Finding
+    from pmgsync.postgres.setup.sequence_values import covered
 
     found = False
     with connection.cursor() as cursor:

@@ -18,12 +18,12 @@ from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, Unreach
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
-    from broker.state import NodeKeys
+    from broker.cluster.state_directory import NodeKeys
     from pmgsync.config import NodeConfig
-    from pmgsync.link import Message
-    from pmgsync.membership import ClusterDocument, SignedDocument
-    from pmgsync.postgres.restore import DatabaseRestore
-    from pmgsync.profile import Profile
+    from pmgsync.core.membership import ClusterDocument, SignedDocument
+    from pmgsync.core.profile import Profile
+    from pmgsync.postgres.copy.database_restore import DatabaseRestore
+    from pmgsync.wire.link import Message
 
 DEFAULT_PORT = 7672
 JOIN_CMD = "run `pmgcm join-cmd` on the master; it prints the whole line, with fingerprint and token"
@@ -41,14 +41,14 @@ def join(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before this node's database is replaced")] = False,
 ) -> None:
     """Join a cluster: this node's database becomes a copy of the master's. Nothing changes unless all goes well."""
-    from broker.door_client import DoorClient
-    from broker.state import StateDirectory
+    from broker.cluster.door_client import DoorClient
+    from broker.cluster.state_directory import StateDirectory
     from cli.create import own_member
     from cli.join_checks import announcement, check_here, check_there
-    from cli.node import held_document, load, tell_broker
+    from cli.local_node import held_document, load, tell_broker
     from cli.services import stopped
-    from pmgsync.membership import parse_fingerprint
-    from pmgsync.profile import load_profile
+    from pmgsync.core.membership import parse_fingerprint
+    from pmgsync.core.profile import load_profile
 
     config = load(context)
     profile = load_profile(config.profile)
@@ -81,7 +81,7 @@ def join(
 @contextlib.contextmanager
 def _restore(config: NodeConfig, facts: dict[str, object]) -> Iterator[DatabaseRestore]:
     """Yield the new, empty database beside the old one; it is removed again unless it has taken the old one's place."""
-    from pmgsync.postgres.restore import DatabaseRestore
+    from pmgsync.postgres.copy.database_restore import DatabaseRestore
 
     restore = DatabaseRestore(config.dsn, facts)
     try:
@@ -103,7 +103,7 @@ def _copy(restore: DatabaseRestore, document: ClusterDocument, keys: NodeKeys) -
     Raises:
         PmgsyncError: when it did not come whole.
     """
-    from broker.remote import remote_member
+    from broker.cluster.remote import remote_member
 
     master = document.member(document.master)
     assert master is not None
@@ -151,7 +151,7 @@ def _take_place(
     config: NodeConfig, profile: Profile, restore: DatabaseRestore, signed: SignedDocument, cid: int, *, had_node: bool
 ) -> None:
     """Make the new database this node's own, and put it in the old one's place."""
-    from pmgsync.postgres.provision import deprovision, provision
+    from pmgsync.postgres.setup.provision import deprovision, provision
 
     if had_node:
         # Its slot has the name that the new one needs; nobody has read it since this node left its cluster.

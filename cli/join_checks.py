@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cli.console import amount, printable
-from cli.ports import port_findings
+from cli.port_checks import port_findings
 from pmgsync.errors import ProtocolError
 
 if TYPE_CHECKING:
     from pmgsync.config import NodeConfig
-    from pmgsync.profile import Profile
+    from pmgsync.core.profile import Profile
 
 ROOM_FACTOR = 1.5
 """The copy is loaded beside the old database, with its indexes and some WAL."""
@@ -47,10 +47,10 @@ def check_here(config: NodeConfig, profile: Profile) -> Here:
         PreflightError: with everything that must be put right first.
         UnreachableError: when the server does not answer.
     """
-    from pmgsync.postgres.databases import maintenance
-    from pmgsync.postgres.preflight import check_server, raise_for
-    from pmgsync.postgres.restore import DatabaseRestore
+    from pmgsync.postgres.copy.database_restore import DatabaseRestore
+    from pmgsync.postgres.copy.databases import maintenance
     from pmgsync.postgres.session import connect
+    from pmgsync.postgres.setup.preflight import check_server, raise_for
 
     name = DatabaseRestore(config.dsn, {}).name
     findings = port_findings(config)
@@ -68,7 +68,7 @@ def check_here(config: NodeConfig, profile: Profile) -> Here:
             findings += check_server(cursor.connection, profile, tables=False)
     was_member = False
     if size is not None:
-        from pmgsync.postgres.provision import node_facts
+        from pmgsync.postgres.setup.provision import node_facts
 
         with contextlib.closing(connect(config.dsn, application_name="pmgcm join")) as connection:
             findings += check_server(connection, profile, tables=False)
@@ -91,7 +91,7 @@ def check_there(profile: Profile, here: Here, facts: Mapping[str, Any]) -> None:
         PreflightError: with everything that must be put right first.
         ProtocolError: when the master's facts are malformed.
     """
-    from pmgsync.postgres.preflight import Finding, raise_for
+    from pmgsync.postgres.setup.preflight import Finding, raise_for
 
     try:
         version = int(facts["server_version"]) // 10000

@@ -27,7 +27,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show it again each second until interrupted")] = False,
 ) -> None:
     """Show all members: role, state, load, lag. Exit code 1 when one is not in sync."""
-    from cli.node import load, member_broker, read_status
+    from cli.local_node import load, member_broker, read_status
 
     config = load(context)
     if watch:
@@ -46,7 +46,7 @@ def _watch(config: NodeConfig, *, as_json: bool) -> None:
     """Show the status until a signal ends it; a broker that goes away is waited for."""
     import time
 
-    from cli.node import member_broker, read_status
+    from cli.local_node import member_broker, read_status
     from pmgsync.errors import UnreachableError
 
     clocks_matter = _clocks_matter(config)
@@ -71,8 +71,8 @@ def _watch(config: NodeConfig, *, as_json: bool) -> None:
 
 def _clocks_matter(config: NodeConfig) -> bool:
     """Return True when the profile has rules that compare times; one that cannot be read is others' to complain of."""
+    from pmgsync.core.profile import load_profile
     from pmgsync.errors import ConfigError
-    from pmgsync.profile import load_profile
 
     try:
         return load_profile(config.profile).compares_times
@@ -152,7 +152,7 @@ def notes(node: Mapping[str, Any]) -> list[str]:
 
 def clock_problem(node: Mapping[str, Any]) -> str:
     """Return by how much a node's clock differs when that is too much, "" when it is well or not known."""
-    from broker.skew import WARN_S
+    from broker.status.skew import WARN_S
 
     skew = node.get("clock_skew_s")
     if skew is None or abs(skew) <= WARN_S:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.console import CommandFailedError, amount, note, printable, say, say_json
+from pmgsync.core.positions import parse_lsn
 from pmgsync.errors import PmgsyncError, UnreachableError
-from pmgsync.positions import parse_lsn
 
 if TYPE_CHECKING:
     from pmgsync.config import NodeConfig
-    from pmgsync.link import BrokerLink
+    from pmgsync.wire.link import BrokerLink
 
 DEFAULT_TIMEOUT_S = 60.0
 POLL_S = 0.1
@@ -115,7 +115,7 @@ def wait(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (contract: README.md)")] = False,
 ) -> None:
     """Wait until every member has applied all that is committed now, on any node; exit code 1 after the time-out."""
-    from cli.node import cluster_defined, load, no_cluster
+    from cli.local_node import cluster_defined, load, no_cluster
 
     config = load(context)
     if not cluster_defined(config):
@@ -142,7 +142,7 @@ def _wait(config: NodeConfig, deadline: float) -> tuple[list[Behind], dict[int, 
     Raises:
         PmgsyncError: when the broker of this node never answered.
     """
-    from cli.node import member_broker, read_status
+    from cli.local_node import member_broker, read_status
 
     goal, names, behind = Goal(), dict[int, str](), list[Behind]()
     seen = False

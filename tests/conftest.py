@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from pmgsync.postgres.binaries import BINDIR_VARIABLE
-from pmgsync.postgres.embedded import EmbeddedPostgres
-from tests.cluster import Cluster
+from cli.demo.embedded import EmbeddedPostgres
+from pmgsync.postgres.programs import BINDIR_VARIABLE
+from tests.harness.cluster import Cluster
 
 EMBEDDED = "embedded"
 

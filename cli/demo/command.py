@@ -64,7 +64,7 @@ def _require_postgres() -> None:
     Raises:
         ConfigError: when there is none.
     """
-    from pmgsync.postgres.binaries import find_binaries
+    from pmgsync.postgres.programs import find_binaries
 
     find_binaries()
 
@@ -78,7 +78,7 @@ def _run(cluster: DemoCluster, seconds: float, rate: float) -> tuple[dict[str, A
     from cli.demo.compare import differences, read_contents
     from cli.demo.latency import Latency
     from cli.demo.traffic import write_history
-    from pmgsync.profile import load_profile
+    from pmgsync.core.profile import load_profile
 
     begun = time.monotonic()
     write_history(cluster.nodes[0].dsn)
@@ -184,10 +184,10 @@ def _show_until(
     Raises:
         PmgsyncError: when one has.
     """
-    from cli.node import read_status
+    from cli.local_node import read_status
     from pmgsync.config import load_config
     from pmgsync.errors import UnreachableError
-    from pmgsync.link import BrokerLink
+    from pmgsync.wire.link import BrokerLink
 
     config = load_config(Path(cluster.nodes[0].config))
     with BrokerLink(config.broker_socket, "cli") as link:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pmgsync.profile import Profile
+    from pmgsync.core.profile import Profile
 
 _TABLES = (
     "SELECT n.nspname::text, c.relname::text, "
@@ -53,7 +53,7 @@ def read_contents(dsn: str, profile: Profile) -> dict[str, Content]:
 
 def synchronised_columns(profile: Profile, schema: str, table: str, columns: Sequence[str]) -> list[str]:
     """Return those of a table's columns that must be the same on all nodes; none when the table is not synchronised."""
-    from pmgsync.profile import Policy
+    from pmgsync.core.profile import Policy
 
     rule = profile.rule_for(schema, table)
     if rule is None or rule.policy is Policy.LOCAL:

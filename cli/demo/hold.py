@@ -29,11 +29,11 @@ from pmgsync.errors import PmgsyncError
 from pmgsync.service import die_with_parent
 
 if TYPE_CHECKING:
-    from pmgsync.postgres.embedded import EmbeddedPostgres
+    from cli.demo.embedded import EmbeddedPostgres
 
 DATABASE = "Proxmox_ruledb"
 ADDRESS = "127.0.0.1"
-SERVICES = {"broker": "broker.main", "agent": "pmgsync.agent.main"}
+SERVICES = {"broker": "broker.main", "agent": "pmgsync.agent.supervisor"}
 KEEP = b"keep\n"
 STOP_S = 10.0
 PORTS = range(17_000, 32_000)
@@ -76,7 +76,7 @@ def free_ports(count: int) -> list[int]:
 
 def start_server(stack: ExitStack) -> EmbeddedPostgres:
     """Start a PostgreSQL server with an empty database of a gateway in it."""
-    from pmgsync.postgres.embedded import EmbeddedPostgres
+    from cli.demo.embedded import EmbeddedPostgres
     from pmgsync.postgres.session import connect
 
     server = stack.enter_context(EmbeddedPostgres(initdb_args=["--encoding=SQL_ASCII", "--locale=C"]))
@@ -84,7 +84,7 @@ def start_server(stack: ExitStack) -> EmbeddedPostgres:
     connection.autocommit = True
     with contextlib.closing(connection), connection.cursor() as cursor:
         cursor.execute(f"CREATE DATABASE \"{DATABASE}\" TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'")
-    schema = resources.files("pmgsync") / "demo" / "pmg_schema.sql"
+    schema = resources.files("cli.demo") / "pmg_schema.sql"
     connection = connect(server.dsn(DATABASE), application_name="pmgcm demo")
     with contextlib.closing(connection), connection.cursor() as cursor:
         cursor.execute(schema.read_bytes())

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 
 import zmq
 
-from pmgsync.agent.base import REPORT_S, Bell, SessionOverError, Worker
 from pmgsync.agent.resync import Resync
+from pmgsync.agent.worker import REPORT_S, Bell, SessionOverError, Worker
 from pmgsync.config import NodeConfig
+from pmgsync.core.frames import Frame, read_frame
+from pmgsync.core.positions import Position
+from pmgsync.core.profile import load_profile
 from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
-from pmgsync.frames import Frame, read_frame
-from pmgsync.link import BrokerLink, Message
-from pmgsync.positions import Position
 from pmgsync.postgres.apply import Applier
-from pmgsync.postgres.stale import StaleTables
-from pmgsync.profile import load_profile
+from pmgsync.postgres.apply.stale import StaleTables
+from pmgsync.wire.link import BrokerLink, Message
 
 log = logging.getLogger(__name__)
 

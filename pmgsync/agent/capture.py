@@ -12,19 +12,19 @@ from collections.abc import Sequence
 
 import zmq
 
-from pmgsync.agent.base import Worker
 from pmgsync.agent.upkeep import Upkeep
+from pmgsync.agent.worker import Worker
 from pmgsync.config import NodeConfig
+from pmgsync.core.frames import Frame
+from pmgsync.core.framing import ChainName, Framer
+from pmgsync.core.membership import ClusterDocument
+from pmgsync.core.positions import Position, format_lsn
+from pmgsync.core.profile import load_profile
 from pmgsync.errors import ChainBrokenError, PmgsyncError, UnreachableError
-from pmgsync.frames import Frame
-from pmgsync.framing import ChainName, Framer
-from pmgsync.link import BrokerLink, Message, error_map, pack
-from pmgsync.membership import ClusterDocument
-from pmgsync.positions import Position, format_lsn
-from pmgsync.postgres.capture import SlotReader, SlotState, emit_barrier, prove_continuity
-from pmgsync.postgres.node import read_node, renew_chain
-from pmgsync.postgres.provision import NodeFacts
-from pmgsync.profile import load_profile
+from pmgsync.postgres.setup.facts import read_node, renew_chain
+from pmgsync.postgres.setup.provision import NodeFacts
+from pmgsync.postgres.wal.slot_reader import SlotReader, SlotState, emit_barrier, prove_continuity
+from pmgsync.wire.link import BrokerLink, Message, error_map, pack
 
 log = logging.getLogger(__name__)
 

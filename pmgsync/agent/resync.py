@@ -7,11 +7,11 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pmgsync.agent.base import Bell
+from pmgsync.agent.worker import Bell
+from pmgsync.core.profile import load_profile
 from pmgsync.errors import PmgsyncError, UnreachableError
-from pmgsync.link import BrokerLink
-from pmgsync.postgres.restore import ChainRestore
-from pmgsync.profile import load_profile
+from pmgsync.postgres.copy.database_restore import ChainRestore
+from pmgsync.wire.link import BrokerLink
 
 if TYPE_CHECKING:
     from pmgsync.agent.apply import ApplyWorker

@@ -12,13 +12,13 @@ from typing import Any
 
 import zmq
 
-from pmgsync.agent.base import REPORT_S, Bell, Worker
+from pmgsync.agent.worker import REPORT_S, Bell, Worker
 from pmgsync.config import NodeConfig
+from pmgsync.core.profile import load_profile
 from pmgsync.errors import PmgsyncError, ProtocolError
-from pmgsync.link import BrokerLink, Message, error_map
-from pmgsync.postgres.node import read_facts, read_node
-from pmgsync.postgres.snapshot import take_chain_snapshot, take_database_snapshot
-from pmgsync.profile import load_profile
+from pmgsync.postgres.copy.take import take_chain_snapshot, take_database_snapshot
+from pmgsync.postgres.setup.facts import read_facts, read_node
+from pmgsync.wire.link import BrokerLink, Message, error_map
 
 log = logging.getLogger(__name__)
 

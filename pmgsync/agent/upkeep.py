@@ -16,14 +16,14 @@ import psycopg2
 import psycopg2.errors
 from psycopg2.extensions import connection as Connection  # noqa: N812
 
+from pmgsync.core.ceilings import Ceilings
+from pmgsync.core.membership import ClusterDocument, Member
+from pmgsync.core.profile import Profile
 from pmgsync.errors import PmgsyncError
-from pmgsync.membership import ClusterDocument, Member
-from pmgsync.postgres.guard import in_use, keep_guard
-from pmgsync.postgres.sequences import publish_sequences
 from pmgsync.postgres.session import connect
-from pmgsync.postgres.watch import arm, armed, left_out, tend
-from pmgsync.profile import Profile
-from pmgsync.sequences import Ceilings
+from pmgsync.postgres.setup.guard import in_use, keep_guard
+from pmgsync.postgres.setup.sequence_values import publish_sequences
+from pmgsync.postgres.setup.watch import arm, armed, left_out, tend
 
 log = logging.getLogger(__name__)
 

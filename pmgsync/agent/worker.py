@@ -1,55 +1,215 @@
-"""`python -m pmgsync.agent.worker NAME`: one worker process, started and watched by the supervisor."""
+"""What all workers share: a session with the local broker, a sign of life every second, and patience after errors."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-import signal
-import sys
-from pathlib import Path
+import os
+import random
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
-from pmgsync.agent.base import Worker
-from pmgsync.config import NodeConfig, load_config
-from pmgsync.errors import PmgsyncError
-from pmgsync.service import die_with_parent, set_up_logging
+import zmq
+
+from pmgsync.config import NodeConfig
+from pmgsync.core.membership import ClusterDocument, SignedDocument
+from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
+from pmgsync.wire.link import BrokerLink, Message, error_from
 
 log = logging.getLogger(__name__)
 
-
-def make_worker(name: str, config: NodeConfig) -> Worker:
-    """Return the worker of a name: `capture`, `snapshot` or `apply:CID`."""
-    kind, _, origin = name.partition(":")
-    if kind == "apply":
-        from pmgsync.agent.apply import ApplyWorker
-
-        return ApplyWorker(config, int(origin))
-    if kind == "capture":
-        from pmgsync.agent.capture import CaptureWorker
-
-        return CaptureWorker(config)
-    from pmgsync.agent.snapshot import SnapshotWorker
-
-    return SnapshotWorker(config)
+REPORT_S = 0.7
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
+GRACE_S = 3.0
+"""What may pass by itself is shown as synchronising for so long, then as an error."""
 
 
-def run() -> None:
-    """Entry point of a worker process."""
-    parser = argparse.ArgumentParser(prog="pmgsync-agent-worker")
-    parser.add_argument("name")
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--parent", type=int, required=True)
-    arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
-    # Killed at any instant is the normal way to end: whatever matters is in the journal and the database.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    set_up_logging()
-    try:
-        make_worker(arguments.name, load_config(arguments.config)).run()
-    except PmgsyncError as error:
-        log.error("action=stop worker=%s error=%s", arguments.name, error)
-        sys.exit(1)
+class SessionOverError(UnreachableError):
+    """The session with the broker must be begun again: it was restarted, or the cluster document has changed."""
 
 
-if __name__ == "__main__":
-    run()
+class Worker(ABC):
+    """One worker process. A subclass works in `session`, which is begun again whenever it ends with an error."""
+
+    def __init__(self, config: NodeConfig, name: str) -> None:
+        self.config = config
+        self.name = name
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.link: BrokerLink | None = None
+        self.cid = 0
+        self.signed: SignedDocument | None = None
+        self.state = "A"
+        self.alerts: list[dict[str, str]] = []
+        self.counters: dict[str, int] = {}
+        self._error: PmgsyncError | None = None
+        self._failing_since = 0.0
+        self._reported = 0.0
+        self._pause_s = FIRST_PAUSE_S
+
+    @property
+    def document(self) -> ClusterDocument:
+        """The cluster document as of the session's start."""
+        assert self.signed is not None
+        return self.signed.document
+
+    @abstractmethod
+    def session(self, link: BrokerLink) -> None:
+        """Do the work until something ends it."""
+
+    def run(self) -> None:
+        """Work until the process is ended; this is the one place where a worker's errors are handled."""
+        while True:
+            try:
+                self._connect()
+                assert self.link is not None
+                self.session(self.link)
+            except SessionOverError as error:
+                log.info("action=session-over worker=%s reason=%s", self.name, error.message)
+                self._disconnect()
+                self._pause_s = FIRST_PAUSE_S
+            except PmgsyncError as error:
+                self.fail(error)
+
+    def fail(self, error: PmgsyncError) -> None:
+        """Show an error in status and log, and wait before the next try."""
+        level = logging.WARNING if error.recoverable else logging.ERROR
+        log.log(level, "action=retry worker=%s pause_s=%.1f error=%s", self.name, self._pause_s, error)
+        if self._error is None:
+            self._failing_since = time.monotonic()
+        self._error = error
+        self._reported = 0.0
+        self.rest(self._pause_s * random.uniform(0.8, 1.2))  # noqa: S311 -- spreads retries, no secret
+        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+
+    def well(self) -> None:
+        """Note that the work goes on: the error is over, the next one starts with a short pause."""
+        self._pause_s = FIRST_PAUSE_S
+        if self._error is not None:
+            log.info("action=recovered worker=%s", self.name)
+            self._error = None
+            self._reported = 0.0
+
+    def report(self, *, now: bool = False) -> None:
+        """Tell the broker how this worker is, when it is time to.
+
+        Raises:
+            SessionOverError: when the broker is gone.
+        """
+        if self.link is None or (not now and time.monotonic() - self._reported < REPORT_S):
+            return
+        self._reported = time.monotonic()
+        error = self._error
+        message: Message = {"op": "report", "state": self.state, "error": "", "hint": "", "alerts": self.alerts}
+        if self.counters:
+            message["counters"] = self.counters
+        if error is not None and (not error.recoverable or time.monotonic() - self._failing_since > GRACE_S):
+            message |= {"error": error.message, "hint": error.hint}
+        elif error is not None:
+            message["state"] = "S"
+        try:
+            self.link.send(message)
+        except UnreachableError as gone:
+            raise SessionOverError(gone.message) from gone
+
+    def handle(self, message: Message, attachments: Sequence[bytes]) -> None:
+        """Handle a message that the work itself does not expect.
+
+        Raises:
+            SessionOverError: when it ends the session.
+            PmgsyncError: when it is an error.
+        """
+        if message["op"] == "document":
+            data = attachments[0] if attachments else b""
+            if not self.keeps_session(data):
+                raise SessionOverError("the cluster document has changed")
+        elif message["op"] == "error":
+            if message.get("id") == 0 and message.get("error") == UnreachableError.code:
+                raise SessionOverError(str(message.get("message")))
+            raise error_from(message)
+
+    def keeps_session(self, data: bytes) -> bool:
+        """Return True when work goes on as before under a new cluster document (packed; b"" when there is none)."""
+        if not data:
+            return False
+        new = SignedDocument.unpack(data)
+        old, self.signed = self.document, new
+        return (old.cluster, old.epoch, old.master) == (
+            new.document.cluster,
+            new.document.epoch,
+            new.document.master,
+        ) and new.document.member(self.cid) is not None
+
+    def rest(self, seconds: float) -> None:
+        """Wait, with signs of life; a message that ends the session ends the wait too."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if self.link is None:
+                time.sleep(left)
+                return
+            try:
+                self.report()
+                received = self.link.receive(min(left, REPORT_S))
+                if received is not None:
+                    self.waiting(*received)
+            except SessionOverError:
+                self._disconnect()
+                return
+
+    def waiting(self, message: Message, attachments: Sequence[bytes]) -> None:
+        """Handle a message that comes while the worker rests; what belongs to work that was given up is dropped."""
+        if message["op"] in {"document", "error"}:
+            try:
+                self.handle(message, attachments)
+            except SessionOverError:
+                raise
+            except PmgsyncError as error:
+                log.info("action=late-answer worker=%s error=%s", self.name, error)
+
+    def _connect(self) -> None:
+        if self.link is not None:
+            return
+        link = BrokerLink(self.config.broker_socket, self.name, context=self.context)
+        try:
+            welcome, parts = link.hello()
+            if not welcome["cid"] or not parts:
+                raise MembershipError("no cluster defined")
+            self.cid, self.signed = welcome["cid"], SignedDocument.unpack(parts[0])
+        except PmgsyncError:
+            link.close()
+            raise
+        self.link = link
+
+    def _disconnect(self) -> None:
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+
+
+class Bell:
+    """Lets a thread wake the worker's poll."""
+
+    def __init__(self) -> None:
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.setblocking(False)
+        self._sender.setblocking(False)
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable."""
+        return self._receiver.fileno()
+
+    def ring(self) -> None:
+        """Wake the poll; may be called from any thread."""
+        try:
+            self._sender.send(b"!")
+        except BlockingIOError:
+            return  # it is ringing already
+
+    def hush(self) -> None:
+        """Take the ringing away."""
+        try:
+            while os.read(self.fileno(), 4096):
+                pass
+        except BlockingIOError:
+            return

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import psycopg2.extensions
 
+from pmgsync.core.profile import Policy, Profile, TableRule
 from pmgsync.postgres.session import quote_ident
-from pmgsync.profile import Policy, Profile, TableRule
 
 
 def as_text(name: bytes | str) -> str:

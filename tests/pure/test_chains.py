@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmgsync.chains import ChainHead, Verdict
-from pmgsync.frames import Header
-from pmgsync.positions import LAST, ZERO, Position
+from pmgsync.core.chains import ChainHead, Verdict
+from pmgsync.core.frames import Header
+from pmgsync.core.positions import LAST, ZERO, Position
 
 ORIGIN, INCARNATION = 3, 77
 

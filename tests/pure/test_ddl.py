@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmgsync.ddl import could_be, only, pick, split, unpack_change, unpack_missing, without_concurrently
+from pmgsync.core.ddl import could_be, only, pick, split, unpack_change, unpack_missing, without_concurrently
 from pmgsync.errors import ProtocolError
 
 # Pieces that a statement is made of, each of which may hide a semicolon; none ends a statement.

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmgsync.core.frames import Header, make_frame, read_frame, read_header, unpack_body
+from pmgsync.core.positions import LAST, MAX_LSN, Position, format_lsn, parse_lsn
 from pmgsync.errors import FrameDamagedError, ProtocolError
-from pmgsync.frames import Header, make_frame, read_frame, read_header, unpack_body
-from pmgsync.positions import LAST, MAX_LSN, Position, format_lsn, parse_lsn
 
 lsns = st.integers(0, MAX_LSN - 1)
 numbers = st.integers(0, MAX_LSN)

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmgsync.chains import ChainHead, Verdict
-from pmgsync.emitted import SealKey
+from pmgsync.core.chains import ChainHead, Verdict
+from pmgsync.core.emitted import SealKey
+from pmgsync.core.frames import Frame, read_frame, unpack_body
+from pmgsync.core.framing import ChainName, Framer
+from pmgsync.core.positions import Position
 from pmgsync.errors import ProtocolError
-from pmgsync.frames import Frame, read_frame, unpack_body
-from pmgsync.framing import ChainName, Framer
-from pmgsync.positions import Position
 
 CHAIN = ChainName(b"c" * 16, 1, 7, 99, 5)
 KEY = SealKey(b"i" * 64, b"o" * 64)

@@ -9,8 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError
-from pmgsync.membership import (
+from pmgsync.core.membership import (
     ClusterDocument,
     Member,
     SignedDocument,
@@ -22,6 +21,7 @@ from pmgsync.membership import (
     with_member,
     without_member,
 )
+from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError
 
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(1, 9)]
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmgsync.core.merging import groups, merge_expressions, merge_rows
+from pmgsync.core.profile import MergeRule
 from pmgsync.errors import ConfigError
-from pmgsync.merging import groups, merge_expressions, merge_rows
-from pmgsync.profile import MergeRule
 
 RULES = {
     "high": MergeRule("greatest"),

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmgsync.errors import ProtocolError
-from pmgsync.pgoutput import (
+from pmgsync.core.pgoutput import (
     UNCHANGED,
     Begin,
     Column,
@@ -26,6 +25,7 @@ from pmgsync.pgoutput import (
     decode,
     transactions,
 )
+from pmgsync.errors import ProtocolError
 
 _EPOCH_US = 946_684_800_000_000
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pmgsync.core.profile import OWN_SCHEMA, MergeRule, Policy, load_profile
 from pmgsync.errors import ConfigError
-from pmgsync.profile import OWN_SCHEMA, MergeRule, Policy, load_profile
 
 
 def write(directory: Path, text: str) -> str:

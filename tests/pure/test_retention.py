@@ -7,8 +7,19 @@ from itertools import pairwise
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from broker.retention import MARK_BYTES, MARK_SPAN_S, MAX_STEP_S, Decision, Held, Ledger, Limits, Mark, WallAge, decide
-from pmgsync.positions import LAST, ZERO, Position
+from broker.journal.retention import (
+    MARK_BYTES,
+    MARK_SPAN_S,
+    MAX_STEP_S,
+    Decision,
+    Held,
+    Ledger,
+    Limits,
+    Mark,
+    WallAge,
+    decide,
+)
+from pmgsync.core.positions import LAST, ZERO, Position
 
 UNLIMITED = Limits(1 << 62, 1e12)
 positions = st.builds(Position, st.integers(0, 120), st.sampled_from([1, 2, LAST]))

@@ -9,13 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmgsync.emitted import SealKey
-from pmgsync.errors import ProtocolError
-from pmgsync.frames import unpack_body
-from pmgsync.framing import Framer
-from pmgsync.pgoutput import Emitted, transactions
-from pmgsync.positions import Position
-from pmgsync.sequences import (
+from pmgsync.core.ceilings import (
     MIN_MARGIN,
     SHARE,
     Ceiling,
@@ -27,6 +21,12 @@ from pmgsync.sequences import (
     pack_values,
     unpack_values,
 )
+from pmgsync.core.emitted import SealKey
+from pmgsync.core.frames import unpack_body
+from pmgsync.core.framing import Framer
+from pmgsync.core.pgoutput import Emitted, transactions
+from pmgsync.core.positions import Position
+from pmgsync.errors import ProtocolError
 from tests.pure.test_framing import CHAIN, KEY, begin, commit
 
 BIG = 2**63 - 1

@@ -16,10 +16,10 @@ from cli.join_cmd import parse_ttl
 from cli.progress import estimate_left_s
 from cli.status import format_uptime, in_sync, notes, render
 from cli.wait import Behind, Goal
+from pmgsync.core.membership import Member, found_cluster
+from pmgsync.core.positions import format_lsn
+from pmgsync.core.profile import load_profile
 from pmgsync.errors import PmgsyncError
-from pmgsync.membership import Member, found_cluster
-from pmgsync.positions import format_lsn
-from pmgsync.profile import load_profile
 
 
 def node(cid: int = 5, **changes: Any) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.lag import SAMPLE_S, HeadClock
-from broker.tokens import MAX_WRONG, Tokens
+from broker.cluster.tokens import MAX_WRONG, Tokens
+from broker.status.lag import SAMPLE_S, HeadClock
 from pmgsync.errors import MembershipError, TokenExpiredError, TokenRefusedError, TooManyAttemptsError
 
 

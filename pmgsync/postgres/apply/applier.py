@@ -17,19 +17,19 @@ import psycopg2.errors
 from psycopg2.extensions import connection as Connection  # noqa: N812
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
+from pmgsync.core.frames import Frame, is_part, unpack_body
+from pmgsync.core.pgoutput import Change, Piece, Relation, transactions
+from pmgsync.core.policies import Writers
+from pmgsync.core.positions import LAST, Position, format_lsn, parse_lsn
+from pmgsync.core.profile import Profile
 from pmgsync.errors import ApplyError, PmgsyncError, ProtocolError, ResyncRequiredError, TransientApplyError
-from pmgsync.frames import Frame, is_part, unpack_body
-from pmgsync.pgoutput import Change, Piece, Relation, transactions
-from pmgsync.policies import Writers
-from pmgsync.positions import LAST, Position, format_lsn, parse_lsn
 from pmgsync.postgres.apply import tending
 from pmgsync.postgres.apply.failures import apply_error, is_drift, one_line
 from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlannedTransaction, SchemaItem
 from pmgsync.postgres.apply.planner import Planner
 from pmgsync.postgres.apply.rows import RowExecutor
+from pmgsync.postgres.apply.stale import StaleTable, StaleTables, TableName
 from pmgsync.postgres.session import connect, rows
-from pmgsync.postgres.stale import StaleTable, StaleTables, TableName
-from pmgsync.profile import Profile
 
 log = logging.getLogger(__name__)
 

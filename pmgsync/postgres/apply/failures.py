@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import psycopg2
 
+from pmgsync.core.positions import format_lsn
 from pmgsync.errors import ApplyError, TransientApplyError
-from pmgsync.positions import format_lsn
 
 _TRANSIENT_CLASSES = ("08", "40", "53", "57")
 """Connection, transaction rollback (deadlock), insufficient resources, operator intervention (shutdown, cancel)."""

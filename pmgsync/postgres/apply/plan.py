@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from pmgsync.ddl import SchemaChange
-from pmgsync.pgoutput import Row
+from pmgsync.core.ceilings import Value
+from pmgsync.core.ddl import SchemaChange
+from pmgsync.core.pgoutput import Row
+from pmgsync.postgres.apply.stale import StaleTable
 from pmgsync.postgres.apply.target import Target
-from pmgsync.postgres.stale import StaleTable
-from pmgsync.sequences import Value
 
 WARNINGS_KEPT = 1000
 

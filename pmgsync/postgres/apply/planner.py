@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
-from pmgsync import ddl, sequences
+from pmgsync.core import ceilings as sequences
+from pmgsync.core import ddl
+from pmgsync.core.pgoutput import Change, Delete, Emitted, Insert, Relation, Row, RowChange, Truncated, Update
+from pmgsync.core.policies import Writers, counts_wholly, filled, owner_index, select
+from pmgsync.core.positions import format_lsn
+from pmgsync.core.profile import Policy, Profile, TableRule
 from pmgsync.errors import ApplyError
-from pmgsync.pgoutput import Change, Delete, Emitted, Insert, Relation, Row, RowChange, Truncated, Update
-from pmgsync.policies import Writers, counts_wholly, filled, owner_index, select
-from pmgsync.positions import format_lsn
 from pmgsync.postgres.apply.plan import (
     ApplyStats,
     Item,
@@ -21,10 +23,9 @@ from pmgsync.postgres.apply.plan import (
     TruncateItem,
 )
 from pmgsync.postgres.apply.schema import missing
+from pmgsync.postgres.apply.stale import Kind, StaleTable, StaleTables
 from pmgsync.postgres.apply.target import Target, load_target
 from pmgsync.postgres.session import quote_ident, quote_literal
-from pmgsync.postgres.stale import Kind, StaleTable, StaleTables
-from pmgsync.profile import Policy, Profile, TableRule
 
 _Route = tuple[TableRule | None, bool | None, int | None]
 

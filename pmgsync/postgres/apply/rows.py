@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
+from pmgsync.core.pgoutput import UNCHANGED, Row, Value
+from pmgsync.core.positions import format_lsn
+from pmgsync.core.profile import Policy
 from pmgsync.errors import ApplyError, ProtocolError
-from pmgsync.pgoutput import UNCHANGED, Row, Value
-from pmgsync.positions import format_lsn
 from pmgsync.postgres.apply import statements
 from pmgsync.postgres.apply.plan import (
     ApplyStats,
@@ -27,13 +28,12 @@ from pmgsync.postgres.apply.plan import (
     TruncateItem,
 )
 from pmgsync.postgres.apply.schema import repeat
+from pmgsync.postgres.apply.stale import StaleTables
 from pmgsync.postgres.apply.statements import OLD, Statement
 from pmgsync.postgres.apply.target import Target
 from pmgsync.postgres.apply.truncate import truncate
-from pmgsync.postgres.sequences import follow
 from pmgsync.postgres.session import quote_literal
-from pmgsync.postgres.stale import StaleTables
-from pmgsync.profile import Policy
+from pmgsync.postgres.setup.sequence_values import follow
 
 SCRIPT_BYTES = 256 << 10
 """A script is sent when it is this long."""

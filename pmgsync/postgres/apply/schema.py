@@ -8,13 +8,13 @@ from collections.abc import Iterable
 import psycopg2
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
-from pmgsync.ddl import MissingContent, SchemaChange, TableShape
+from pmgsync.core.ddl import MissingContent, SchemaChange, TableShape
+from pmgsync.core.positions import format_lsn
 from pmgsync.errors import TransientApplyError
-from pmgsync.positions import format_lsn
 from pmgsync.postgres.apply.failures import apply_error, one_line
 from pmgsync.postgres.apply.plan import NoteItem, SchemaItem
+from pmgsync.postgres.apply.stale import StaleTable, StaleTables
 from pmgsync.postgres.session import PINNED, quote_ident, quote_literal, rows
-from pmgsync.postgres.stale import StaleTable, StaleTables
 
 log = logging.getLogger(__name__)
 

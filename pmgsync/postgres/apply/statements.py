@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from pmgsync.merging import merge_expressions
+from pmgsync.core.merging import merge_expressions
 from pmgsync.postgres.apply.target import LocalColumn, Target
 from pmgsync.postgres.session import quote_literal
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
+from pmgsync.core.merging import groups
+from pmgsync.core.pgoutput import Relation
+from pmgsync.core.profile import Policy, TableRule
 from pmgsync.errors import ApplyError, ConfigError
-from pmgsync.merging import groups
-from pmgsync.pgoutput import Relation
 from pmgsync.postgres.session import quote_ident, quote_literal, rows
-from pmgsync.profile import Policy, TableRule
 
 
 @dataclass(frozen=True, slots=True)

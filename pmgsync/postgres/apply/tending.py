@@ -8,12 +8,12 @@ import logging
 import psycopg2
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
+from pmgsync.core.pgoutput import Relation
+from pmgsync.core.profile import TableRule
 from pmgsync.errors import ApplyError, UnreachableError
-from pmgsync.pgoutput import Relation
+from pmgsync.postgres.apply.stale import StaleTable
 from pmgsync.postgres.apply.target import load_target
 from pmgsync.postgres.session import connect, quote_literal, rows
-from pmgsync.postgres.stale import StaleTable
-from pmgsync.profile import TableRule
 
 log = logging.getLogger(__name__)
 

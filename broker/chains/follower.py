@@ -1,0 +1,283 @@
+"""A follower keeps one foreign chain whole: it takes live frames, sees gaps, and has them filled by a replay."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from broker.journal.journals import Journals
+from broker.status.heartbeats import DOWN_AFTER_S
+from pmgsync.core.chains import ChainHead, Verdict
+from pmgsync.core.frames import Frame
+from pmgsync.core.positions import Position
+from pmgsync.errors import JournalError, PmgsyncError, ResyncRequiredError
+from pmgsync.wire.link import Message
+
+log = logging.getLogger(__name__)
+
+REPLAY_CREDIT = 4 << 20
+"""Bytes of a replay that may be under way at once."""
+AHEAD_BYTES = 8 << 20
+"""Live frames kept while the gap before them is being filled; beyond that they are fetched again."""
+JOURNAL_BACKLOG = 32 << 20
+"""Bytes waiting for the disk above which a replay is given no more credit."""
+SILENCE_S = 10.0
+"""A replay with credit that brings nothing for so long is begun again, from another member where there is one."""
+RETRY_S = 1.0
+
+
+class Network(Protocol):
+    """What a follower needs of the broker around it."""
+
+    def servers(self, origin: int, incarnation: int, position: Position) -> list[int]:
+        """Return the connected members that hold what follows a position, the origin first."""
+
+    def behind_all(self, origin: int, incarnation: int, position: Position) -> bool:
+        """Return True when every connected member that has the chain begins after the position."""
+
+    def send_to(self, cid: int, message: Message) -> bool:
+        """Send a control message; False when the member is not connected."""
+
+    def new_id(self) -> int:
+        """Return a request id."""
+
+    def taken(self, frame: Frame) -> None:
+        """Called with every frame that the journal took, in order."""
+
+    def fell_back(self, head: ChainHead) -> None:
+        """Called when the parts of a half transaction were dropped."""
+
+    def lost(self, origin: int, error: PmgsyncError) -> None:
+        """Called when no member can fill a gap any more."""
+
+
+@dataclass(slots=True)
+class _Replay:
+    request: int
+    server: int
+    begun: Position
+    heard: float
+    owed: int = 0
+
+
+class Follower:
+    """The state of one foreign chain in this broker."""
+
+    def __init__(self, origin: int, journals: Journals, network: Network) -> None:
+        self.origin = origin
+        self._journals = journals
+        self._network = network
+        self._ahead: dict[Position, Frame] = {}
+        self._ahead_bytes = 0
+        self._replay: _Replay | None = None
+        self._known_head: Position | None = None
+        self._head_heard = time.monotonic()
+        self._retry_at = 0.0
+        self._refused: dict[int, float] = {}
+        self.gaps = 0
+        self.duplicates = 0
+        self.damaged = 0
+
+    @property
+    def replaying(self) -> bool:
+        """True while a gap is being filled."""
+        return self._replay is not None
+
+    def _head(self) -> ChainHead:
+        return self._journals.chains()[self.origin]
+
+    def live(self, frame: Frame) -> None:
+        """Take a frame that came over PUB/SUB."""
+        verdict = self._offer(frame)
+        if verdict in {Verdict.GAP, Verdict.DROP_PARTS}:
+            self._keep_ahead(frame)
+            self._fill()
+
+    def replayed(self, request: int, frame: Frame) -> None:
+        """Take a frame that came as part of a replay."""
+        replay = self._replay
+        if replay is None or replay.request != request:
+            return
+        replay.owed += frame.size
+        verdict = self._offer(frame)
+        if verdict is Verdict.GAP:
+            # The server's journal does not follow ours; what it sends further on cannot either.
+            self._abandon(f"member {replay.server} sent frames that do not follow {self._head().position}")
+            return
+        if verdict in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
+            # What brings nothing new counts as silence: a member could send that for ever.
+            replay.heard = time.monotonic()
+        self._give_credit()
+
+    def ended(self, request: int) -> None:
+        """The server has sent all it had."""
+        replay = self._replay
+        if replay is None or replay.request != request:
+            return
+        self._replay = None
+        self._drain_ahead()
+        if self._head().position == replay.begun:
+            # It says that it has more than it sends; asking again at once would go on like that without rest.
+            self._avoid(replay.server)
+        self._fill_if_behind()
+
+    def failed(self, request: int, error: PmgsyncError) -> None:
+        """The server refused or broke off."""
+        replay = self._replay
+        if replay is None or replay.request != request:
+            return
+        self._replay = None
+        log.warning(
+            "action=replay-refused origin=%d server=%d position=%s error=%s",
+            self.origin, replay.server, self._head().position, error,
+        )  # fmt: skip
+        if not self._avoid(replay.server) and isinstance(error, ResyncRequiredError):
+            self._network.lost(self.origin, error)
+
+    def heard_head(self, head: Position) -> None:
+        """A heartbeat has said where the chain's newest frame ends; PUB keeps order, so what is missing was lost."""
+        self._known_head, self._head_heard = head, time.monotonic()
+        self._fill_if_behind()
+
+    def tick(self) -> None:
+        """Look after time-outs, held-back credit and refusals that may have passed."""
+        now = time.monotonic()
+        self._refused = {cid: until for cid, until in self._refused.items() if until > now}
+        if self._replay is None:
+            self._fill_if_behind()
+        elif now - self._replay.heard > SILENCE_S:
+            self._abandon(f"member {self._replay.server} sent nothing that helps for {SILENCE_S:.0f} s")
+        else:
+            self._give_credit()
+
+    def server_gone(self, cid: int) -> None:
+        """A member's connection was rebuilt: what was asked of it before will not be answered."""
+        if self._replay is not None and self._replay.server == cid:
+            self._replay = None
+
+    def reset(self) -> None:
+        """Forget what is under way, after the journal was begun anew at another position."""
+        self._ahead.clear()
+        self._ahead_bytes = 0
+        self._refused.clear()
+        self._retry_at = 0.0
+        if self._replay is not None:
+            self._network.send_to(self._replay.server, {"op": "cancel", "id": self._replay.request})
+            self._replay = None
+        self._fill_if_behind()
+
+    def _offer(self, frame: Frame) -> Verdict:
+        verdict = self._take(frame)
+        if verdict in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
+            self._drain_ahead()
+        elif verdict is Verdict.DUPLICATE:
+            self.duplicates += 1
+        elif verdict is Verdict.GAP:
+            self.gaps += 1
+        return verdict
+
+    def _take(self, frame: Frame) -> Verdict:
+        """Have the journal judge a frame, and the streams follow it."""
+        try:
+            verdict = self._journals.accept(frame)
+        except JournalError:
+            # Full or failing: as if the frame had been lost on the way. It is fetched again when there is room.
+            self._retry_at = time.monotonic() + RETRY_S
+            return Verdict.GAP
+        if verdict in {Verdict.BEGIN_AGAIN, Verdict.DROP_PARTS}:
+            self._network.fell_back(self._head())
+        if verdict in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
+            self._network.taken(frame)
+        return verdict
+
+    def _keep_ahead(self, frame: Frame) -> None:
+        if frame.prev in self._ahead:
+            return
+        self._ahead[frame.prev] = frame
+        self._ahead_bytes += frame.size
+        while self._ahead_bytes > AHEAD_BYTES:
+            oldest = next(iter(self._ahead))
+            self._ahead_bytes -= self._ahead.pop(oldest).size
+
+    def _drain_ahead(self) -> None:
+        while self._ahead:
+            position = self._head().position
+            frame = self._ahead.pop(position, None)
+            if frame is None:
+                break
+            self._ahead_bytes -= frame.size
+            if self._take(frame) is not Verdict.FITS:
+                break
+        if self._replay is None:
+            position = self._head().position
+            for prev in [prev for prev in self._ahead if prev < position]:
+                self._ahead_bytes -= self._ahead.pop(prev).size
+
+    def _fill_if_behind(self) -> None:
+        head = self._head()
+        behind = self._known_head is not None and self._known_head > head.position
+        # While the origin says nothing of its chain, the others' heartbeats tell what there is of it.
+        silent = time.monotonic() - self._head_heard > DOWN_AFTER_S
+        if behind or self._ahead or (silent and self._candidates(head)):
+            self._fill()
+
+    def _candidates(self, head: ChainHead) -> list[int]:
+        servers = self._network.servers(self.origin, head.incarnation, head.position)
+        return [cid for cid in servers if cid not in self._refused]
+
+    def _fill(self) -> None:
+        now = time.monotonic()
+        if self._replay is not None or now < self._retry_at:
+            return
+        head = self._head()
+        candidates = self._candidates(head)
+        if not candidates:
+            self._retry_at = now + RETRY_S
+            if self._network.behind_all(self.origin, head.incarnation, head.position):
+                error = ResyncRequiredError(
+                    f"no member can replay the chain of node {self.origin} from {head.position} any more"
+                )
+                self._network.lost(self.origin, error)
+            return
+        server = candidates[0]
+        request = self._network.new_id()
+        message: Message = {
+            "op": "replay",
+            "id": request,
+            "origin": self.origin,
+            "incarnation": head.incarnation,
+            "position": list(head.position),
+            "credit": REPLAY_CREDIT,
+        }
+        if self._network.send_to(server, message):
+            self._replay = _Replay(request, server, head.position, now)
+            log.info("action=replay origin=%d server=%d position=%s", self.origin, server, head.position)
+        else:
+            self._retry_at = now + RETRY_S
+
+    def _give_credit(self) -> None:
+        replay = self._replay
+        if replay is None or replay.owed < REPLAY_CREDIT // 4 or self._journals.pending_bytes > JOURNAL_BACKLOG:
+            return
+        if self._network.send_to(replay.server, {"op": "credit", "id": replay.request, "bytes": replay.owed}):
+            replay.owed = 0
+
+    def _abandon(self, reason: str) -> None:
+        assert self._replay is not None
+        log.warning("action=replay-abandoned origin=%d reason=%s", self.origin, reason)
+        server = self._replay.server
+        self._network.send_to(server, {"op": "cancel", "id": self._replay.request})
+        self._replay = None
+        self._avoid(server)
+
+    def _avoid(self, server: int) -> bool:
+        """Ask another member next, where there is one; else the same again a little later, and return False."""
+        now = time.monotonic()
+        self._refused[server] = now + SILENCE_S
+        if self._candidates(self._head()):
+            return True
+        del self._refused[server]
+        self._retry_at = now + RETRY_S
+        return False

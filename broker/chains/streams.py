@@ -1,0 +1,139 @@
+"""Streams: frames of a chain sent from a position on, as far as the credit reaches; local and remote alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from broker.journal.journals import Journals
+from pmgsync.core.frames import Frame
+from pmgsync.core.positions import Position
+from pmgsync.errors import JournalDamagedError, PmgsyncError
+
+READ_BYTES = 1 << 20
+"""Bytes read from the journal at a time."""
+STALLED_S = 60.0
+"""A finite stream that was given no credit for so long is closed."""
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One receiver's place on one chain.
+
+    Attributes:
+        live: True for apply workers, whose stream has no end; False for a replay, which ends at the head.
+        send: sends a frame; returns False when the receiver is gone.
+        finish: called with the last position, or the error, when the stream is over.
+    """
+
+    origin: int
+    position: Position
+    credit: int
+    live: bool
+    send: Callable[[Frame], bool]
+    finish: Callable[[Position, PmgsyncError | None], None]
+    touched: float = field(default_factory=time.monotonic)
+
+
+class Streams:
+    """All streams that this broker serves from its journals."""
+
+    def __init__(self, journals: Journals, damaged: Callable[[int, Position, JournalDamagedError], None]) -> None:
+        """`damaged` is called with origin and position when what follows there cannot be read for good."""
+        self._journals = journals
+        self._damaged = damaged
+        self._by_owner: dict[tuple[object, int], Stream] = {}
+
+    def open(self, owner: object, request: int, stream: Stream) -> None:
+        """Begin a stream; one of the same owner and id is replaced."""
+        self._by_owner[owner, request] = stream
+        self.pump(stream)
+
+    def add_credit(self, owner: object, request: int, size: int) -> None:
+        """Give a stream more credit; one that is over already is ignored."""
+        stream = self._by_owner.get((owner, request))
+        if stream is not None:
+            stream.credit += size
+            stream.touched = time.monotonic()
+            self.pump(stream)
+
+    def close(self, owner: object, request: int) -> None:
+        """End a stream without a word."""
+        self._by_owner.pop((owner, request), None)
+
+    def close_owner(self, owner: object) -> None:
+        """End all streams of a session or peer that is gone."""
+        for key in [key for key in self._by_owner if key[0] == owner]:
+            del self._by_owner[key]
+
+    def count(self, owner: object) -> int:
+        """Return how many streams an owner has open."""
+        return sum(key[0] == owner for key in self._by_owner)
+
+    def of(self, origin: int) -> Iterator[Stream]:
+        """Return the live streams of a chain."""
+        return (stream for stream in list(self._by_owner.values()) if stream.origin == origin and stream.live)
+
+    def offer(self, frame: Frame) -> None:
+        """Send a frame that the journal has just taken to every stream that waits for it."""
+        for stream in list(self._by_owner.values()):
+            if stream.origin != frame.header.origin or stream.credit <= 0:
+                continue
+            if stream.position == frame.prev:
+                self._send(stream, frame)
+            else:
+                self.pump(stream)
+
+    def fall_back(self, origin: int, complete: Position) -> None:
+        """Move streams that stand in the middle of a transaction whose parts were dropped back to its start."""
+        for stream in self._by_owner.values():
+            if stream.origin == origin and not stream.position.complete:
+                stream.position = complete
+
+    def fail(self, origin: int, error: PmgsyncError) -> None:
+        """End every stream of a chain with an error."""
+        for stream in [stream for stream in self._by_owner.values() if stream.origin == origin]:
+            self._finish(stream, error)
+
+    def pump(self, stream: Stream) -> None:
+        """Send what the credit allows."""
+        while stream.credit > 0:
+            try:
+                frames = self._journals.read(stream.origin, stream.position, min(stream.credit, READ_BYTES))
+            except PmgsyncError as error:
+                if isinstance(error, JournalDamagedError):
+                    self._damaged(stream.origin, stream.position, error)
+                self._finish(stream, error)
+                return
+            for frame in frames:
+                if not self._send(stream, frame):
+                    return
+            if not frames:
+                if not stream.live:
+                    self._finish(stream, None)
+                return
+
+    def expire(self) -> None:
+        """Close finite streams whose receiver gives no credit any more."""
+        horizon = time.monotonic() - STALLED_S
+        for key, stream in list(self._by_owner.items()):
+            if not stream.live and stream.credit <= 0 and stream.touched < horizon:
+                del self._by_owner[key]
+
+    def _send(self, stream: Stream, frame: Frame) -> bool:
+        if not stream.send(frame):
+            self._forget(stream)
+            return False
+        stream.credit -= frame.size
+        stream.position = frame.here
+        stream.touched = time.monotonic()
+        return True
+
+    def _finish(self, stream: Stream, error: PmgsyncError | None) -> None:
+        self._forget(stream)
+        stream.finish(stream.position, error)
+
+    def _forget(self, stream: Stream) -> None:
+        for key in [key for key, value in self._by_owner.items() if value is stream]:
+            del self._by_owner[key]

@@ -1,0 +1,1 @@
+"""Who is in the cluster: keys, document, and the door that newcomers come through."""

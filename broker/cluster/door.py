@@ -1,0 +1,152 @@
+"""The join door: the one socket that strangers may connect to. It answers `check` and `admit`, on the master only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import zmq
+
+from broker.cluster.state_directory import NodeKeys
+from broker.cluster.tokens import Tokens
+from broker.members.calls import End
+from broker.net import sockets
+from broker.net.loop import Loop, Socket
+from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, with_member
+from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnknownOperationError
+from pmgsync.wire.link import Message, error_map, pack, unpack
+
+log = logging.getLogger(__name__)
+
+PROTOCOL_VERSION = 1
+
+
+class Host(Protocol):
+    """What the door needs of the broker behind it."""
+
+    def master_document(self) -> ClusterDocument:
+        """Return the cluster document; raises MembershipError when this node is not the master."""
+
+    def ask_agent(self, caller: End, method: str) -> None:
+        """Run a method of this node's agent; raises UnreachableError when there is no agent."""
+
+    def change_document(self, document: ClusterDocument) -> SignedDocument:
+        """Sign, store and spread a new cluster document."""
+
+
+class Door:
+    """A bound ROUTER under CURVE that takes any client key."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Socket],
+        loop: Loop,
+        keys: NodeKeys,
+        tokens: Tokens,
+        host: Host,
+        *,
+        address: str,
+        port: int,
+    ) -> None:
+        self._loop = loop
+        self._tokens = tokens
+        self._host = host
+        self._socket = sockets.open_socket(context, zmq.ROUTER, max_bytes=sockets.JOIN_MAX_BYTES, hwm=100)
+        sockets.serve(self._socket, keys, sockets.DOOR_DOMAIN, address, port, "join")
+        loop.add_socket(self._socket, self._receive)
+
+    def close(self) -> None:
+        """Unbind the port."""
+        self._loop.remove(self._socket)
+        self._socket.close()
+
+    def _receive(self, parts: list[zmq.Frame]) -> None:
+        identity, client_key = parts[0].bytes, bytes.fromhex(str(parts[-1].get("User-Id")))
+        request = 0
+        try:
+            if len(parts) != 2:
+                raise ProtocolError("a join request is one map")
+            message = unpack(parts[1].bytes)
+            request = message["id"] if type(message.get("id")) is int else 0
+            if message["op"] == "check":
+                self._check(identity, request, message)
+            elif message["op"] == "admit":
+                self._admit(identity, request, message, client_key)
+            else:
+                raise UnknownOperationError(f"the join door does not know {message['op']!r:.40}")
+        except PmgsyncError as error:
+            log.warning("action=join-refused reason=%s", error.message)
+            self._send(identity, error_map(request, error))
+
+    def _check(self, identity: bytes, request: int, message: Message) -> None:
+        document = self._host.master_document()
+        self._tokens.check(str(message.get("token", "")))
+
+        def answer(reply: Mapping[str, Any], attachments: Sequence[bytes]) -> bool:
+            if reply["op"] == "done":
+                facts = {
+                    **reply.get("result", {}),
+                    "op": "facts",
+                    "id": request,
+                    "protocol": PROTOCOL_VERSION,
+                    "cluster": document.name,
+                    "profile": document.profile,
+                    "members": [[member.cid, member.name, member.address] for member in document.members],
+                }
+                return self._send(identity, facts)
+            return self._send(identity, reply) if reply["op"] == "error" else True
+
+        self._host.ask_agent(End(("door", identity), answer, request), "facts")
+
+    def _admit(self, identity: bytes, request: int, message: Message, client_key: bytes) -> None:
+        document = self._host.master_document()
+        token = str(message.get("token", ""))
+        # First: to whoever has no token the door does not tell which names, addresses and keys are members'.
+        self._tokens.check(token)
+        newcomer = _newcomer(message, client_key)
+        known = document.by_key(newcomer.curve_key)
+        if known is not None and (known.name, known.address) != (newcomer.name, newcomer.address):
+            raise MembershipError(
+                f"this node's key belongs to member {known.name} ({known.cid}) already",
+                hint=f"run `pmgcm delete {known.cid}` on the master first",
+            )
+        if known is not None and known.cid == document.master:
+            raise MembershipError("this node is the cluster's master")
+        changed = document if known is not None else with_member(document, newcomer)
+        self._tokens.use(token)
+        signed = self._host.change_document(changed)
+        member = signed.document.by_key(newcomer.curve_key)
+        assert member is not None
+        log.info("action=admitted cid=%d name=%s address=%s", member.cid, member.name, member.address)
+        self._send(identity, {"op": "admitted", "id": request, "cid": member.cid}, signed.pack())
+
+    def _send(self, identity: bytes, message: Mapping[str, Any], *attachments: bytes) -> bool:
+        try:
+            self._socket.send_multipart([identity, pack(message), *attachments], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True
+
+
+def _newcomer(message: Message, client_key: bytes) -> Member:
+    """Return the member an `admit` asks for; its CURVE key must be the one that it speaks with."""
+    if message.get("version") != PROTOCOL_VERSION:
+        raise MembershipError(
+            f"the node speaks protocol version {message.get('version')!r:.20}, the cluster version {PROTOCOL_VERSION}",
+            hint="install the same version of pmgsync on all nodes",
+        )
+    keys = {name: message.get(name) for name in ("curve_key", "sign_key")}
+    if not all(isinstance(key, bytes) and len(key) == 32 for key in keys.values()):
+        raise ProtocolError("a join request's keys are not 32 bytes each")
+    if keys["curve_key"] != client_key:
+        raise MembershipError("the key in the join request is not the key of the connection it came over")
+    return Member.from_map(
+        {
+            **{name: message.get(name) for name in ("name", "address", "events", "control", "join")},
+            **{name: bytes(key or b"").hex() for name, key in keys.items()},
+            "cid": 1,
+            "role": "node",
+            "level": str(message.get("level", ""))[:64],
+        }
+    )

@@ -1,0 +1,1 @@
+"""Requests from this machine's processes and from other members."""

@@ -1,0 +1,522 @@
+"""The journal: the frames of every chain that this node holds, in memory until they are on disk, then in SQLite.
+
+Called from the broker's loop thread, which never waits for a disk to sync: a frame is accepted into memory and queued
+for the writer thread, and `collect` takes over what that thread has done. A frame is read from memory until it is
+committed and from its file afterwards, so a reader sees every accepted frame, in order, at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from broker.journal import check as journal_check
+from broker.journal import file as journal_file
+from broker.journal.file import file_name, parse_name
+from broker.journal.retention import Held, Ledger
+from broker.journal.writer import Append, Begin, End, Keep, Mark, Writer
+from pmgsync.core.chains import ChainHead, Verdict
+from pmgsync.core.frames import Frame
+from pmgsync.core.positions import Position
+from pmgsync.errors import (
+    JournalDamagedError,
+    JournalError,
+    PmgsyncError,
+    ProtocolError,
+    ResyncRequiredError,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING = 64 << 20
+"""Bytes that are accepted but not on disk: of the own chain, and as many of all others together."""
+
+
+DAMAGE_SCAN_BYTES = 64 << 20
+"""Bytes in which a damaged frame that was just met is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """How opening a chain went.
+
+    Attributes:
+        lost: a file was there and nothing of it could be used; the chain begins anew where the caller said. On the own
+            chain that is a break unless everyone is known to be at that position.
+        notes: sentences about what was damaged and what was done, empty when all is well.
+    """
+
+    lost: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Queued:
+    """An operation that the writer has not reported: where the file ends once it is done (None if not known or not
+    changed), and the mark that is on disk then (0: unchanged)."""
+
+    seq: int
+    size: int
+    position: Position | None
+    mark: int = 0
+
+
+@dataclass
+class _Chain:
+    """One chain in the loop thread's eyes. `disk`: what is read from the file; everything after it is in `tail`."""
+
+    path: Path
+    head: ChainHead
+    first: Position
+    disk: Position
+    durable: Position
+    ledger: Ledger
+    reader: sqlite3.Connection | None = None
+    mark: int = 0
+    tail: list[Frame] = field(default_factory=list)
+    queued: deque[_Queued] = field(default_factory=deque)
+
+
+class Journals:
+    """The journals of all chains, one SQLite file each in one directory."""
+
+    def __init__(self, directory: Path, own: int, *, max_pending: int = MAX_PENDING) -> None:
+        """Take over a directory.
+
+        Args:
+            directory: made when it does not exist.
+            own: this node's CID; its chain is fsynced before it counts as durable, the others are committed only,
+                because they can be fetched again.
+            max_pending: bytes, as in MAX_PENDING; a single larger frame is accepted when nothing else is pending.
+        """
+        self.directory = directory
+        self.own = own
+        self.max_pending = max_pending
+        self.notes: list[str] = []
+        self._chains: dict[int, _Chain] = {}
+        self._heads: dict[int, ChainHead] = {}
+        self._opened: dict[int, Opened] = {}
+        self._removed: set[Path] = set()
+        self._pending = {True: 0, False: 0}
+        self._failures: dict[Path, JournalError] = {}
+        self._seq = 0
+        self._writer = Writer()
+
+    @property
+    def notify_fd(self) -> int:
+        """Readable when `collect` has something to take over."""
+        return self._writer.notify_fd
+
+    @property
+    def failure(self) -> JournalError | None:
+        """The last failure to write that still stands, the own chain's before others'."""
+        own = self._chains.get(self.own)
+        if own is not None and own.path in self._failures:
+            return self._failures[own.path]
+        return next(iter(self._failures.values()), None)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of headers and bodies that are accepted but not on disk."""
+        return sum(self._pending.values())
+
+    def start(self) -> None:
+        """Start the writer and open the chains that the directory holds; of several of one origin the newest file.
+
+        Raises:
+            JournalError: when the directory cannot be used.
+        """
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = sorted(self._files(), key=lambda item: item[2].stat().st_mtime_ns)
+        except OSError as error:
+            raise JournalError(f"the journal directory {self.directory} cannot be used ({error.strerror})") from error
+        self._writer.start()
+        for origin, incarnation, path in {item[0]: item for item in found}.values():
+            try:
+                self._continue(origin, incarnation, path)
+            except JournalError as error:
+                if origin == self.own:
+                    raise
+                self.notes.append(str(error))  # its follower meets the same error when it opens the chain
+
+    def close(self) -> None:
+        """Write what is accepted, end the writer, close everything. What cannot be written now is not written."""
+        for chain in self._chains.values():
+            if chain.reader is not None:
+                chain.reader.close()
+        self._chains.clear()
+        self._heads.clear()
+        self._writer.close()
+
+    def collect(self) -> None:
+        """Take over what the writer has done: durable positions move, memory is released. Raises nothing."""
+        report = self._writer.collect()
+        self._failures = report.failures
+        for origin, chain in self._chains.items():
+            done = report.done.get(chain.path, -1)
+            while chain.queued and chain.queued[0].seq <= done:
+                entry = chain.queued.popleft()
+                self._pending[origin == self.own] -= entry.size
+                chain.mark = max(chain.mark, entry.mark)
+                if entry.position is not None:
+                    chain.disk = chain.durable = entry.position
+            released = bisect_right(chain.tail, chain.disk, key=lambda frame: frame.here)
+            del chain.tail[:released]
+
+    def chains(self) -> Mapping[int, ChainHead]:
+        """Return origin to head: the newest frame accepted, on disk or not."""
+        return MappingProxyType(self._heads)
+
+    def opened(self, origin: int) -> Opened:
+        """Return how opening an origin's chain went."""
+        return self._opened.get(origin, Opened())
+
+    def open(self, origin: int, incarnation: int, start: Position) -> ChainHead:
+        """Open a chain and return its head.
+
+        What is held of this incarnation is continued; otherwise the chain begins, empty, at `start`, a complete
+        position. Files of other incarnations of the origin are removed.
+
+        Raises:
+            JournalError: when a file is there and cannot be read now.
+        """
+        path = self._path(origin, incarnation)
+        chain = self._chains.get(origin)
+        if chain is None or chain.path != path:
+            self._discard(origin)
+            chain = self._continue(origin, incarnation, path) if path not in self._removed else None
+            chain = chain or self._begin(origin, incarnation, start, None)
+        for _, _, other in self._files(origin):
+            if other != path:
+                self._end(origin, other, None)
+        return chain.head
+
+    def reset(self, origin: int, incarnation: int, start: Position) -> ChainHead:
+        """Drop what is held of an origin and begin at `start`, a complete position."""
+        path = self._path(origin, incarnation)
+        chain = self._chains.get(origin)
+        reader = None
+        if chain is not None and chain.path == path:
+            reader = self._detach(origin)
+        else:
+            self._discard(origin)
+        self._opened.pop(origin, None)
+        return self._begin(origin, incarnation, start, reader).head
+
+    def forget(self, origin: int) -> None:
+        """Drop an origin's chain and its files."""
+        self._discard(origin)
+        self._opened.pop(origin, None)
+        for _, _, path in self._files(origin):
+            if path not in self._removed:
+                self._end(origin, path, None)
+
+    def first(self, origin: int) -> Position:
+        """Return the position that the oldest frame held follows: where replay can begin."""
+        return self._chain(origin).first
+
+    def durable(self, origin: int) -> Position:
+        """Return the newest position on disk: committed, and on the own chain fsynced by this process.
+
+        It never goes back, but for the parts of a half transaction that are dropped. It may be a part; only a complete
+        position may be confirmed to anyone.
+        """
+        return self._chain(origin).durable
+
+    def accept(self, frame: Frame) -> Verdict:
+        """Judge a frame whose checksum was verified, and take it when it fits or begins a transaction again.
+
+        Raises:
+            JournalError: when too much is pending; the frame was not taken and is to be offered again.
+        """
+        header = frame.header
+        chain = self._chains.get(header.origin)
+        if chain is None:
+            return Verdict.OTHER_CHAIN
+        verdict = chain.head.judge(header)
+        if verdict is Verdict.DROP_PARTS:
+            self.drop_parts(header.origin)
+        if verdict not in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
+            return verdict
+        own = header.origin == self.own
+        if self._pending[own] and self._pending[own] + frame.size > self.max_pending:
+            cause = self.failure
+            raise JournalError(
+                f"the journal of origin {header.origin} is behind by {self._pending[own]} bytes",
+                hint=str(cause) if cause else "it goes on when the disk has caught up",
+            ) from cause
+        if verdict is Verdict.BEGIN_AGAIN:
+            self.drop_parts(header.origin)
+        self._set_head(chain, chain.head.advanced(header))
+        chain.tail.append(frame)
+        chain.ledger.add(header.here, frame.size, time.monotonic())
+        chain.queued.append(_Queued(self._next(), frame.size, header.here))
+        self._pending[own] += frame.size
+        # Wall clock: it is what survives a restart. `retention.WallAge` bounds what a jump of it can do.
+        self._post(chain, Append(self._seq, frame, time.time()))
+        return verdict
+
+    def mark(self, origin: int, lsn: int) -> None:
+        """Note that up to an LSN of the origin there is nothing more to come than what was accepted so far."""
+        chain = self._chain(origin)
+        chain.queued.append(_Queued(self._next(), 0, None, lsn))
+        self._post(chain, Mark(self._seq, lsn))
+
+    def marked(self, origin: int) -> int:
+        """Return the newest mark on disk, 0 when there is none; everything below it is on disk too."""
+        return self._chain(origin).mark
+
+    def drop_parts(self, origin: int) -> ChainHead:
+        """Drop the parts of a half transaction and return the head, a complete position."""
+        chain = self._chain(origin)
+        if chain.head.position.complete:
+            return chain.head
+        head = chain.head.without_parts()
+        self._set_head(chain, head)
+        chain.disk = min(chain.disk, head.position)
+        chain.durable = min(chain.durable, head.position)
+        del chain.tail[bisect_right(chain.tail, head.position, key=lambda frame: frame.here) :]
+        for entry in reversed(chain.queued):
+            if entry.position is None:
+                continue
+            if entry.position <= head.position:
+                break
+            entry.position = None
+        chain.ledger.drop_parts()
+        chain.queued.append(_Queued(self._next(), 0, head.position))
+        self._post(chain, Keep(self._seq, head.position))
+        return head
+
+    def read(self, origin: int, after: Position, max_bytes: int) -> list[Frame]:
+        """Return the frames that end after a position, in order, from the one on that follows it or contains it.
+
+        At least one frame when there is any, then as many as fit in `max_bytes` of headers and bodies. Frames in front
+        of a damaged one are returned; the next call raises.
+
+        Raises:
+            ResyncRequiredError: when frames after that position were forgotten.
+            JournalDamagedError: when the next frame is damaged or missing; names origin and position.
+            JournalError: when the file cannot be read now.
+        """
+        chain = self._chain(origin)
+        if after < chain.first:
+            raise ResyncRequiredError(
+                f"the journal of origin {origin} begins at {chain.first}, after {after}",
+                hint=f"run pmgcm resync on the node that is at {after}",
+            )
+        found: list[Frame] = []
+        if after < chain.disk:
+            found = self._read_disk(chain, after, max_bytes)
+            max_bytes -= sum(frame.size for frame in found)
+            if found[-1].here != chain.disk:
+                return found
+            after = chain.disk
+        for frame in chain.tail[bisect_right(chain.tail, after, key=lambda frame: frame.here) :]:
+            if found and frame.size > max_bytes:
+                break
+            found.append(frame)
+            max_bytes -= frame.size
+        return found
+
+    def trim(self, origin: int, upto: Position) -> None:
+        """Forget the frames that end at a position or before, of what is on disk and no half transaction."""
+        chain = self._chain(origin)
+        whole = upto if upto.complete else Position(upto.lsn - 1)
+        whole = min(whole, chain.head.complete, _complete(chain.durable))
+        if whole > chain.first:
+            chain.first = whole
+            chain.ledger.trim(whole)
+            self._writer.trim(chain.path, whole)
+
+    def pass_damage(self, origin: int, after: Position) -> Position:
+        """Forget everything up to and with the first damaged transaction after a position; returns the new `first`.
+
+        Whoever needs what is forgotten is told so by `read` from now on, instead of meeting the damage again.
+        """
+        chain = self._chain(origin)
+        beyond = chain.disk
+        try:
+            if chain.reader is not None:
+                for row in journal_file.rows_between(chain.reader, after, chain.disk, DAMAGE_SCAN_BYTES):
+                    try:
+                        journal_file.load(chain.reader, row)
+                    except ProtocolError:
+                        beyond = row.here
+                        break
+        except (sqlite3.Error, TypeError, ValueError):
+            beyond = chain.disk
+        self.trim(origin, Position(beyond.lsn))
+        return chain.first
+
+    def size(self, origin: int) -> int:
+        """Return the bytes of headers and bodies held; after a trim up to `retention.MARK_BYTES` too many."""
+        return self._chain(origin).ledger.size
+
+    def oldest_age_s(self, origin: int) -> float | None:
+        """Return the seconds since the oldest frame held was received, None when there is none."""
+        return self._chain(origin).ledger.oldest_age_s(time.monotonic())
+
+    def held(self) -> dict[int, Held]:
+        """Return what is held of every chain, as `retention.decide` wants it."""
+        now = time.monotonic()
+        return {
+            origin: Held(chain.first, chain.head.complete, chain.ledger.marks(now))
+            for origin, chain in self._chains.items()
+        }
+
+    def _chain(self, origin: int) -> _Chain:
+        chain = self._chains.get(origin)
+        if chain is None:
+            raise JournalError(f"no chain of origin {origin} is held here")
+        return chain
+
+    def _path(self, origin: int, incarnation: int) -> Path:
+        return self.directory / file_name(origin, incarnation)
+
+    def _files(self, origin: int | None = None) -> list[tuple[int, int, Path]]:
+        named = ((parse_name(path.name), path) for path in self.directory.iterdir())
+        return [(*chain, path) for chain, path in named if chain and origin in {None, chain[0]}]
+
+    def _next(self) -> int:
+        self._seq += 1
+        return self._seq
+
+    def _post(self, chain: _Chain, operation: Append | Mark | Keep | Begin) -> None:
+        head = chain.head
+        self._writer.post(chain.path, head.origin, head.incarnation, head.origin == self.own, operation)
+
+    def _set_head(self, chain: _Chain, head: ChainHead) -> None:
+        chain.head = self._heads[head.origin] = head
+
+    def _begin(self, origin: int, incarnation: int, start: Position, reader: sqlite3.Connection | None) -> _Chain:
+        """Begin a chain in an empty file, which the writer makes."""
+        path = self._path(origin, incarnation)
+        self._removed.discard(path)
+        head = ChainHead.at(origin, incarnation, start)
+        chain = self._chains[origin] = _Chain(path, head, start, start, start, Ledger())
+        self._set_head(chain, head)
+        chain.queued.append(_Queued(self._next(), 0, start))
+        self._post(chain, Begin(self._seq, start, reader))
+        return chain
+
+    def _continue(self, origin: int, incarnation: int, path: Path) -> _Chain | None:
+        """Open a chain's file; None when there is none, or nothing of it can be used: then it was set aside.
+
+        Raises:
+            JournalError: when the machine is at fault, not the file: nothing is thrown away then.
+        """
+        if not path.exists():
+            return None
+        notes: list[str] = []
+        try:
+            try:
+                reader, found = self._inspect(origin, incarnation, path)
+            except (sqlite3.Error, TypeError, ValueError) as error:
+                if journal_file.environmental(error):
+                    raise
+                notes += journal_check.salvage(path, origin, incarnation)
+                reader, found = self._inspect(origin, incarnation, path)
+        except (sqlite3.Error, PmgsyncError, OSError, TypeError, ValueError) as error:
+            if journal_file.environmental(error):
+                raise JournalError(
+                    f"the journal of origin {origin} cannot be opened ({error})",
+                    hint=f"look at the file system and the owner of {path}",
+                ) from error
+            aside = journal_check.set_aside(path)
+            notes.append(f"journal of origin {origin}: the file cannot be used ({error}); it was renamed to {aside}")
+            self._note(origin, Opened(lost=True, notes=tuple(notes)))
+            return None
+        self._note(origin, Opened(notes=(*notes, *found.notes)))
+        run = found.run
+        # What is found in the own chain's file may be in the cache only, of a process that died before its fsync:
+        # it is not durable before the writer has synced it again.
+        durable = run.start if origin == self.own else run.head.position
+        chain = _Chain(path, run.head, run.start, run.head.position, durable, run.ledger, reader)
+        self._chains[origin] = chain
+        self._set_head(chain, run.head)
+        if found.notes:
+            # The mark may speak of frames that are cut off now: it goes first, or a crash between would leave it.
+            chain.queued.append(_Queued(self._next(), 0, None))
+            self._post(chain, Mark(self._seq, 0))
+        # Like the frames, the mark that was found counts when the writer has synced it again.
+        chain.queued.append(_Queued(self._next(), 0, run.head.position, 0 if found.notes else found.mark))
+        self._post(chain, Keep(self._seq, run.head.position, run.start if found.rewrite else None))
+        return chain
+
+    def _inspect(
+        self, origin: int, incarnation: int, path: Path
+    ) -> tuple[sqlite3.Connection, journal_check.Inspection]:
+        if journal_check.suspect_path(path).exists():
+            raise sqlite3.DatabaseError("its writer met damage")
+        connection = journal_file.connect(path, synchronous="FULL")
+        try:
+            return connection, journal_check.inspect(connection, origin, incarnation)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _note(self, origin: int, opened: Opened) -> None:
+        self._opened[origin] = opened
+        self.notes += opened.notes
+        for note in opened.notes:
+            log.error("action=journal-damaged note=%s", note)
+
+    def _detach(self, origin: int) -> sqlite3.Connection | None:
+        """Take an origin's chain out of the books and return its reader."""
+        chain = self._chains.pop(origin)
+        del self._heads[origin]
+        self._pending[origin == self.own] -= sum(entry.size for entry in chain.queued)
+        return chain.reader
+
+    def _discard(self, origin: int) -> None:
+        chain = self._chains.get(origin)
+        if chain is not None:
+            self._end(origin, chain.path, self._detach(origin))
+
+    def _end(self, origin: int, path: Path, reader: sqlite3.Connection | None) -> None:
+        """Have a file removed; until that has happened its name is not to be opened."""
+        self._removed.add(path)
+        self._writer.post(path, origin, 0, origin == self.own, End(self._next(), reader))
+
+    def _read_disk(self, chain: _Chain, after: Position, max_bytes: int) -> list[Frame]:
+        origin = chain.head.origin
+        found: list[Frame] = []
+        try:
+            if chain.reader is None:
+                chain.reader = journal_file.connect(chain.path, synchronous="FULL")
+            listed = journal_file.rows_between(chain.reader, after, chain.disk, max_bytes)
+            last: journal_file.Row | None = None
+            for row in listed:
+                if last is None or last.here.complete:
+                    joined = row.prev <= (last.here if last else after)
+                else:
+                    joined = row.prev == last.here and row.attempt == last.attempt
+                if not joined:
+                    raise ProtocolError(f"frames are missing in front of {row.here}")
+                found.append(journal_file.load(chain.reader, row))
+                last = row
+            if not found:
+                raise ProtocolError(f"frames are missing up to {chain.disk}")
+        except (ProtocolError, sqlite3.Error, TypeError, ValueError) as error:
+            if not found:
+                if journal_file.environmental(error):
+                    raise JournalError(f"the journal of origin {origin} cannot be read ({error})") from error
+                reason = error.message if isinstance(error, ProtocolError) else error
+                raise JournalDamagedError(
+                    f"the journal of origin {origin} is damaged after {after} ({reason})",
+                    hint="the frames are fetched from another member, or the nodes that need them are resynchronised",
+                ) from error
+        return found
+
+
+def _complete(position: Position) -> Position:
+    """Return the newest complete position at or before this one that needs no knowledge of the chain."""
+    return position if position.complete else Position(position.lsn - 1)

@@ -1,0 +1,144 @@
+"""CurveZMQ sockets with the protocol's options, and the ZAP handler that lets members in and strangers not."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+from broker.cluster.state_directory import NodeKeys
+from broker.net.loop import Loop, Socket
+from pmgsync.errors import ConfigError
+
+DEAD_MS = 5_000
+"""How long TCP may go without an acknowledgement, or with a peer that reads nothing. ZMTP's heartbeats are not used:
+libzmq 4.3.5 aborts the process ("Assertion failed: !_io_error", its issues 4364 and 4767) when one falls due on a
+connection that has ended while its receive queue was full. Silence above TCP is noticed by `broker.members.links`."""
+EVENTS_HWM = 1_000
+"""Frames of at most 64 KiB (larger only for single huge rows): 64 MiB for a subscriber that stalls."""
+CONTROL_HWM = 10_000
+CONTROL_MAX_BYTES = 1 << 20
+JOIN_MAX_BYTES = 64 << 10
+MEMBERS_DOMAIN = b"members"
+DOOR_DOMAIN = b"door"
+
+
+class PortInUseError(ConfigError):
+    """A port is taken, perhaps only for an instant longer by a socket that this process has just closed."""
+
+
+def open_socket(
+    context: zmq.Context[Socket], kind: int, *, max_bytes: int = JOIN_MAX_BYTES, hwm: int = EVENTS_HWM
+) -> Socket:
+    """Return a socket with the options that all TCP sockets share.
+
+    `max_bytes` bounds what comes in, also what a stranger sends instead of a handshake: it must be set for whatever
+    binds, even for a PUB that receives nothing but subscriptions.
+    """
+    socket = context.socket(kind)
+    socket.linger = 0
+    socket.ipv6 = True
+    socket.setsockopt(zmq.SNDHWM, hwm)
+    socket.setsockopt(zmq.RCVHWM, hwm)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    socket.setsockopt(zmq.TCP_MAXRT, DEAD_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 2)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 5_000)
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
+    # Not ZMQ_IMMEDIATE: with it, libzmq 4.3.5 aborts the process ("Assertion failed: !_more") when a connection ends
+    # while the parts of one of its messages are being read.
+    return socket
+
+
+def endpoint(address: str, port: int) -> str:
+    """Return the ZeroMQ endpoint of an address, IPv6 addresses in brackets."""
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+def serve(socket: Socket, keys: NodeKeys, domain: bytes, address: str, port: int, purpose: str) -> None:
+    """Make a socket a CURVE server and bind it; it is closed when that fails.
+
+    Raises:
+        PortInUseError: when the port is in use.
+        ConfigError: when the address is not one of this machine's.
+    """
+    socket.curve_server = True
+    socket.curve_secretkey = keys.curve_secret
+    socket.setsockopt(zmq.ZAP_DOMAIN, domain)
+    try:
+        socket.bind(endpoint(address, port))
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        kind = PortInUseError if error.errno == errno.EADDRINUSE else ConfigError
+        raise kind(
+            f"the {purpose} port {port} on {address} cannot be bound ({error.strerror})",
+            hint=f"free it, or set another one: [ports] {purpose} in node.toml",
+        ) from error
+
+
+def connect(socket: Socket, keys: NodeKeys, server_key: bytes, address: str, port: int) -> None:
+    """Make a socket a CURVE client of a node whose public key is known, and connect it."""
+    socket.curve_publickey = keys.curve_public
+    socket.curve_secretkey = keys.curve_secret
+    socket.curve_serverkey = server_key
+    socket.connect(endpoint(address, port))
+
+
+def bind_local(context: zmq.Context[Socket], path: Path) -> Socket:
+    """Return the ROUTER for this machine's own processes, on a unix socket of mode 0600 in a directory of mode 0700.
+
+    Raises:
+        ConfigError: when the directory cannot be made, or another broker is running there.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.chmod(0o700)
+    except OSError as error:
+        raise ConfigError(f"the run directory {path.parent} cannot be made ({error.strerror})") from error
+    socket = context.socket(zmq.ROUTER)
+    socket.linger = 200
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    umask = os.umask(0o177)
+    try:
+        socket.bind(f"ipc://{path}")
+    except zmq.ZMQError as error:
+        raise ConfigError(f"the local socket {path} cannot be bound ({error.strerror})") from error
+    finally:
+        os.umask(umask)
+    return socket
+
+
+class Doorkeeper:
+    """Answers libzmq's ZAP requests: who may come through a handshake, and under which name (its CID)."""
+
+    def __init__(self, context: zmq.Context[Socket], loop: Loop, cid_of: Callable[[bytes], int]) -> None:
+        """`cid_of` returns the CID of the member with a CURVE public key, 0 for a stranger."""
+        self._cid_of = cid_of
+        self._socket = context.socket(zmq.REP)
+        self._socket.linger = 0
+        self._socket.bind("inproc://zeromq.zap.01")
+        loop.add_socket(self._socket, self._answer)
+
+    def _answer(self, parts: list[zmq.Frame]) -> None:
+        request = [part.bytes for part in parts]
+        status, text, user = b"400", b"not a member", b""
+        if len(request) == 7 and request[0] == b"1.0" and request[5] == b"CURVE":
+            domain, key = request[2], request[6]
+            if domain == DOOR_DOMAIN:
+                status, text, user = b"200", b"OK", key.hex().encode()
+            elif domain == MEMBERS_DOMAIN and (cid := self._cid_of(key)):
+                status, text, user = b"200", b"OK", str(cid).encode()
+        request_id = request[1] if len(request) > 1 else b""
+        self._socket.send_multipart([b"1.0", request_id, status, text, user, b""])
+
+    def close(self) -> None:
+        self._socket.close()

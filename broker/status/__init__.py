@@ -1,0 +1,1 @@
+"""What is known of each node, and how it is shown."""

@@ -1,0 +1,221 @@
+"""Heartbeats: what a node says of itself every second, read and checked; and the machine's load behind it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import psutil
+
+from broker.status.conflicts import read_counters
+from pmgsync.core.positions import MAX_LSN, Position
+from pmgsync.errors import ProtocolError
+
+VERSION = 1
+MAX_BYTES = 256 << 10
+MAX_ALERTS = 100
+ALERT_BYTES = 128 << 10
+"""Of the alerts of many workers; the first ones that fit are sent, for a heartbeat that is too long counts as none."""
+DOWN_AFTER_S = 3.5
+"""A node whose newest heartbeat is older is down."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldChain:
+    """A chain in a node's journal: the position its oldest frame follows, and its head."""
+
+    incarnation: int
+    first: Position
+    head: Position
+
+
+@dataclass(frozen=True, slots=True)
+class OwnChain:
+    """What a node says of its own chain; `snapshot` as in PROTOCOL.md, section 6."""
+
+    incarnation: int
+    start: int
+    snapshot: bool
+    watermark: int
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    incarnation: int
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """One heartbeat; `received` is on the receiver's monotonic clock."""
+
+    cluster: bytes
+    cid: int
+    epoch: int
+    serial: int
+    time_us: int
+    uptime_s: int
+    load1: float
+    mem_pct: float
+    disk_pct: float
+    state: str
+    error: str
+    alerts: tuple[Mapping[str, str], ...]
+    chains: Mapping[int, HeldChain]
+    own: OwnChain | None
+    applied: Mapping[int, Applied]
+    conflicts: Mapping[str, int] = field(default_factory=dict)
+    received: float = field(default_factory=time.monotonic)
+
+    def pack(self) -> bytes:
+        """Return the form that travels."""
+        data = {
+            "v": VERSION,
+            "cluster": self.cluster,
+            "cid": self.cid,
+            "epoch": self.epoch,
+            "serial": self.serial,
+            "time": self.time_us,
+            "uptime_s": self.uptime_s,
+            "load1": self.load1,
+            "mem_pct": self.mem_pct,
+            "disk_pct": self.disk_pct,
+            "state": self.state,
+            "error": self.error,
+            "alerts": _fitting(self.alerts),
+            "chains": {origin: [chain.incarnation, *chain.first, *chain.head] for origin, chain in self.chains.items()},
+            "own": {
+                "incarnation": self.own.incarnation,
+                "start": self.own.start,
+                "snapshot": self.own.snapshot,
+                "watermark": self.own.watermark,
+            }
+            if self.own
+            else None,
+            "applied": {origin: [done.incarnation, *done.position] for origin, done in self.applied.items()},
+            "conflicts": dict(self.conflicts),
+        }
+        return msgpack.packb(data, use_bin_type=True)  # type: ignore[no-any-return]
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Heartbeat:
+        """Return the heartbeat in bytes from the network.
+
+        Raises:
+            ProtocolError: when it is not what PROTOCOL.md, section 6, says.
+        """
+        if len(data) > MAX_BYTES:
+            raise ProtocolError(f"a heartbeat has {len(data)} bytes, expected at most {MAX_BYTES}")
+        try:
+            raw = msgpack.unpackb(data, raw=False, strict_map_key=False, max_ext_len=0)
+            if raw["v"] != VERSION:
+                raise ProtocolError(
+                    f"a heartbeat has version {raw['v']!r:.20}, this node reads version {VERSION}",
+                    hint="upgrade the node that runs the older pmgsync",
+                )
+            own = raw["own"]
+            return cls(
+                _typed(raw["cluster"], bytes),
+                _typed(raw["cid"], int),
+                _typed(raw["epoch"], int),
+                _typed(raw["serial"], int),
+                _typed(raw["time"], int),
+                _typed(raw["uptime_s"], int),
+                float(raw["load1"]),
+                float(raw["mem_pct"]),
+                float(raw["disk_pct"]),
+                _typed(raw["state"], str)[:20],
+                _typed(raw["error"], str)[:2000],
+                tuple(
+                    {str(key)[:40]: str(value)[:2000] for key, value in alert.items()}
+                    for alert in raw["alerts"][:MAX_ALERTS]
+                ),
+                {_cid(key): _held(value) for key, value in raw["chains"].items()},
+                None
+                if own is None
+                else OwnChain(
+                    _number(own["incarnation"]),
+                    _number(own["start"]),
+                    _typed(own["snapshot"], bool),
+                    _number(own["watermark"]),
+                ),
+                parse_applied(raw["applied"]),
+                read_counters(raw.get("conflicts")),
+            )
+        except ProtocolError:
+            raise
+        except Exception as error:  # any shape may come
+            raise ProtocolError(f"a heartbeat is malformed ({type(error).__name__}: {error})") from error
+
+
+def _fitting(alerts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Return the alerts that a heartbeat has room for."""
+    found, room = [], ALERT_BYTES
+    for alert in alerts[:MAX_ALERTS]:
+        room -= len(msgpack.packb(dict(alert)))
+        if room < 0:
+            break
+        found.append(dict(alert))
+    return found
+
+
+def _typed(value: Any, kind: type[Any]) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.40} is not {kind.__name__}")
+    return value
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_LSN:
+        raise ValueError(f"{value!r:.40} is not an unsigned 63-bit integer")
+    return value
+
+
+def _cid(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 2**31:
+        raise ValueError(f"{value!r:.40} is not a CID")
+    return value
+
+
+def _held(value: Any) -> HeldChain:
+    incarnation, first_lsn, first_part, head_lsn, head_part = value
+    return HeldChain(
+        _number(incarnation), Position.parse([first_lsn, first_part]), Position.parse([head_lsn, head_part])
+    )
+
+
+def parse_applied(value: Any) -> dict[int, Applied]:
+    """Return the vector in a heartbeat or an ack.
+
+    Raises:
+        ProtocolError, TypeError, ValueError, AttributeError: when it is malformed.
+    """
+    return {
+        _cid(key): Applied(_number(incarnation), Position.parse([lsn, part]))
+        for key, (incarnation, lsn, part) in value.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How the machine does: seconds up, load average of a minute, memory and disk in per cent."""
+
+    uptime_s: int
+    load1: float
+    mem_pct: float
+    disk_pct: float
+
+
+def measure_machine(path: Path) -> Machine:
+    """Return the machine's load, and how full the file system of a path is."""
+    return Machine(
+        int(time.clock_gettime(time.CLOCK_BOOTTIME)),
+        round(os.getloadavg()[0], 2),
+        psutil.virtual_memory().percent,
+        psutil.disk_usage(str(path)).percent,
+    )

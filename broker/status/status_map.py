@@ -1,0 +1,106 @@
+"""The status map: every member as this broker sees it, derived from heartbeats, acks and chain heads. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from broker.status.heartbeats import Applied, Heartbeat
+from broker.status.lag import HeadClock
+from pmgsync.core.membership import ClusterDocument, Member
+from pmgsync.core.positions import format_lsn
+
+BEHIND_S = 5.0
+"""A member that lags more than this is shown as synchronising."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a broker knows of one member: its newest heartbeat (None: none yet), that heartbeat's age in seconds,
+    its applied vector (may be newer than the heartbeat's), the link's own trouble, and how far its clock seems to be
+    ahead of this node's (None: not known)."""
+
+    heartbeat: Heartbeat | None
+    age_s: float
+    applied: Mapping[int, Applied]
+    problem: str
+    clock_skew_s: float | None
+
+
+def status_map(
+    document: ClusterDocument,
+    views: Mapping[int, View],
+    clocks: Mapping[int, HeadClock],
+    *,
+    now: float,
+    down_after_s: float,
+) -> dict[str, Any]:
+    """Return the map that `pmgcm status --json` prints; its contract is in README.md."""
+    nodes = [
+        _node(member, views[member.cid], clocks, document, now=now, down_after_s=down_after_s)
+        for member in document.members
+    ]
+    return {"cluster": document.name, "epoch": document.epoch, "nodes": nodes}
+
+
+def _node(
+    member: Member,
+    view: View,
+    clocks: Mapping[int, HeadClock],
+    document: ClusterDocument,
+    *,
+    now: float,
+    down_after_s: float,
+) -> dict[str, Any]:
+    heartbeat = view.heartbeat
+    error, state = "", "A"
+    if heartbeat is None:
+        error = view.problem or "nothing was heard from it yet"
+    elif view.age_s > down_after_s:
+        error = f"nothing heard for {view.age_s:.0f} s" + (f": {view.problem}" if view.problem else "")
+    elif heartbeat.error:
+        error = heartbeat.error
+    lag_s, lag_bytes, unknown = 0.0, 0, []
+    positions: dict[str, str] = {}
+    for origin, clock in sorted(clocks.items()):
+        if origin == member.cid or document.member(origin) is None:
+            continue
+        done = view.applied.get(origin)
+        if done is None:
+            unknown.append(origin)
+            continue
+        # A transaction that is half in counts for nothing: it cannot be read there.
+        lsn = done.position.lsn if done.position.complete else done.position.lsn - 1
+        positions[str(origin)] = format_lsn(lsn)
+        lag_s = max(lag_s, clock.lag_s(now, lsn))
+        lag_bytes += clock.lag_bytes(lsn)
+    head = clocks[member.cid].head if member.cid in clocks else 0
+    if head:
+        positions[str(member.cid)] = format_lsn(head)
+    if error:
+        state = "ERROR"
+    elif unknown or lag_s > BEHIND_S or (heartbeat is not None and heartbeat.state != "A"):
+        state = "S"
+    return {
+        "cid": member.cid,
+        "name": member.name,
+        "ip": member.address,
+        "role": member.role,
+        "state": state,
+        "error": error or None,
+        "uptime_s": heartbeat.uptime_s if heartbeat else None,
+        "load1": heartbeat.load1 if heartbeat else None,
+        "mem_pct": heartbeat.mem_pct if heartbeat else None,
+        "disk_pct": heartbeat.disk_pct if heartbeat else None,
+        "positions": positions,
+        "head": format_lsn(head) if head else None,
+        "watermark": format_lsn(heartbeat.own.watermark) if heartbeat and heartbeat.own else None,
+        "lag_bytes": lag_bytes,
+        "lag_s": round(lag_s, 3),
+        "waiting_for": [f"first position of node {origin}" for origin in unknown],
+        "alerts": [dict(alert) for alert in heartbeat.alerts] if heartbeat else [],
+        "conflicts": dict(heartbeat.conflicts) if heartbeat else {},
+        "clock_skew_s": None if view.clock_skew_s is None else round(view.clock_skew_s, 3),
+        "heartbeat_age_s": round(view.age_s, 3) if heartbeat else None,
+    }

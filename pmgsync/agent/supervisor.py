@@ -1,0 +1,149 @@
+"""`pmgsync-agent`: the supervisor of the worker processes. It follows the cluster document and holds no state."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pmgsync.config import NodeConfig, load_config
+from pmgsync.core.membership import ClusterDocument, SignedDocument
+from pmgsync.errors import PmgsyncError, UnreachableError
+from pmgsync.service import notify_systemd, set_up_logging
+from pmgsync.wire.link import BrokerLink
+
+log = logging.getLogger(__name__)
+
+REPORT_S = 0.7
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 15.0
+STEADY_S = 30.0
+"""A worker that ran this long starts again at once when it ends."""
+STOP_S = 5.0
+
+
+@dataclass
+class _Child:
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    pause_s: float = FIRST_PAUSE_S
+    restart_at: float = field(default=0.0)
+
+
+class Supervisor:
+    """Keeps one process running for every worker that the cluster document asks for."""
+
+    def __init__(self, config: NodeConfig, config_path: Path | None) -> None:
+        self._config = config
+        self._config_path = config_path
+        self._children: dict[str, _Child] = {}
+        self._running = True
+
+    def stop(self) -> None:
+        """Make `run` end soon."""
+        self._running = False
+
+    def run(self) -> None:
+        """Supervise until stopped."""
+        link: BrokerLink | None = None
+        try:
+            while self._running:
+                try:
+                    if link is None:
+                        link = BrokerLink(self._config.broker_socket, "supervisor")
+                        welcome, parts = link.hello(timeout_s=2.0)
+                        self._want(welcome["cid"], SignedDocument.unpack(parts[0]).document if parts else None)
+                    link.send({"op": "report", "state": "", "error": self._trouble(), "hint": "", "alerts": []})
+                    received = link.receive(REPORT_S)
+                    if received is not None:
+                        message, parts = received
+                        if message["op"] == "error":
+                            raise UnreachableError(str(message.get("message")))
+                        if message["op"] == "document":
+                            self._want(message["cid"], SignedDocument.unpack(parts[0]).document if parts else None)
+                except PmgsyncError as error:
+                    log.warning("action=broker-away error=%s", error)
+                    if link is not None:
+                        link.close()
+                    link = None
+                    time.sleep(0.2)
+                self._tend()
+        finally:
+            self._end(list(self._children))
+            if link is not None:
+                link.close()
+
+    def _want(self, cid: int, document: ClusterDocument | None) -> None:
+        names: set[str] = set()
+        if cid and document is not None:
+            names = {"capture", "snapshot"} | {f"apply:{other}" for other in document.cids - {cid}}
+        self._end([name for name in self._children if name not in names])
+        for name in names - self._children.keys():
+            self._children[name] = _Child()
+        self._tend()
+
+    def _tend(self) -> None:
+        now = time.monotonic()
+        for name, child in self._children.items():
+            if child.process is not None and child.process.poll() is not None:
+                log.warning("action=worker-ended worker=%s code=%d", name, child.process.returncode)
+                child.process = None
+                child.pause_s = (
+                    FIRST_PAUSE_S if now - child.started > STEADY_S else min(child.pause_s * 2, LONGEST_PAUSE_S)
+                )
+                child.restart_at = now + child.pause_s
+            if child.process is None and now >= child.restart_at:
+                command = [sys.executable, "-m", "pmgsync.agent.process", name, "--parent", str(os.getpid())]
+                if self._config_path is not None:
+                    command += ["--config", str(self._config_path)]
+                child.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+                child.started = now
+                log.info("action=worker-started worker=%s pid=%d", name, child.process.pid)
+
+    def _trouble(self) -> str:
+        waiting = sorted(name for name, child in self._children.items() if child.process is None)
+        return f"not running, to be started again: {', '.join(waiting)}" if waiting else ""
+
+    def _end(self, names: list[str]) -> None:
+        processes = []
+        for name in names:
+            child = self._children.pop(name)
+            if child.process is not None and child.process.poll() is None:
+                child.process.terminate()
+                processes.append(child.process)
+        deadline = time.monotonic() + STOP_S
+        for process in processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def run() -> None:
+    """Entry point of `pmgsync-agent`."""
+    parser = argparse.ArgumentParser(prog="pmgsync-agent", description="Capture and apply for a pmgsync node")
+    parser.add_argument("--config", type=Path, help="node.toml; default: $PMGCM_CONFIG or /etc/pmgsync/node.toml")
+    arguments = parser.parse_args()
+    set_up_logging()
+    try:
+        supervisor = Supervisor(load_config(arguments.config), arguments.config)
+    except PmgsyncError as error:
+        log.error("action=stop error=%s", error)
+        sys.exit(1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: supervisor.stop())
+    notify_systemd("READY=1")
+    log.info("action=start")
+    supervisor.run()
+    log.info("action=stop")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,167 @@
+"""Merging: how the values of two rows of one key become one. Pure: a model in Python, and the same as SQL expressions.
+
+Invariant: on rows, `merge_rows` is commutative, associative and idempotent, so every node that has met the same set of
+rows, in any order and with any repetition, has the same row. It holds because each group of columns that move together
+has a total order that does not depend on the node, and the merge takes the greater one: NULL is below every value, and
+what the order proper leaves equal is decided by the values' text, compared as bytes.
+
+A column without a rule keeps the value that it was inserted with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pmgsync.core.profile import MergeRule
+from pmgsync.errors import ConfigError
+
+Columns = Mapping[str, tuple[bytes, bytes, bool]]
+"""Column -> expression of the local value, of the incoming one, and whether a collation decides its order."""
+
+
+def _literal(value: bytes) -> bytes:
+    return b"'" + value.replace(b"'", b"''") + b"'"
+
+
+def groups(rules: Mapping[str, MergeRule], columns: Sequence[str]) -> dict[str, list[str]]:
+    """Return the columns that move together under `latest`, sorted, by the column that is compared.
+
+    Raises:
+        ConfigError: when the table lacks a column that is compared.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(columns):
+        rule = rules.get(name)
+        if rule is None or rule.kind != "latest":
+            continue
+        by = rule.by or name
+        if by not in columns:
+            raise ConfigError(f"column {name!r} is merged by {by!r}, which the row does not have")
+        found.setdefault(by, []).append(name)
+    for by, members in found.items():
+        if by not in members:
+            members.append(by)
+            members.sort()
+    return found
+
+
+def merge_rows(
+    rules: Mapping[str, MergeRule], mine: Mapping[str, Any], theirs: Mapping[str, Any], text: Callable[[Any], bytes]
+) -> dict[str, Any]:
+    """Return the merge of two rows of the same columns: the model that the SQL expressions follow.
+
+    Args:
+        text: the bytes of a value that is not None; two values with the same bytes are the same.
+    """
+    merged = dict(mine)
+    for by, members in groups(rules, list(mine)).items():
+        rank_mine, rank_theirs = (_rank_latest(rules, row, by, members, text) for row in (mine, theirs))
+        if rank_theirs > rank_mine:
+            merged.update({name: theirs[name] for name in members})
+    for name, rule in rules.items():
+        if name in mine and rule.kind != "latest":
+            merged[name] = _merge_value(rule, mine[name], theirs[name], text)
+    return merged
+
+
+def _rank_latest(
+    rules: Mapping[str, MergeRule],
+    row: Mapping[str, Any],
+    by: str,
+    members: Sequence[str],
+    text: Callable[[Any], bytes],
+) -> tuple[Any, ...]:
+    ranks: list[Any] = [(False,) if row[by] is None else (True, row[by])]
+    for name in members:
+        value = row[name]
+        written = b"" if value is None else text(value)
+        tie = rules[name].tie if name in rules else None
+        ranks += [0 if value is None else 2 if tie is not None and written == tie.encode() else 1, written]
+    return tuple(ranks)
+
+
+def _merge_value(rule: MergeRule, mine: Any, theirs: Any, text: Callable[[Any], bytes]) -> Any:
+    if mine is None or theirs is None:
+        return theirs if mine is None else mine
+    match rule.kind:
+        case "advance":
+            order = [value.encode() for value in rule.order]
+            ranks = [order.index(text(value)) + 1 if text(value) in order else 0 for value in (mine, theirs)]
+            return theirs if (ranks[1], text(theirs)) > (ranks[0], text(mine)) else mine
+        case "greatest":
+            return theirs if (theirs, text(theirs)) > (mine, text(mine)) else mine
+        case _:
+            return theirs if (theirs, text(theirs)) < (mine, text(mine)) else mine
+
+
+def merge_expressions(
+    rules: Mapping[str, MergeRule], columns: Columns, output: Callable[[bytes], bytes]
+) -> dict[str, bytes]:
+    """Return the expression of each merged column's new value; columns without a rule are left out.
+
+    Args:
+        output: makes the expression of a value's text.
+
+    Raises:
+        ConfigError: when the table lacks a column that is compared.
+    """
+
+    def text(expression: bytes) -> bytes:
+        return b'(%s) COLLATE pg_catalog."C"' % output(expression)
+
+    def sortable(expression: bytes, collatable: bool) -> bytes:
+        # The database's collation may sort differently on another node.
+        return b'%s COLLATE pg_catalog."C"' % expression if collatable else expression
+
+    found: dict[str, bytes] = {}
+    for by, members in groups(rules, list(columns)).items():
+        wins = _latest_wins(rules, columns, by, members, text, sortable)
+        for name in members:
+            mine, theirs, _ = columns[name]
+            found[name] = b"CASE WHEN %s THEN %s ELSE %s END" % (wins, theirs, mine)
+    for name, rule in rules.items():
+        if name not in columns or rule.kind == "latest":
+            continue
+        mine, theirs, collatable = columns[name]
+        if rule.kind == "advance":
+            order = b"ARRAY[%s]::text[]" % b", ".join(_literal(value.encode()) for value in rule.order)
+            ranks = [
+                b"coalesce(pg_catalog.array_position(%s, %s), 0)" % (order, text(value)) for value in (theirs, mine)
+            ]
+            better = b"ROW(%s, %s) > ROW(%s, %s)" % (ranks[0], text(theirs), ranks[1], text(mine))
+        else:
+            sign = b">" if rule.kind == "greatest" else b"<"
+            left, right = sortable(theirs, collatable), sortable(mine, collatable)
+            better = b"%s %s %s OR (%s = %s AND %s %s %s)" % (
+                *(left, sign, right),
+                *(left, right, text(theirs), sign, text(mine)),
+            )
+        found[name] = (
+            b"CASE WHEN %s IS NOT DISTINCT FROM NULL THEN %s WHEN %s IS NOT DISTINCT FROM NULL THEN %s "
+            b"WHEN %s THEN %s ELSE %s END" % (mine, theirs, theirs, mine, better, theirs, mine)
+        )
+    return found
+
+
+def _latest_wins(
+    rules: Mapping[str, MergeRule], columns: Columns, by: str, members: Sequence[str],
+    text: Callable[[bytes], bytes], sortable: Callable[[bytes, bool], bytes],
+) -> bytes:  # fmt: skip
+    """Return the condition that the incoming group is the greater one."""
+    ranks: list[list[bytes]] = [[], []]
+    for name in members:
+        tie = rules[name].tie if name in rules else None
+        for side, expression in enumerate(columns[name][:2]):
+            rank = b"CASE WHEN %s IS NOT DISTINCT FROM NULL THEN 0" % expression
+            if tie is not None:
+                rank += b" WHEN %s = %s THEN 2" % (text(expression), _literal(tie.encode()))
+            ranks[side] += [rank + b" ELSE 1 END", b"coalesce(%s, '')" % text(expression)]
+    mine, theirs, collatable = columns[by]
+    left, right = sortable(theirs, collatable), sortable(mine, collatable)
+    later = b"ROW(%s) > ROW(%s)" % (b", ".join(ranks[1]), b", ".join(ranks[0]))
+    return (
+        b"CASE WHEN %s IS NOT DISTINCT FROM NULL THEN %s IS NOT DISTINCT FROM NULL AND %s "
+        b"WHEN %s IS NOT DISTINCT FROM NULL THEN true ELSE %s > %s OR (%s = %s AND %s) END"
+        % (theirs, mine, later, mine, left, right, left, right, later)
+    )

@@ -1,0 +1,143 @@
+"""Which of an origin's changes count on this node, by the policy of their table. Pure, no I/O.
+
+The rules are those of DESIGN's table policies: a mirrored table has one writer, the master; a row of an owned table has
+one, the node whose CID stands in it (the master for nodes that are gone); any node may write to a merged table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from pmgsync.core.pgoutput import UNCHANGED, Delete, Insert, Relation, Row, RowChange, Update, Value
+from pmgsync.core.profile import Policy, TableRule
+from pmgsync.errors import ApplyError
+
+
+@dataclass(frozen=True, slots=True)
+class Writers:
+    """Who may write what, at one moment.
+
+    Attributes:
+        origin: the node whose chain is applied.
+        master: the master's CID.
+        members: the CIDs of all members.
+    """
+
+    origin: int
+    master: int
+    members: frozenset[int]
+
+    @classmethod
+    def at(cls, origin: int, master: int, members: Collection[int]) -> Writers:
+        """Return the writers with any collection of members."""
+        return cls(origin, master, frozenset(members))
+
+    def answers_for(self, owner: Value) -> bool:
+        """True when rows with this owner column are the origin's to write."""
+        try:
+            number = int(owner) if type(owner) is bytes else None
+        except ValueError:
+            number = None
+        return number == self.origin or (self.origin == self.master and number not in self.members)
+
+
+def counts_wholly(rule: TableRule, writers: Writers) -> bool | None:
+    """Return whether all (True) or none (False) of the origin's changes to a table count; None: row by row."""
+    match rule.policy:
+        case Policy.MIRROR:
+            return writers.origin == writers.master
+        case Policy.OWNED:
+            return None
+        case Policy.MERGE:
+            return None if rule.inserts_by_owner or not rule.deletes else True
+    return False
+
+
+def owner_index(rule: TableRule, relation: Relation) -> int | None:
+    """Return the place of the owner column among the origin's columns, None when the rule names none.
+
+    Raises:
+        ApplyError: when the table has none there.
+    """
+    name = rule.inserts_by_owner if rule.policy is Policy.MERGE else rule.owner
+    if name is None:
+        return None
+    for index, column in enumerate(relation.columns):
+        if column.name == name.encode():
+            return index
+    raise ApplyError(
+        f"table {relation.qualified} has no column {name!r}, which the profile names as its owner",
+        table=relation.qualified,
+        hint="bring the table and the profile into agreement",
+    )
+
+
+def select(
+    rule: TableRule, relation: Relation, change: RowChange, writers: Writers, owner: int | None
+) -> RowChange | None:
+    """Return what a change comes to on this node: itself, another kind of change, or None when it does not count.
+
+    Args:
+        owner: the place of the owner column, as `owner_index` says.
+
+    Raises:
+        ApplyError: when the owner of the row cannot be told.
+    """
+    wholly = counts_wholly(rule, writers)
+    if wholly is not None:
+        return change if wholly else None
+    if rule.policy is Policy.MERGE:
+        if isinstance(change, Delete):
+            if not rule.deletes or owner is None:
+                return change if rule.deletes else None
+            _demand_owner(relation, owner, change.old_is_key)
+            return change if writers.answers_for(change.old[owner]) else None
+        if isinstance(change, Insert) and owner is not None:
+            return change if writers.answers_for(change.new[owner]) else None
+        return change
+    assert owner is not None
+    match change:
+        case Insert():
+            return change if writers.answers_for(change.new[owner]) else None
+        case Delete():
+            _demand_owner(relation, owner, change.old_is_key)
+            return change if writers.answers_for(change.old[owner]) else None
+        case Update():
+            return _select_update(relation, change, owner, writers)
+
+
+def _select_update(relation: Relation, change: Update, owner: int, writers: Writers) -> RowChange | None:
+    whose = change.new[owner]
+    before = whose
+    if change.old is not None:
+        _demand_owner(relation, owner, change.old_is_key)
+        before = change.old[owner]
+        if whose is UNCHANGED:
+            whose = before
+    was, is_now = writers.answers_for(before), writers.answers_for(whose)
+    if was and not is_now:
+        # The row goes to another owner, who may write it now; here it must not be left in its old form.
+        assert change.old is not None
+        return Delete(change.relation_id, change.old, change.old_is_key)
+    if is_now and not was:
+        assert change.old is not None
+        new = filled(change.new, None if change.old_is_key else change.old)
+        return change if UNCHANGED in new else Insert(change.relation_id, new)
+    return change if is_now else None
+
+
+def _demand_owner(relation: Relation, owner: int, old_is_key: bool) -> None:
+    if old_is_key and not relation.columns[owner].key:
+        raise ApplyError(
+            f"a change of {relation.qualified} does not say whose row it was",
+            table=relation.qualified,
+            hint=f"set REPLICA IDENTITY FULL on {relation.qualified} on every node",
+        )
+
+
+def filled(new: Row, old: Row | None) -> Row:
+    """Return a new row with its unchanged values taken from the whole old row, as far as that is known."""
+    if old is None or UNCHANGED not in new:
+        return new
+    return tuple(before if value is UNCHANGED else value for value, before in zip(new, old, strict=True))

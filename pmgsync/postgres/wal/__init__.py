@@ -1,0 +1,1 @@
+"""Reading a node's WAL through its slot."""

@@ -1,0 +1,1 @@
+"""How processes talk: control messages and sessions with a broker."""

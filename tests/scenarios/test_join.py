@@ -1,0 +1,111 @@
+"""Joining: a refusal is a sentence and changes nothing; a join that was interrupted can be repeated."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.harness.cluster import Cluster, Node, eventually, free_ports
+
+pytestmark = pytest.mark.cluster
+NewCluster = Callable[..., Cluster]
+BIG = """
+CREATE TABLE big (id int PRIMARY KEY, v text);
+INSERT INTO big SELECT g, repeat(md5(g::text), 20) FROM generate_series(1, 60000) AS g;
+"""
+
+
+def replaced(arguments: list[str], option: str, value: str) -> list[str]:
+    """Return arguments with another value of an option."""
+    where = arguments.index(option)
+    return [*arguments[: where + 1], value, *arguments[where + 2 :]]
+
+
+def untouched(node: Node) -> bool:
+    """True when a newcomer's database is as it was and no cluster is defined there."""
+    databases = {row[0] for row in node.sql("SELECT datname FROM pg_database WHERE datname LIKE 'app%'")}
+    return (
+        node.sql("SELECT v FROM mine") == [("precious",)]
+        and databases <= {"app", "app_pmgsync_new"}
+        and "no cluster defined" in node.pmgcm("status", check=False).stderr
+    )
+
+
+def test_refusals_change_nothing(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(nodes=1, schema="CREATE TABLE t (id int PRIMARY KEY)")
+    newcomer = cluster.add_node("newcomer")
+    newcomer.sql("CREATE TABLE mine (v text); INSERT INTO mine VALUES ('precious')")
+    newcomer.start()
+    good = cluster.join_arguments()
+    wrong_key = ":".join(["AB"] * 32)
+    for arguments, sentence in (
+        (replaced(good, "--fingerprint", wrong_key), "does not match"),
+        (replaced(good, "--fingerprint", "xyz"), "is not a fingerprint"),
+        (replaced(good, "--token", "A" * 26), "does not know this token"),
+        (replaced(good, "--port", str(free_ports(1)[0])), "unreachable"),
+    ):
+        done = newcomer.pmgcm(*arguments, check=False)
+        assert done.returncode == 1, arguments
+        assert sentence in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        assert untouched(newcomer)
+    newcomer.pmgcm(*good)
+    again = newcomer.pmgcm(*cluster.join_arguments(), check=False)
+    assert again.returncode == 1
+    assert "cluster already defined" in again.stderr
+    third = cluster.add_node("third")
+    third.start()
+    used = third.pmgcm(*good, check=False)
+    assert used.returncode == 1
+    assert "used already" in used.stderr
+    cluster.nodes.remove(third)
+    third.close()
+    assert newcomer.pmgcm("create", check=False).returncode == 1
+    cluster.wait()
+    cluster.assert_equal(["t"])
+
+
+@pytest.mark.parametrize("after_s", [1.2, pytest.param(2.2, marks=pytest.mark.campaign)])
+def test_a_join_that_is_killed_can_be_repeated(new_cluster: NewCluster, after_s: float) -> None:
+    cluster = new_cluster(nodes=1, schema=BIG)
+    newcomer = cluster.add_node("newcomer")
+    newcomer.sql("CREATE TABLE mine (v text); INSERT INTO mine VALUES ('precious')")
+    newcomer.start()
+    command = [sys.executable, "-m", "cli.main", "--config", str(newcomer.config), *cluster.join_arguments()]
+    joining = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ.copy())
+    time.sleep(after_s)
+    joining.kill()
+    joining.wait()
+    mine, big = newcomer.sql("SELECT to_regclass('mine')::text, to_regclass('big')::text")[0]
+    assert (mine is None) != (big is None), "neither the old database nor the new one"
+    if mine is not None:
+        assert newcomer.sql("SELECT v FROM mine") == [("precious",)]
+    if "no cluster defined" in newcomer.pmgcm("status", check=False).stderr:
+        eventually(
+            lambda: newcomer.pmgcm(*cluster.join_arguments(), check=False).returncode == 0, what="the second try"
+        )
+    cluster.wait()
+    cluster.assert_equal(["big"], "count(*), sum(id), min(v), max(v)")
+    assert [node["cid"] for node in cluster.master.status()["nodes"]] == [1, 2], "one node, one CID"
+
+
+def test_a_deleted_node_is_out_at_once_and_may_come_back(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(nodes=2, schema="CREATE TABLE t (id int PRIMARY KEY)")
+    master, slave = cluster.nodes
+    cluster.wait()
+    assert slave.pmgcm("delete", "1", "--yes", check=False).returncode == 1
+    assert "unable to delete master node" in master.pmgcm("delete", "1", "--yes", check=False).stderr
+    master.pmgcm("delete", "2", "--yes")
+    eventually(
+        lambda: "no cluster defined" in slave.pmgcm("status", check=False).stderr, what="it knows that it is out"
+    )
+    master.sql("INSERT INTO t VALUES (1)")
+    slave.pmgcm(*cluster.join_arguments())
+    cluster.wait()
+    cluster.assert_equal(["t"])
+    assert [node["cid"] for node in master.status()["nodes"]] == [1, 3], "a CID is never used twice"
