@@ -14,7 +14,7 @@ from broker.chains.follower import Follower
 from broker.chains.publishing import Publishing
 from broker.chains.streams import Streams
 from broker.chains.trimming import Retainer
-from broker.cluster.roster import Roster, no_cluster
+from broker.cluster.roster import Roster
 from broker.cluster.state_directory import NodeKeys, StateDirectory
 from broker.cluster.tokens import Tokens
 from broker.desks.local import LocalDesk
@@ -30,7 +30,7 @@ from broker.status.lag import HeadClock
 from pmgsync.config import NodeConfig
 from pmgsync.core.chains import ChainHead
 from pmgsync.core.frames import Frame, read_frame
-from pmgsync.core.membership import ClusterDocument, SignedDocument
+from pmgsync.core.membership import ClusterDocument, SignedDocument, no_cluster
 from pmgsync.core.positions import Position
 from pmgsync.errors import (
     ConfigError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pmgsync.errors import PmgsyncError
@@ -56,11 +56,6 @@ def print_error(error: PmgsyncError) -> None:
         note(f"note: {printable(line)}")
     for line in error.hint.splitlines():
         note(f"hint: {printable(line)}")
-
-
-def bullets(lines: Iterable[str]) -> str:
-    """Return lines as a list."""
-    return "\n".join(f"  - {line}" for line in lines)
 
 
 def ask(question: str, *, without_terminal: str) -> str:

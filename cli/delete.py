@@ -21,8 +21,8 @@ def delete(
 ) -> None:
     """Remove a node from the cluster; its connections are cut, its database stays as it is. On the master only."""
     from broker.cluster.state_directory import StateDirectory
-    from cli.local_node import cluster_defined, load, no_cluster, tell_broker
-    from pmgsync.core.membership import sign, without_member
+    from cli.local_node import cluster_defined, load, tell_broker
+    from pmgsync.core.membership import no_cluster, sign, without_member
 
     config = load(context)
     if not cluster_defined(config):
@@ -52,15 +52,10 @@ def _masters_document(state: StateDirectory) -> ClusterDocument:
     Raises:
         MembershipError: on any other node.
     """
-    from cli.local_node import no_cluster
+    from pmgsync.core.membership import no_cluster, require_master
 
     signed = state.document()
     own = state.own_cid(signed.document) if signed else 0
     if signed is None or not own:
         raise no_cluster()
-    document = signed.document
-    if document.master != own:
-        master = document.member(document.master)
-        hint = f"run it on {master.name} ({master.address})" if master else ""
-        raise MembershipError("operation not permitted (not master)", hint=hint)
-    return document
+    return require_master(signed.document, own)

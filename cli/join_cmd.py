@@ -19,8 +19,8 @@ def join_cmd(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (contract: README.md)")] = False,
 ) -> None:
     """Print the `pmgcm join` line for a new node, with a token that can be used once. On the master only."""
-    from cli.local_node import load, member_broker, no_cluster
-    from pmgsync.core.membership import SignedDocument, format_fingerprint
+    from cli.local_node import load, member_broker
+    from pmgsync.core.membership import SignedDocument, format_fingerprint, no_cluster
 
     seconds = parse_ttl(ttl)
     with member_broker(load(context)) as link:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 ANSWER_S = 5.0
 RELOAD_S = 10.0
 """Binding a port that was in use a moment ago may take the broker a while."""
-NO_CLUSTER = "no cluster defined"
 
 
 def load(context: typer.Context) -> NodeConfig:
@@ -46,11 +45,6 @@ def cluster_defined(config: NodeConfig) -> bool:
     except PermissionError:
         raise ConfigError(f"the state directory {config.state_dir} is closed to this user", hint="run pmgcm as root") \
             from None  # fmt: skip
-
-
-def no_cluster() -> MembershipError:
-    """Return the error of a node that is not in a cluster."""
-    return MembershipError(NO_CLUSTER, hint="run `pmgcm create`, or `pmgcm join` to join an existing cluster")
 
 
 @contextmanager
@@ -88,6 +82,8 @@ def member_broker(config: NodeConfig) -> Iterator[BrokerLink]:
         MembershipError: when it is not.
         UnreachableError: when the broker is not running.
     """
+    from pmgsync.core.membership import no_cluster
+
     if not cluster_defined(config):
         raise no_cluster()
     with broker(config) as link:

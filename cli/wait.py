@@ -115,7 +115,8 @@ def wait(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (contract: README.md)")] = False,
 ) -> None:
     """Wait until every member has applied all that is committed now, on any node; exit code 1 after the time-out."""
-    from cli.local_node import cluster_defined, load, no_cluster
+    from cli.local_node import cluster_defined, load
+    from pmgsync.core.membership import no_cluster
 
     config = load(context)
     if not cluster_defined(config):

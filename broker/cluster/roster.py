@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from broker.cluster.state_directory import NodeKeys, StateDirectory
-from pmgsync.core.membership import ClusterDocument, SignedDocument, accept_document, sign
-from pmgsync.errors import MembershipError
-
-
-def no_cluster() -> MembershipError:
-    """Return the error of a node that is in no cluster."""
-    return MembershipError("no cluster defined", hint="run `pmgcm create`, or `pmgcm join` to join one")
+from pmgsync.core.membership import (
+    ClusterDocument,
+    SignedDocument,
+    accept_document,
+    no_cluster,
+    require_master,
+    sign,
+)
 
 
 class Roster:
@@ -39,14 +40,7 @@ class Roster:
         Raises:
             MembershipError: on any other node.
         """
-        document = self.document
-        if document.master != self.cid:
-            master = document.member(document.master)
-            raise MembershipError(
-                "operation not permitted (not master)",
-                hint=f"run it on {master.name} ({master.address})" if master else "",
-            )
-        return document
+        return require_master(self.document, self.cid)
 
     def cid_of_key(self, key: bytes) -> int:
         """Return the CID of the member with a CURVE public key, 0 for a stranger."""

@@ -195,6 +195,26 @@ class ClusterDocument:
             raise ProtocolError("a cluster document's master is not its one member with the role master")
 
 
+def no_cluster() -> MembershipError:
+    """Return the error of a node that is in no cluster."""
+    return MembershipError("no cluster defined", hint="run `pmgcm create`, or `pmgcm join` to join an existing cluster")
+
+
+def require_master(document: ClusterDocument, cid: int) -> ClusterDocument:
+    """Return the document when the node `cid` is its master.
+
+    Raises:
+        MembershipError: when it is not; the hint says where the master is.
+    """
+    if document.master != cid:
+        master = document.member(document.master)
+        raise MembershipError(
+            "operation not permitted (not master)",
+            hint=f"run it on {master.name} ({master.address})" if master else "",
+        )
+    return document
+
+
 def found_cluster(cluster: bytes, name: str, profile: str, founder: Member) -> ClusterDocument:
     """Return the first document of a cluster, of one member who is master."""
     return ClusterDocument(

@@ -17,6 +17,7 @@ from pmgsync.core.membership import (
     format_fingerprint,
     found_cluster,
     parse_fingerprint,
+    require_master,
     sign,
     with_member,
     without_member,
@@ -144,3 +145,13 @@ def test_fingerprints(key: bytes) -> None:
     assert parse_fingerprint(text) == parse_fingerprint(text.lower().replace(":", "")) == key
     with pytest.raises(MembershipError):
         parse_fingerprint(text[:-1])
+
+
+@given(st.integers(2, 8))
+def test_only_the_master_passes_for_the_master(count: int) -> None:
+    document = grown(count)
+    assert require_master(document, 1) is document
+    for cid in range(2, count + 2):
+        with pytest.raises(MembershipError, match=r"not permitted \(not master\)") as refused:
+            require_master(document, cid)
+        assert refused.value.hint == "run it on node1 (192.0.2.1)"
