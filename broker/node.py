@@ -42,7 +42,7 @@ from pmgsync.errors import (
     UnknownChainError,
     UnreachableError,
 )
-from pmgsync.wire.link import Message
+from pmgsync.wire.messages import Message
 
 log = logging.getLogger(__name__)
 

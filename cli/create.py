@@ -35,7 +35,7 @@ def create(
     from broker.cluster.state_directory import StateDirectory
     from cli.local_node import held_document, load, tell_broker
     from cli.services import stopped
-    from pmgsync.core.profile import load_profile
+    from pmgsync.profile_file import load_profile
 
     config = load(context)
     profile = load_profile(config.profile)

@@ -35,7 +35,7 @@ def doctor(
 ) -> None:
     """Check the profile against the live database and this node. Exit code 1 when something is to be put right."""
     from cli.local_node import load
-    from pmgsync.core.profile import load_profile
+    from pmgsync.profile_file import load_profile
 
     config = load(context)
     findings = list(examine(config, load_profile(config.profile)))

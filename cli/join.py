@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pmgsync.core.membership import ClusterDocument, SignedDocument
     from pmgsync.core.profile import Profile
     from pmgsync.postgres.copy.database_restore import DatabaseRestore
-    from pmgsync.wire.link import Message
+    from pmgsync.wire.messages import Message
 
 DEFAULT_PORT = 7672
 JOIN_CMD = "run `pmgcm join-cmd` on the master; it prints the whole line, with fingerprint and token"
@@ -48,7 +48,7 @@ def join(
     from cli.local_node import held_document, load, tell_broker
     from cli.services import stopped
     from pmgsync.core.membership import parse_fingerprint
-    from pmgsync.core.profile import load_profile
+    from pmgsync.profile_file import load_profile
 
     config = load(context)
     profile = load_profile(config.profile)

@@ -71,8 +71,8 @@ def _watch(config: NodeConfig, *, as_json: bool) -> None:
 
 def _clocks_matter(config: NodeConfig) -> bool:
     """Return True when the profile has rules that compare times; one that cannot be read is others' to complain of."""
-    from pmgsync.core.profile import load_profile
     from pmgsync.errors import ConfigError
+    from pmgsync.profile_file import load_profile
 
     try:
         return load_profile(config.profile).compares_times

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import socket
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pmgsync.errors import ConfigError
+from pmgsync.toml_section import as_absolute, as_text, read_toml
 
 DEFAULT_PATH = Path("/etc/pmgsync/node.toml")
 PATH_VARIABLE = "PMGCM_CONFIG"
@@ -57,59 +56,14 @@ class NodeConfig:
         return self.run_dir / SOCKET_NAME
 
 
-class _Section:
-    """One table of the file; every key that is asked for is known, every other one is an error."""
-
-    def __init__(self, path: Path, name: str, values: object) -> None:
-        self._path = path
-        self._name = name
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: [{name}] is {values!r:.60}, expected a table")
-        self._values: dict[str, Any] = values
-        self._known: list[str] = []
-
-    def take(self, key: str, default: Any, expected: str, read: Callable[[Any], Any]) -> Any:
-        """Return a key's value as `read` makes it; ValueError and TypeError of `read` become a sentence."""
-        self._known.append(key)
-        if key not in self._values:
-            return default() if callable(default) else default
-        value = self._values[key]
-        try:
-            return read(value)
-        except (ValueError, TypeError):
-            where = f"{self._path}: [{self._name}] {key}"
-            raise ConfigError(f"{where} is {value!r:.100}, expected {expected}") from None
-
-    def end(self) -> None:
-        """Refuse what was not asked for."""
-        _refuse_unknown(self._path, f"[{self._name}] ", self._values, self._known)
-
-
-def _refuse_unknown(path: Path, where: str, values: dict[str, Any], known: list[str]) -> None:
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
-            raise ConfigError(f"{path}: {where}{key} is not a key that pmgsync knows", hint=hint)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError
-    return value
-
-
 def _name(value: Any) -> str:
-    if not _NAME.fullmatch(_text(value)):
+    if not _NAME.fullmatch(as_text(value)):
         raise ValueError
     return str(value)
 
 
-def _absolute(value: Any) -> Path:
-    path = Path(_text(value))
-    if not path.is_absolute():
-        raise ValueError
-    return path
+def _path(value: Any) -> Path:
+    return Path(as_absolute(value))
 
 
 def _port(value: Any) -> int:
@@ -120,7 +74,7 @@ def _port(value: Any) -> int:
 
 def _amount(units: dict[str, int]) -> Callable[[Any], int]:
     def read(value: Any) -> int:
-        match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", _text(value))
+        match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", as_text(value))
         if match is None or match[2] not in units or int(match[1]) == 0:
             raise ValueError
         return int(match[1]) * units[match[2]]
@@ -129,7 +83,7 @@ def _amount(units: dict[str, int]) -> Callable[[Any], int]:
 
 
 def _dsn(value: Any) -> str:
-    text = _text(value)
+    text = as_text(value)
     if "=" not in text and "://" not in text:
         raise ValueError
     return text
@@ -142,41 +96,33 @@ def load_config(path: Path | None = None) -> NodeConfig:
         ConfigError: when the file cannot be read, or says something that cannot be used.
     """
     path = path or Path(os.environ.get(PATH_VARIABLE) or DEFAULT_PATH)
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"the configuration {path} cannot be read ({error.strerror})",
-            hint=f"name another file with --config or ${PATH_VARIABLE}",
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the configuration {path} is not TOML ({error})") from error
-    sections = ["node", "ports", "postgres", "files", "journal"]
-    _refuse_unknown(path, "", data, sections)
-    node, ports, postgres, files, journal = (_Section(path, name, data.get(name, {})) for name in sections)
-    absolute = "an absolute path"
+    top = read_toml(path, "the configuration", hint=f"name another file with --config or ${PATH_VARIABLE}")
+    sections = [top.section(name) for name in ("node", "ports", "postgres", "files", "journal")]
+    top.end()
+    node, ports, postgres, files, journal = sections
+    absolute, port = "an absolute path", "a port number, 1 to 65535"
     limits = JournalLimits()
     config = NodeConfig(
         path=path,
-        name=node.take("name", socket.gethostname, "a name of letters, digits, '.', '_' and '-'", _name),
-        address=node.take("address", _own_address, "an IP address or host name", _text),
-        state_dir=node.take("state_dir", Path("/var/lib/pmgsync"), absolute, _absolute),
-        run_dir=node.take("run_dir", Path("/run/pmgsync"), absolute, _absolute),
-        profile=node.take("profile", "pmg", "the name of a shipped profile or the path of a file", _text),
-        events_port=ports.take("events", 7670, "a port number, 1 to 65535", _port),
-        control_port=ports.take("control", 7671, "a port number, 1 to 65535", _port),
-        join_port=ports.take("join", 7672, "a port number, 1 to 65535", _port),
+        name=node.take("name", None, "a name of letters, digits, '.', '_' and '-'", _name) or socket.gethostname(),
+        address=node.take("address", None, "an IP address or host name", as_text) or _own_address(),
+        state_dir=node.take("state_dir", Path("/var/lib/pmgsync"), absolute, _path),
+        run_dir=node.take("run_dir", Path("/run/pmgsync"), absolute, _path),
+        profile=node.take("profile", "pmg", "the name of a shipped profile or the path of a file", as_text),
+        events_port=ports.take("events", 7670, port, _port),
+        control_port=ports.take("control", 7671, port, _port),
+        join_port=ports.take("join", 7672, port, _port),
         dsn=postgres.take(
             "dsn", "host=/var/run/postgresql dbname=Proxmox_ruledb user=postgres", "a libpq connection string", _dsn
         ),
-        config_root=files.take("config_root", None, absolute, _absolute),
-        spool_root=files.take("spool_root", None, absolute, _absolute),
+        config_root=files.take("config_root", None, absolute, _path),
+        spool_root=files.take("spool_root", None, absolute, _path),
         journal=JournalLimits(
             journal.take("max_size", limits.max_bytes, 'a size such as "4GiB"', _amount(_SIZES)),
             float(journal.take("max_age", limits.max_age_s, 'a time such as "7d"', _amount(_TIMES))),
         ),
     )
-    for section in (node, ports, postgres, files, journal):
+    for section in sections:
         section.end()
     if len({config.events_port, config.control_port, config.join_port}) < 3:
         raise ConfigError(f"{path}: [ports] events, control and join are not three different ports")

@@ -13,7 +13,7 @@ from pmgsync.core.chains import ChainHead, Verdict
 from pmgsync.core.frames import Frame
 from pmgsync.core.positions import Position
 from pmgsync.errors import JournalError, PmgsyncError, ResyncRequiredError
-from pmgsync.wire.link import Message
+from pmgsync.wire.messages import Message
 
 log = logging.getLogger(__name__)
 

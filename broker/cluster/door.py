@@ -15,7 +15,7 @@ from broker.net import sockets
 from broker.net.loop import Loop, Socket
 from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, with_member
 from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnknownOperationError
-from pmgsync.wire.link import Message, error_map, pack, unpack
+from pmgsync.wire.messages import Message, error_map, pack, unpack
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from pmgsync.errors import (
     UnknownOperationError,
     UnreachableError,
 )
-from pmgsync.wire.link import Message, error_from, error_map, pack, unpack
+from pmgsync.wire.messages import Message, error_from, error_map, pack, unpack
 
 if TYPE_CHECKING:
     from broker.node import Broker

@@ -12,7 +12,7 @@ from broker.desks.requests import answer_error, begin_call, common
 from broker.net.loop import Socket
 from broker.status.heartbeats import parse_applied
 from pmgsync.errors import PmgsyncError, ProtocolError, UnknownOperationError
-from pmgsync.wire.link import Message, pack, unpack
+from pmgsync.wire.messages import Message, pack, unpack
 
 if TYPE_CHECKING:
     from broker.node import Broker

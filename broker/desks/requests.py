@@ -10,7 +10,7 @@ from broker.members.calls import End, Send
 from pmgsync.core.frames import Frame
 from pmgsync.core.positions import MAX_LSN, Position
 from pmgsync.errors import PmgsyncError, ProtocolError, UnknownChainError
-from pmgsync.wire.link import Message, error_map
+from pmgsync.wire.messages import Message, error_map
 
 if TYPE_CHECKING:
     from broker.node import Broker

@@ -13,7 +13,7 @@ import zmq
 from broker.net.loop import Socket
 from broker.status.conflicts import read_counters
 from pmgsync.errors import MembershipError
-from pmgsync.wire.link import pack
+from pmgsync.wire.messages import pack
 
 WORKER_GONE_S = 3.0
 """A worker says something at least once a second."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmgsync.errors import PmgsyncError, UnreachableError
-from pmgsync.wire.link import Message, error_map
+from pmgsync.wire.messages import Message, error_map
 
 Send = Callable[[Mapping[str, Any], Sequence[bytes]], bool]
 """Sends a message with attachments; returns False when the other end is gone."""

@@ -17,7 +17,7 @@ from broker.status.heartbeats import DOWN_AFTER_S, Heartbeat
 from broker.status.skew import ClockSkew
 from pmgsync.core.frames import MAX_BODY
 from pmgsync.core.membership import Member
-from pmgsync.wire.link import pack
+from pmgsync.wire.messages import pack
 
 log = logging.getLogger(__name__)
 

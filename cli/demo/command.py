@@ -78,7 +78,7 @@ def _run(cluster: DemoCluster, seconds: float, rate: float) -> tuple[dict[str, A
     from cli.demo.compare import differences, read_contents
     from cli.demo.latency import Latency
     from cli.demo.traffic import write_history
-    from pmgsync.core.profile import load_profile
+    from pmgsync.profile_file import load_profile
 
     begun = time.monotonic()
     write_history(cluster.nodes[0].dsn)

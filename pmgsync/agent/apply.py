@@ -18,11 +18,12 @@ from pmgsync.agent.worker import REPORT_S, Bell, SessionOverError, Worker
 from pmgsync.config import NodeConfig
 from pmgsync.core.frames import Frame, read_frame
 from pmgsync.core.positions import Position
-from pmgsync.core.profile import load_profile
 from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
 from pmgsync.postgres.apply import Applier
 from pmgsync.postgres.apply.stale import StaleTables
-from pmgsync.wire.link import BrokerLink, Message
+from pmgsync.profile_file import load_profile
+from pmgsync.wire.link import BrokerLink
+from pmgsync.wire.messages import Message
 
 log = logging.getLogger(__name__)
 

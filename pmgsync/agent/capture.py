@@ -19,12 +19,13 @@ from pmgsync.core.frames import Frame
 from pmgsync.core.framing import ChainName, Framer
 from pmgsync.core.membership import ClusterDocument
 from pmgsync.core.positions import Position, format_lsn
-from pmgsync.core.profile import load_profile
 from pmgsync.errors import ChainBrokenError, PmgsyncError, UnreachableError
 from pmgsync.postgres.setup.facts import read_node, renew_chain
 from pmgsync.postgres.setup.provision import NodeFacts
 from pmgsync.postgres.wal.slot_reader import SlotReader, SlotState, emit_barrier, prove_continuity
-from pmgsync.wire.link import BrokerLink, Message, error_map, pack
+from pmgsync.profile_file import load_profile
+from pmgsync.wire.link import BrokerLink
+from pmgsync.wire.messages import Message, error_map, pack
 
 log = logging.getLogger(__name__)
 

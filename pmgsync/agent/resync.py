@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pmgsync.agent.worker import Bell
-from pmgsync.core.profile import load_profile
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.postgres.copy.database_restore import ChainRestore
+from pmgsync.profile_file import load_profile
 from pmgsync.wire.link import BrokerLink
 
 if TYPE_CHECKING:

@@ -14,11 +14,12 @@ import zmq
 
 from pmgsync.agent.worker import REPORT_S, Bell, Worker
 from pmgsync.config import NodeConfig
-from pmgsync.core.profile import load_profile
 from pmgsync.errors import PmgsyncError, ProtocolError
 from pmgsync.postgres.copy.take import take_chain_snapshot, take_database_snapshot
 from pmgsync.postgres.setup.facts import read_facts, read_node
-from pmgsync.wire.link import BrokerLink, Message, error_map
+from pmgsync.profile_file import load_profile
+from pmgsync.wire.link import BrokerLink
+from pmgsync.wire.messages import Message, error_map
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ import zmq
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument
 from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
-from pmgsync.wire.link import BrokerLink, Message, error_from
+from pmgsync.wire.link import BrokerLink
+from pmgsync.wire.messages import Message, error_from
 
 log = logging.getLogger(__name__)
 

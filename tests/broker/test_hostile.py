@@ -26,7 +26,8 @@ from broker.net.loop import Socket
 from pmgsync.core.membership import Member, sign
 from pmgsync.core.positions import LAST
 from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
-from pmgsync.wire.link import Peer, pack
+from pmgsync.wire.link import Peer
+from pmgsync.wire.messages import pack
 from tests.harness.brokers import (
     INCARNATION,
     MEMORY_MIB,

@@ -20,7 +20,8 @@ from pmgsync.core.frames import Frame, Header, make_frame, read_frame, unpack_bo
 from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, found_cluster, sign, with_member
 from pmgsync.core.positions import LAST, Position
 from pmgsync.errors import PmgsyncError, ResyncRequiredError
-from pmgsync.wire.link import BrokerLink, Message
+from pmgsync.wire.link import BrokerLink
+from pmgsync.wire.messages import Message
 from tests.broker.test_broker import Broker
 from tests.harness.cluster import eventually
 from tests.harness.proxy import Link

@@ -21,7 +21,7 @@ from pmgsync.core.frames import Frame
 from pmgsync.core.membership import Member
 from pmgsync.core.positions import Position
 from pmgsync.errors import UnreachableError
-from pmgsync.wire.link import Message, error_map, pack, unpack
+from pmgsync.wire.messages import Message, error_map, pack, unpack
 from tests.harness.brokers import CLUSTER, INCARNATION, START
 from tests.harness.cluster import free_ports
 

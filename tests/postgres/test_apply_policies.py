@@ -12,7 +12,8 @@ import pytest
 from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.core.merging import merge_rows
 from pmgsync.core.positions import LAST, Position
-from pmgsync.core.profile import MergeRule, Policy, Profile, load_profile
+from pmgsync.core.profile import MergeRule, Policy, Profile
+from pmgsync.profile_file import load_profile
 from tests.harness.server import Pair, make_profile, rule
 
 pytestmark = pytest.mark.cluster

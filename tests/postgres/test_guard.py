@@ -11,12 +11,13 @@ import pytest
 
 from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.core.membership import Member
-from pmgsync.core.profile import Policy, Profile, TableRule, load_profile
+from pmgsync.core.profile import Policy, Profile, TableRule
 from pmgsync.errors import UnreachableError
 from pmgsync.postgres.programs import pg_tool
 from pmgsync.postgres.session import connect
 from pmgsync.postgres.setup.guard import ensure_guard, guarded_by, unguarded
 from pmgsync.postgres.setup.provision import deprovision
+from pmgsync.profile_file import load_profile
 from tests.harness.database import Database
 
 MASTER = Member(1, "gate1", "192.0.2.1", 1, 2, 3, b"c" * 32, b"s" * 32, "master")

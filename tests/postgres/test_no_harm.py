@@ -12,9 +12,10 @@ import psycopg2
 import pytest
 
 from cli.demo.embedded import EmbeddedPostgres
-from pmgsync.core.profile import Policy, Profile, TableRule, load_profile
+from pmgsync.core.profile import Policy, Profile, TableRule
 from pmgsync.postgres.session import connect
 from pmgsync.postgres.setup.provision import deprovision
+from pmgsync.profile_file import load_profile
 from tests.harness.database import Database
 
 # Each line is sent by itself; a line of several statements is one transaction unless it says otherwise. "COPY ... <<" has

@@ -12,10 +12,11 @@ import pytest
 
 import pmgsync
 from cli.demo.embedded import EmbeddedPostgres
-from pmgsync.core.profile import Profile, load_profile
+from pmgsync.core.profile import Profile
 from pmgsync.errors import MembershipError, PmgsyncError, PreflightError
 from pmgsync.postgres.setup.preflight import check_server, raise_for
 from pmgsync.postgres.setup.provision import deprovision
+from pmgsync.profile_file import load_profile
 from tests.harness.cluster import eventually
 from tests.harness.database import CLUSTER, GATEWAY, Database
 
@@ -193,7 +194,7 @@ def test_waiting_names_who_is_waited_for(pg_bindir: str, mirror: Profile, prepar
 _CHILD = """
 import signal, sys
 from pmgsync.postgres.setup.provision import provision
-from pmgsync.core.profile import load_profile
+from pmgsync.profile_file import load_profile
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
 provision(sys.argv[1], load_profile("mirror"), cid=1, cluster=b"c" * 16, needs_snapshot=True, take_over_cid0=True,
           progress=lambda text: print(text, flush=True))

@@ -10,8 +10,9 @@ import pytest
 
 from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.core.ceilings import MIN_MARGIN, Ceilings, Sequence, Value
-from pmgsync.core.profile import Policy, Profile, TableRule, load_profile
+from pmgsync.core.profile import Policy, Profile, TableRule
 from pmgsync.postgres.setup.sequence_values import follow, pass_rows, publish_sequences, read_sequences
+from pmgsync.profile_file import load_profile
 from tests.harness.cluster import Cluster, eventually
 from tests.harness.database import Database
 from tests.harness.server import Pair, make_profile

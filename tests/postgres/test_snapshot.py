@@ -12,7 +12,7 @@ import pytest
 
 from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.core.positions import LAST
-from pmgsync.core.profile import Profile, load_profile
+from pmgsync.core.profile import Profile
 from pmgsync.errors import PmgsyncError, PreflightError, ProtocolError
 from pmgsync.postgres.catalog import Table
 from pmgsync.postgres.copy import take as snapshot_module
@@ -21,6 +21,7 @@ from pmgsync.postgres.copy.dump import plain_sql
 from pmgsync.postgres.copy.take import Piece, database_facts, take_chain_snapshot, take_database_snapshot
 from pmgsync.postgres.session import quote_literal
 from pmgsync.postgres.setup.provision import provision
+from pmgsync.profile_file import load_profile
 from tests.harness.cluster import eventually
 from tests.harness.database import CLUSTER, GATEWAY, Database
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import broker
 import pmgsync
 from pmgsync.errors import PmgsyncError
-from pmgsync.wire.link import ERRORS, error_from, error_map, pack, unpack
+from pmgsync.wire.messages import ERRORS, error_from, error_map, pack, unpack
 
 for package in (pmgsync, broker):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):

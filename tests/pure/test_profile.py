@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pmgsync.core.profile import OWN_SCHEMA, MergeRule, Policy, load_profile
+from pmgsync.core.profile import OWN_SCHEMA, MergeRule, Policy
 from pmgsync.errors import ConfigError
+from pmgsync.profile_file import load_profile
 
 
 def write(directory: Path, text: str) -> str:

@@ -18,8 +18,8 @@ from cli.status import format_uptime, in_sync, notes, render
 from cli.wait import Behind, Goal
 from pmgsync.core.membership import Member, found_cluster
 from pmgsync.core.positions import format_lsn
-from pmgsync.core.profile import load_profile
 from pmgsync.errors import PmgsyncError
+from pmgsync.profile_file import load_profile
 
 
 def node(cid: int = 5, **changes: Any) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import psycopg2
 import pytest
 
 from cli.demo.embedded import EmbeddedPostgres
-from pmgsync.core.profile import Profile, load_profile
+from pmgsync.core.profile import Profile
 from pmgsync.postgres.setup.provision import deprovision
+from pmgsync.profile_file import load_profile
 from tests.harness.cluster import eventually
 from tests.harness.database import Database
 from tests.harness.workload import Stoppable
