@@ -407,8 +407,9 @@ def test_runs_as_an_ordinary_user(open_directory: Path) -> None:
                 break
     else:
         pytest.skip("no Python 3.11 which another user may execute")
-    shutil.copytree(ROOT / "pmgsync", open_directory / "pmgsync", ignore=shutil.ignore_patterns("__pycache__"))
-    for path in (open_directory / "pmgsync").rglob("*"):
+    for package in ("pmgsync", "cli"):
+        shutil.copytree(ROOT / package, open_directory / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in open_directory.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     script = (
         "import os, subprocess\n"
