@@ -71,8 +71,8 @@ def _check(config: NodeConfig, profile: Profile) -> None:
         MembershipError: when the database belongs to a cluster.
     """
     from pmgsync.postgres.session import connect
+    from pmgsync.postgres.setup.node_row import node_facts
     from pmgsync.postgres.setup.preflight import check_server, raise_for
-    from pmgsync.postgres.setup.provision import node_facts
 
     findings = port_findings(config)
     with contextlib.closing(connect(config.dsn, application_name="pmgcm create")) as connection:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,34 +46,14 @@ def check_here(config: NodeConfig, profile: Profile) -> Here:
         PreflightError: with everything that must be put right first.
         UnreachableError: when the server does not answer.
     """
-    from pmgsync.postgres.copy.database_restore import DatabaseRestore
-    from pmgsync.postgres.copy.databases import maintenance
-    from pmgsync.postgres.session import connect
-    from pmgsync.postgres.setup.preflight import check_server, raise_for
+    from pmgsync.postgres.copy.local_server import examine_server
+    from pmgsync.postgres.setup.preflight import raise_for
 
-    name = DatabaseRestore(config.dsn, {}).name
-    findings = port_findings(config)
-    with maintenance(config.dsn, name) as cursor:
-        cursor.execute(
-            "SELECT current_setting('server_version_num')::int / 10000, current_setting('data_directory'), "
-            "(SELECT system_identifier FROM pg_control_system())::text, "
-            "(SELECT pg_database_size(oid) FROM pg_database WHERE datname = %s)",
-            (name,),
-        )
-        row = cursor.fetchone()
-        assert row is not None
-        version, data, system_id, size = row
-        if size is None:
-            findings += check_server(cursor.connection, profile, tables=False)
-    was_member = False
-    if size is not None:
-        from pmgsync.postgres.setup.provision import node_facts
-
-        with contextlib.closing(connect(config.dsn, application_name="pmgcm join")) as connection:
-            findings += check_server(connection, profile, tables=False)
-            was_member = node_facts(connection) is not None
-    raise_for(findings)
-    return Here(version, system_id.decode(), name, size, was_member, _free(data.decode("utf-8", "surrogateescape")))
+    server, found = examine_server(config.dsn, profile)
+    raise_for([*port_findings(config), *found])
+    return Here(
+        server.version, server.system_id, server.database, server.size, server.was_member, _free(server.data_directory)
+    )
 
 
 def _free(directory: str) -> int | None:

@@ -21,7 +21,7 @@ from pmgsync.core.membership import ClusterDocument
 from pmgsync.core.positions import Position, format_lsn
 from pmgsync.errors import ChainBrokenError, PmgsyncError, UnreachableError
 from pmgsync.postgres.setup.facts import read_node, renew_chain
-from pmgsync.postgres.setup.provision import NodeFacts
+from pmgsync.postgres.setup.node_row import NodeFacts
 from pmgsync.postgres.wal.slot_reader import SlotReader, SlotState, emit_barrier, prove_continuity
 from pmgsync.profile_file import load_profile
 from pmgsync.wire.link import BrokerLink

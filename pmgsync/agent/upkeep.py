@@ -12,18 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 
-import psycopg2
-import psycopg2.errors
-from psycopg2.extensions import connection as Connection  # noqa: N812
-
 from pmgsync.core.ceilings import Ceilings
-from pmgsync.core.membership import ClusterDocument, Member
+from pmgsync.core.membership import ClusterDocument
 from pmgsync.core.profile import Profile
-from pmgsync.errors import PmgsyncError
-from pmgsync.postgres.session import connect
-from pmgsync.postgres.setup.guard import in_use, keep_guard
-from pmgsync.postgres.setup.sequence_values import publish_sequences
-from pmgsync.postgres.setup.watch import arm, armed, left_out, tend
+from pmgsync.errors import PmgsyncError, UnreachableError
+from pmgsync.postgres.setup.upkeep_steps import UpkeepSession
 
 log = logging.getLogger(__name__)
 
@@ -78,19 +71,18 @@ class Upkeep:
         pause = ROUND_S
         while not self._over.wait(pause):
             try:
-                with contextlib.closing(connect(self._dsn, application_name="pmgsync upkeep")) as connection:
-                    connection.autocommit = True
+                with contextlib.closing(UpkeepSession(self._dsn, self._profile)) as session:
                     pause = ROUND_S
-                    while not connection.closed and not self._over.wait(ROUND_S):
-                        self._round(connection)
-            except (PmgsyncError, psycopg2.Error) as error:
+                    while not self._over.wait(ROUND_S):
+                        self._round(session)
+            except PmgsyncError as error:
                 # That the database is away is shown by whoever cannot work without it.
-                log.info("action=upkeep-later error=%s", _line(error))
+                log.info("action=upkeep-later error=%s", error)
                 pause = min(pause * 2, LONGEST_PAUSE_S / 4)
             # Whether the newest message was committed is not known.
             self._ceilings.forget()
 
-    def _round(self, connection: Connection) -> None:
+    def _round(self, session: UpkeepSession) -> None:
         known = self._document()
         if known is None:
             return
@@ -98,57 +90,36 @@ class Upkeep:
         master = document.member(document.master)
         is_master = document.master == cid
         if is_master and len(document.members) > 1:
-            self._do("sequence", ROUND_S, lambda: self._sequences(connection))
+            self._do("sequence", ROUND_S, lambda: self._sequences(session))
         else:
             self._ceilings.forget()
         if is_master or master is not None:
-            self._do("guard", KEEP_S, lambda: self._guard(connection, None if is_master else master))
-        self._do("watch", KEEP_S, lambda: self._watch(connection))
+            self._do("guard", KEEP_S, lambda: session.keep_guard(None if is_master else master))
+        self._do("watch", KEEP_S, session.keep_publication)
         self.alerts = [{"kind": kind, "text": text} for kind, text in self._problems.items()]
 
-    def _sequences(self, connection: Connection) -> None:
+    def _sequences(self, session: UpkeepSession) -> None:
         now = time.monotonic()
         if now >= self._next_repeat:
             self._next_repeat = now + REPEAT_S
             self._ceilings.repeat()
-        publish_sequences(connection, self._profile, self._ceilings)
-
-    def _guard(self, connection: Connection, master: Member | None) -> None:
-        pending = keep_guard(connection, self._profile, master=master)
-        if pending:
-            raise in_use(pending)
-
-    def _watch(self, connection: Connection) -> None:
-        if not armed(connection):
-            arm(connection)
-        tend(connection)
-        if tables := left_out(connection):
-            raise PmgsyncError(
-                f"changes of {', '.join(tables)} do not travel: PostgreSQL cannot publish a table that has a virtual "
-                "generated column and no usable key",
-                hint="give it a primary key",
-            )
+        session.publish_sequences(self._ceilings)
 
     def _do(self, kind: str, interval_s: float, work: Callable[[], object]) -> None:
         """Do something when it is time to.
 
         Raises:
-            psycopg2.Error: when the session is lost.
+            UnreachableError: when the session is lost.
         """
         now = time.monotonic()
         if now < self._next.get(kind, 0.0):
             return
         try:
             work()
-        except (PmgsyncError, psycopg2.Error) as error:
-            if isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError) and not isinstance(
-                error, psycopg2.errors.LockNotAvailable
-            ):
-                raise
-            if isinstance(error, psycopg2.errors.LockNotAvailable):
-                text = "a table or the publication is in use and cannot be brought into order yet"
-            else:
-                text = str(error) if isinstance(error, PmgsyncError) else _line(error)
+        except UnreachableError:
+            raise
+        except PmgsyncError as error:
+            text = str(error)
             if self._problems.get(kind) != text:
                 log.warning("action=upkeep kind=%s error=%s", kind, text)
             self._problems[kind] = text
@@ -158,7 +129,3 @@ class Upkeep:
         self._problems.pop(kind, None)
         self._pause.pop(kind, None)
         self._next[kind] = now + interval_s
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -13,7 +13,8 @@ import cli.demo
 from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.core.profile import Profile
 from pmgsync.postgres.session import connect
-from pmgsync.postgres.setup.provision import NodeFacts, node_facts, provision
+from pmgsync.postgres.setup.node_row import NodeFacts, node_facts
+from pmgsync.postgres.setup.provision import provision
 
 CLUSTER = b"0123456789abcdef"
 GATEWAY = Path(cli.demo.__file__).with_name("pmg_schema.sql")

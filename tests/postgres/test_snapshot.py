@@ -18,8 +18,9 @@ from pmgsync.postgres.catalog import Table
 from pmgsync.postgres.copy import take as snapshot_module
 from pmgsync.postgres.copy.database_restore import ChainRestore, DatabaseRestore
 from pmgsync.postgres.copy.dump import plain_sql
-from pmgsync.postgres.copy.take import Piece, database_facts, take_chain_snapshot, take_database_snapshot
+from pmgsync.postgres.copy.take import Piece, take_chain_snapshot, take_database_snapshot
 from pmgsync.postgres.session import quote_literal
+from pmgsync.postgres.setup.facts import database_facts
 from pmgsync.postgres.setup.provision import provision
 from pmgsync.profile_file import load_profile
 from tests.harness.cluster import eventually

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import psycopg2
-import psycopg2.errors
 from psycopg2.extensions import connection as Connection  # noqa: N812
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
@@ -29,6 +27,7 @@ from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlannedTrans
 from pmgsync.postgres.apply.planner import Planner
 from pmgsync.postgres.apply.rows import RowExecutor
 from pmgsync.postgres.apply.stale import StaleTable, StaleTables, TableName
+from pmgsync.postgres.replication_origin import take_origin
 from pmgsync.postgres.session import connect, rows
 
 log = logging.getLogger(__name__)
@@ -153,12 +152,7 @@ class Applier:
                 cursor.execute(_SESSION)
                 # Marks what is written here as not this node's own, so that capture does not send it again. A second
                 # session of the same origin is refused, so there is one applier a chain.
-                name = b"'pmgsync_%d'" % self._origin
-                cursor.execute(
-                    b"SELECT pg_catalog.pg_replication_origin_create(%s) "
-                    b"WHERE pg_catalog.pg_replication_origin_oid(%s) IS NULL" % (name, name)
-                )
-                _take_origin(cursor, name)
+                take_origin(cursor, self._origin, patience_s=PREDECESSOR_S)
                 self.stale.load(cursor)
                 self.failures = tending.schema_failures(cursor, self._origin)
                 cursor.execute(
@@ -562,16 +556,3 @@ class Applier:
 
     def _failed(self, error: psycopg2.Error, table: str, lsn: int) -> ApplyError:
         return apply_error(error, origin=self._origin, table=table, lsn=lsn)
-
-
-def _take_origin(cursor: Cursor, name: bytes) -> None:
-    """Make the session the origin's. The server takes a moment to end the session that a predecessor has closed."""
-    deadline = time.monotonic() + PREDECESSOR_S
-    while True:
-        try:
-            cursor.execute(b"SELECT pg_catalog.pg_replication_origin_session_setup(%s)" % name)
-            return
-        except psycopg2.errors.ObjectInUse:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)

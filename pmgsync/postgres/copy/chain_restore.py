@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import psycopg2
+import psycopg2.errors
 import psycopg2.extensions
 
 from pmgsync.core.merging import groups, merge_expressions
@@ -23,13 +23,12 @@ from pmgsync.postgres.catalog import Table, as_bytes, as_text, list_tables
 from pmgsync.postgres.copy.copy_stream import CopyIn
 from pmgsync.postgres.copy.pieces import checked_vector, copy_from, set_position, table_label, table_piece
 from pmgsync.postgres.copy.take import chain_condition, owner_condition
+from pmgsync.postgres.replication_origin import take_origin
 from pmgsync.postgres.session import connect, quote_ident
-from pmgsync.postgres.setup.provision import ORIGIN_PREFIX
 
 log = logging.getLogger(__name__)
 
 ORIGIN_PATIENCE_S = 20.0
-POLL_S = 0.2
 STAGING = b"pg_temp.pmgsync_staging"
 
 Connection = psycopg2.extensions.connection
@@ -256,24 +255,11 @@ class ChainRestore:
     # -- the session ---------------------------------------------------------------------------------------------------
 
     def _take_origin(self) -> None:
-        name = f"{ORIGIN_PREFIX}{self._origin}"
-        deadline = time.monotonic() + ORIGIN_PATIENCE_S
-        while True:
+        try:
             with self._connection.cursor() as cursor:
-                cursor.execute("SELECT pg_replication_origin_oid(%s) IS NULL", (name,))
-                try:
-                    if cursor.fetchone() == (True,):
-                        cursor.execute("SELECT pg_replication_origin_create(%s)", (name,))
-                    cursor.execute("SELECT pg_replication_origin_session_setup(%s)", (name,))
-                    return
-                except psycopg2.errors.UniqueViolation:
-                    continue  # made by the apply worker at the same instant
-                except psycopg2.errors.ObjectInUse as error:
-                    if time.monotonic() > deadline:
-                        raise UnreachableError(
-                            f"the chain of node {self._origin} is being applied by another session"
-                        ) from error
-            time.sleep(POLL_S)
+                take_origin(cursor, self._origin, patience_s=ORIGIN_PATIENCE_S)
+        except psycopg2.errors.ObjectInUse as error:
+            raise UnreachableError(f"the chain of node {self._origin} is being applied by another session") from error
 
     def _execute(self, sql: bytes) -> None:
         with self._connection.cursor() as cursor:

@@ -33,8 +33,8 @@ from pmgsync.postgres.copy.exported import (
     hold_tables,
     open_snapshot_session,
 )
+from pmgsync.postgres.names import PUBLICATION
 from pmgsync.postgres.session import quote_ident, quote_literal
-from pmgsync.postgres.setup.provision import PUBLICATION
 
 log = logging.getLogger(__name__)
 
@@ -347,35 +347,6 @@ def _final_sql(connection: Connection, profile: Profile) -> bytes:
 
 def _result(vector: Mapping[int, list[int]], counts: Sequence[int]) -> dict[str, Any]:
     return {"kind": "result", "vector": dict(vector), "rows": counts[0], "bytes": counts[1]}
-
-
-_FACTS = """
-SELECT current_setting('server_version_num')::int, pg_encoding_to_char(d.encoding)::text, d.datcollate::text,
-       d.datctype::text, d.datlocprovider::text, to_jsonb(d) ->> 'daticulocale', to_jsonb(d) ->> 'datlocale',
-       to_jsonb(d) ->> 'daticurules', pg_database_size(d.oid),
-       (SELECT system_identifier FROM pg_control_system())::text
-FROM pg_database AS d WHERE d.datname = current_database()
-"""
-PROTOCOL_VERSION = 1
-
-
-def database_facts(connection: Connection) -> dict[str, Any]:
-    """Return what a newcomer must know of this database before it joins; text is `str`, sizes are in bytes.
-
-    Raises:
-        psycopg2.Error: when the server does not answer.
-    """
-    with connection.cursor() as cursor:
-        cursor.execute(_FACTS)
-        row = cursor.fetchone()
-    assert row is not None
-    values = [as_text(value) if isinstance(value, bytes) else value for value in row]
-    version, encoding, collate, ctype, provider, icu, locale, rules, size, system_id = values
-    return {
-        "server_version": version, "encoding": encoding, "collate": collate, "ctype": ctype,
-        "provider": provider, "locale": icu or locale or "", "icu_rules": rules or "", "bytes": size,
-        "system_id": system_id, "protocol": PROTOCOL_VERSION,
-    }  # fmt: skip
 
 
 def _line(error: Exception) -> str:

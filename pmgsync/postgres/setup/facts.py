@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
+import psycopg2.extensions
 
 from pmgsync.core.profile import Profile
 from pmgsync.errors import ChainBrokenError, MembershipError, UnreachableError
+from pmgsync.postgres.catalog import as_text
 from pmgsync.postgres.session import connect
-from pmgsync.postgres.setup.provision import NodeFacts, node_facts
+from pmgsync.postgres.setup.node_row import NodeFacts, node_facts
 from pmgsync.postgres.wal.slot import create_slot
 from pmgsync.postgres.wal.slot_reader import SlotState, read_slot_state
 
@@ -49,8 +51,6 @@ def read_facts(dsn: str, profile: Profile) -> dict[str, Any]:
     Raises:
         UnreachableError: when the server does not answer.
     """
-    from pmgsync.postgres.copy.take import database_facts
-
     connection = connect(dsn, application_name="pmgsync facts")
     try:
         connection.autocommit = True
@@ -59,6 +59,35 @@ def read_facts(dsn: str, profile: Profile) -> dict[str, Any]:
         raise UnreachableError(f"the database did not answer ({str(error).strip()})") from error
     finally:
         connection.close()
+
+
+_FACTS = """
+SELECT current_setting('server_version_num')::int, pg_encoding_to_char(d.encoding)::text, d.datcollate::text,
+       d.datctype::text, d.datlocprovider::text, to_jsonb(d) ->> 'daticulocale', to_jsonb(d) ->> 'datlocale',
+       to_jsonb(d) ->> 'daticurules', pg_database_size(d.oid),
+       (SELECT system_identifier FROM pg_control_system())::text
+FROM pg_database AS d WHERE d.datname = current_database()
+"""
+PROTOCOL_VERSION = 1
+
+
+def database_facts(connection: psycopg2.extensions.connection) -> dict[str, Any]:
+    """Return what a newcomer must know of this database before it joins; text is `str`, sizes are in bytes.
+
+    Raises:
+        psycopg2.Error: when the server does not answer.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_FACTS)
+        row = cursor.fetchone()
+    assert row is not None
+    values = [as_text(value) if isinstance(value, bytes) else value for value in row]
+    version, encoding, collate, ctype, provider, icu, locale, rules, size, system_id = values
+    return {
+        "server_version": version, "encoding": encoding, "collate": collate, "ctype": ctype,
+        "provider": provider, "locale": icu or locale or "", "icu_rules": rules or "", "bytes": size,
+        "system_id": system_id, "protocol": PROTOCOL_VERSION,
+    }  # fmt: skip
 
 
 def renew_chain(dsn: str, facts: NodeFacts) -> None:

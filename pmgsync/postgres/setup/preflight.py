@@ -12,12 +12,12 @@ import psycopg2.extensions
 from pmgsync.core.profile import DEFAULT_SCHEMA, Policy, Profile, TableRule
 from pmgsync.errors import PreflightError, UnreachableError
 from pmgsync.postgres.catalog import Table, as_bytes, as_text, list_tables, synchronised
+from pmgsync.postgres.names import SLOT
 
 OLDEST, NEWEST = 15, 18
 """Major versions of PostgreSQL that are tested."""
 FREE_SLOTS = 2
 """One for the chain, one for a snapshot; as many walsenders."""
-SLOT = "pmgsync"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,89 @@
+"""The steps of keeping a node's database in order: sequences, guard, watch. One session, each step done when called."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import psycopg2
+import psycopg2.errors
+
+from pmgsync.core.ceilings import Ceilings
+from pmgsync.core.membership import Member
+from pmgsync.core.profile import Profile
+from pmgsync.errors import PmgsyncError, UnreachableError
+from pmgsync.postgres.session import connect
+from pmgsync.postgres.setup.guard import in_use, keep_guard
+from pmgsync.postgres.setup.sequence_values import publish_sequences
+from pmgsync.postgres.setup.watch import arm, armed, left_out, tend
+
+
+class StepFailedError(PmgsyncError):
+    """A step could not be done, for a reason that is not the session's; it is to be tried again later."""
+
+    recoverable = True
+
+
+class UpkeepSession:
+    """A session for the upkeep of a node's database. For one thread.
+
+    Every step raises StepFailedError when it is to be tried again, UnreachableError when the session is lost.
+    """
+
+    def __init__(self, dsn: str, profile: Profile) -> None:
+        """Open the session.
+
+        Raises:
+            UnreachableError: when the server does not let it in.
+        """
+        self._profile = profile
+        self._connection = connect(dsn, application_name="pmgsync upkeep")
+        self._connection.autocommit = True
+
+    def close(self) -> None:
+        """End the session."""
+        with contextlib.suppress(psycopg2.Error):
+            self._connection.close()
+
+    def publish_sequences(self, ceilings: Ceilings) -> None:
+        """Write what the other nodes need to know of this node's sequences into the stream."""
+        with _errors():
+            publish_sequences(self._connection, self._profile, ceilings)
+
+    def keep_guard(self, master: Member | None) -> None:
+        """Guard the tables that the master writes, or, when `master` is None, open them: this node is the master."""
+        with _errors():
+            pending = keep_guard(self._connection, self._profile, master=master)
+        if pending:
+            error = in_use(pending)
+            raise StepFailedError(error.message, hint=error.hint)
+
+    def keep_publication(self) -> None:
+        """See that the event triggers are there, and make good what they could not do."""
+        with _errors():
+            if not armed(self._connection):
+                arm(self._connection)
+            tend(self._connection)
+            tables = left_out(self._connection)
+        if tables:
+            raise StepFailedError(
+                f"changes of {', '.join(tables)} do not travel: PostgreSQL cannot publish a table that has a virtual "
+                "generated column and no usable key",
+                hint="give it a primary key",
+            )
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except psycopg2.errors.LockNotAvailable as error:
+        raise StepFailedError("a table or the publication is in use and cannot be brought into order yet") from error
+    except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+        raise UnreachableError(f"the database did not answer ({_line(error)})") from error
+    except psycopg2.Error as error:
+        raise StepFailedError(_line(error)) from error
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
