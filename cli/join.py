@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.console import ask, confirm, note, say
-from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnreachableError
+from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Iterator
 
     from broker.cluster.state_directory import NodeKeys
     from pmgsync.config import NodeConfig
     from pmgsync.core.membership import ClusterDocument, SignedDocument
     from pmgsync.core.profile import Profile
     from pmgsync.postgres.copy.database_restore import DatabaseRestore
-    from pmgsync.wire.messages import Message
 
 DEFAULT_PORT = 7672
 JOIN_CMD = "run `pmgcm join-cmd` on the master; it prints the whole line, with fingerprint and token"
@@ -104,47 +103,27 @@ def _copy(restore: DatabaseRestore, document: ClusterDocument, keys: NodeKeys) -
         PmgsyncError: when it did not come whole.
     """
     from broker.cluster.remote import remote_member
+    from cli.progress import SnapshotProgress
+    from pmgsync.wire.snapshot import fetch_snapshot
 
     master = document.member(document.master)
     assert master is not None
     deadline = time.monotonic() + BEGIN_S
     while True:
         try:
-            with (
-                remote_member(master, keys) as peer,
-                # Closed before the socket is: the master is told that nobody takes the rest.
-                contextlib.closing(
-                    cast(
-                        "Generator[tuple[Message, Sequence[bytes]], None, None]",
-                        peer.call("snapshot", {"scope": "database"}),
-                    )
-                ) as messages,
-            ):
-                _feed(restore, messages)
+            with remote_member(master, keys) as peer, SnapshotProgress() as progress:
+                fetch_snapshot(
+                    peer,
+                    {"scope": "database"},
+                    restore,
+                    on_message=lambda: progress.show(restore.bytes, restore.rows, restore.plan.get("bytes", 0)),
+                    waiting=progress.waiting,
+                )
             return
         except UnreachableError:
             if restore.bytes or time.monotonic() > deadline:
                 raise
             time.sleep(BEGIN_AGAIN_S)
-
-
-def _feed(restore: DatabaseRestore, messages: Iterator[tuple[Message, Sequence[bytes]]]) -> None:
-    from cli.progress import SnapshotProgress
-
-    with SnapshotProgress() as progress:
-        for message, parts in messages:
-            if message["op"] == "done":
-                restore.finish(message["result"])
-                return
-            piece = message["piece"]
-            if not isinstance(piece, dict):
-                raise ProtocolError(f"the snapshot has a piece {piece!r:.40}")
-            if piece.get("kind") == "wait":
-                progress.waiting(str(piece.get("for", "")))
-                continue
-            restore.feed(piece, parts[0] if parts else None)
-            progress.show(restore.bytes, restore.rows, restore.plan.get("bytes", 0))
-    raise ProtocolError("the snapshot ended without a result")
 
 
 def _take_place(

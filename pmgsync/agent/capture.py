@@ -10,8 +10,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-import zmq
-
 from pmgsync.agent.upkeep import Upkeep
 from pmgsync.agent.worker import Worker
 from pmgsync.config import NodeConfig
@@ -26,6 +24,7 @@ from pmgsync.postgres.wal.slot_reader import SlotReader, SlotState, emit_barrier
 from pmgsync.profile_file import load_profile
 from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message, error_map, pack
+from pmgsync.wire.waiting import Waiter
 
 log = logging.getLogger(__name__)
 
@@ -171,25 +170,19 @@ class _Stream:
         """Stream until an error ends it."""
         link, reader = self._link, self._reader
         link.send({"op": "serve", "methods": ["barrier"]})
-        poller = zmq.Poller()
-        poller.register(link.socket, zmq.POLLIN)
-        poller.register(reader.fileno(), zmq.POLLIN)
+        waiter = Waiter(link.socket, reader.fileno())
         reading = True
         while True:
             drained = True
             if reading:
                 drained = self._read()
-            wait = 0 if not drained else self._timeout_ms()
-            poller.poll(wait)
+            waiter.wait(self._pause_s() if drained else 0)
             for received in link.pending():
                 self._take(*received)
             room = self._outstanding_bytes < WINDOW_BYTES
             if room != reading:
                 reading = room
-                if room:
-                    poller.register(reader.fileno(), zmq.POLLIN)
-                else:
-                    poller.unregister(reader.fileno())
+                (waiter.watch if room else waiter.ignore)(reader.fileno())
             self._keep_time(drained and reading)
             self._worker.alerts = [*self._slot_alerts, *self._forged(), *self._worker.upkeep.alerts]
             self._worker.report()
@@ -212,8 +205,8 @@ class _Stream:
                 lsn = max(self._framer.passed, self._reader.caught_up_lsn)
                 self._link.send({"op": "watermark", "lsn": lsn})
 
-    def _timeout_ms(self) -> int:
-        return int((ASK_FAST_S if time.monotonic() < self._ask_fast_until else WATERMARK_S) * 1000)
+    def _pause_s(self) -> float:
+        return ASK_FAST_S if time.monotonic() < self._ask_fast_until else WATERMARK_S
 
     def _read(self) -> bool:
         """Read what is there, at most a batch; True when the server has sent no more."""
@@ -252,7 +245,7 @@ class _Stream:
         # A transaction of which only some parts are on disk is sent again after a crash: it is not safe yet.
         complete = position.lsn + 1 if position.complete else 0
         self._safe = max(self._safe, complete, watermark)
-        self._worker.well()
+        self._worker.recovered()
 
     def _barrier(self, message: Message) -> None:
         request = int(message["id"])

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pmgsync.agent.worker import Bell
+from pmgsync.config import NodeConfig
+from pmgsync.core.membership import ClusterDocument
+from pmgsync.core.profile import Profile
 from pmgsync.errors import PmgsyncError, UnreachableError
-from pmgsync.postgres.copy.database_restore import ChainRestore
-from pmgsync.profile_file import load_profile
+from pmgsync.postgres.copy.chain_restore import ChainRestore
 from pmgsync.wire.link import BrokerLink
-
-if TYPE_CHECKING:
-    from pmgsync.agent.apply import ApplyWorker
+from pmgsync.wire.snapshot import fetch_snapshot
+from pmgsync.wire.waiting import Wakeup
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +26,32 @@ class Resync:
         stale: when it is done, the tables of which something had to be left out.
     """
 
-    def __init__(self, worker: ApplyWorker, bell: Bell, tables: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        self._worker = worker
-        self._bell = bell
-        self._tables = tables
-        self._cancelled = threading.Event()
-        self._error: PmgsyncError | None = None
-        self._rows = self._bytes = 0
+    def __init__(
+        self,
+        config: NodeConfig,
+        profile: Profile,
+        *,
+        origin: int,
+        own_cid: int,
+        document: ClusterDocument,
+        tables: Sequence[tuple[bytes, bytes]],
+        wakeup: Wakeup,
+    ) -> None:
+        """Begin.
+
+        Args:
+            document: says who is master and who answers for which rows.
+            tables: schema and name of those that are fetched; none: all that the origin answers for.
+            wakeup: is called when it is over.
+        """
         self.stale: frozenset[tuple[bytes, bytes]] = frozenset()
+        self._config, self._profile = config, profile
+        self._origin, self._own_cid, self._document = origin, own_cid, document
+        self._tables = tables
+        self._wakeup = wakeup
+        self._cancelled = threading.Event()
+        self._restore: ChainRestore | None = None
+        self._error: PmgsyncError | None = None
         self._thread = threading.Thread(target=self._run, name="resync", daemon=True)
         self._thread.start()
 
@@ -58,14 +76,11 @@ class Resync:
 
     def progress(self) -> str:
         """Return a sentence on how far it has come."""
-        return (
-            f"resynchronising {self._what()} node {self._worker.origin} answers for: "
-            f"{self._rows} rows, {self._bytes >> 20} MiB received"
-        )
-
-    def _what(self) -> str:
+        restore = self._restore
+        rows, size = (restore.rows, restore.bytes) if restore is not None else (0, 0)
         names = [".".join(part.decode(errors="backslashreplace") for part in table) for table in self._tables]
-        return f"what of {', '.join(names)}" if names else "what"
+        what = f"what of {', '.join(names)}" if names else "what"
+        return f"resynchronising {what} node {self._origin} answers for: {rows} rows, {size >> 20} MiB received"
 
     def _run(self) -> None:
         try:
@@ -73,41 +88,33 @@ class Resync:
         except PmgsyncError as error:
             self._error = error
         except Exception as error:
-            log.exception("action=resync-failed origin=%d", self._worker.origin)
+            log.exception("action=resync-failed origin=%d", self._origin)
             self._error = PmgsyncError(f"the resync failed ({type(error).__name__}: {error})")
         finally:
-            self._bell.ring()
+            self._wakeup.wake()
 
     def _fetch(self) -> None:
-        worker = self._worker
-        restore = ChainRestore(
-            worker.config.dsn,
-            load_profile(worker.config.profile),
-            origin=worker.origin,
-            own_cid=worker.cid,
-            master=worker.document.master,
-            members=worker.document.cids,
+        self._restore = restore = ChainRestore(
+            self._config.dsn,
+            self._profile,
+            origin=self._origin,
+            own_cid=self._own_cid,
+            master=self._document.master,
+            members=self._document.cids,
             tables=self._tables or None,
         )
+        args: dict[str, Any] = {"scope": "chain", "origin": self._origin}
+        if self._tables:
+            args["tables"] = [list(table) for table in self._tables]
         try:
-            with BrokerLink(worker.config.broker_socket, f"resync:{worker.origin}") as link:
+            with BrokerLink(self._config.broker_socket, f"resync:{self._origin}") as link:
                 link.hello()
-                args: dict[str, Any] = {"scope": "chain", "origin": worker.origin}
-                if self._tables:
-                    args["tables"] = [list(table) for table in self._tables]
-                for message, parts in link.call("snapshot", args, target=worker.origin):
-                    if self._cancelled.is_set():
-                        raise UnreachableError("the resync was given up")
-                    if message["op"] == "done":
-                        restore.finish(message["result"])
-                        self.stale = frozenset(restore.stale)
-                        log.info("action=resynced origin=%d result=%s", worker.origin, message["result"])
-                        return
-                    piece = message["piece"]
-                    if piece["kind"] != "wait":
-                        restore.feed(piece, parts[0] if parts else None)
-                    if piece["kind"] == "rows":
-                        self._bytes += len(parts[0])
-                        self._rows += parts[0].count(b"\n")
+                result = fetch_snapshot(link, args, restore, target=self._origin, on_message=self._check_cancelled)
+            self.stale = frozenset(restore.stale)
+            log.info("action=resynced origin=%d result=%s", self._origin, result)
         finally:
             restore.close()
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise UnreachableError("the resync was given up")

@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-import zmq
-
-from pmgsync.agent.worker import REPORT_S, Bell, Worker
+from pmgsync.agent.worker import REPORT_S, Worker
 from pmgsync.config import NodeConfig
 from pmgsync.errors import PmgsyncError, ProtocolError
 from pmgsync.postgres.copy.take import take_chain_snapshot, take_database_snapshot
@@ -20,6 +18,7 @@ from pmgsync.postgres.setup.facts import read_facts, read_node
 from pmgsync.profile_file import load_profile
 from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message, error_map
+from pmgsync.wire.waiting import Waiter, Wakeup
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +32,10 @@ WAIT_NOTICE_S = 3.0
 class _Serving:
     """One call that is being answered: a thread reads the database, the worker's loop sends."""
 
-    def __init__(self, pieces: Iterator[Piece], credit: int, bell: Bell) -> None:
+    def __init__(self, pieces: Iterator[Piece], credit: int, wakeup: Wakeup) -> None:
         self.credit = credit
         self.heard = time.monotonic()
-        self._bell = bell
+        self._wakeup = wakeup
         self._cancelled = threading.Event()
         self._queue: queue.Queue[Piece | PmgsyncError] = queue.Queue(QUEUED_PIECES)
         self._thread = threading.Thread(target=self._read, args=(pieces,), name="snapshot", daemon=True)
@@ -71,7 +70,7 @@ class _Serving:
                 self._queue.put(piece, timeout=0.2)
             except queue.Full:
                 continue
-            self._bell.ring()
+            self._wakeup.wake()
             return True
         return False
 
@@ -92,24 +91,20 @@ class SnapshotWorker(Worker):
     def __init__(self, config: NodeConfig) -> None:
         super().__init__(config, "snapshot")
         self._profile = load_profile(config.profile)
-        self._bell = Bell()
         self._serving: dict[int, _Serving] = {}
 
     def session(self, link: BrokerLink) -> None:
         """Answer calls until something ends the session."""
         link.send({"op": "serve", "methods": ["snapshot", "facts"]})
-        poller = zmq.Poller()
-        poller.register(link.socket, zmq.POLLIN)
-        poller.register(self._bell.fileno(), zmq.POLLIN)
+        waiter = Waiter(link.socket, wakeup=self.wakeup)
         try:
             while True:
-                poller.poll(round(REPORT_S * 1000))
+                waiter.wait(REPORT_S)
                 for received in link.pending():
                     self._take(link, *received)
-                self._bell.hush()
                 for request in list(self._serving):
                     self._send(link, request)
-                self.well()
+                self.recovered()
                 self.report()
         finally:
             for serving in self._serving.values():
@@ -162,7 +157,7 @@ class SnapshotWorker(Worker):
             case _:
                 raise ProtocolError(f"a snapshot was asked for with {args!r:.100}")
         log.info("action=snapshot id=%d caller=%s args=%s", request, message.get("caller"), args)
-        self._serving[request] = _Serving(pieces, int(message.get("credit", 0)), self._bell)
+        self._serving[request] = _Serving(pieces, int(message.get("credit", 0)), self.wakeup)
 
     def _send(self, link: BrokerLink, request: int) -> None:
         serving = self._serving[request]

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pmgsync.config import NodeConfig, load_config
-from pmgsync.core.membership import ClusterDocument, SignedDocument
+from pmgsync.core.backoff import Backoff
+from pmgsync.core.membership import SignedDocument
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.service import notify_systemd, set_up_logging
 from pmgsync.wire.link import BrokerLink
@@ -24,7 +26,7 @@ REPORT_S = 0.7
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 15.0
 STEADY_S = 30.0
-"""A worker that ran this long starts again at once when it ends."""
+"""A worker that ran this long starts again after the first pause."""
 STOP_S = 5.0
 
 
@@ -32,8 +34,8 @@ STOP_S = 5.0
 class _Child:
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
-    pause_s: float = FIRST_PAUSE_S
-    restart_at: float = field(default=0.0)
+    restart_at: float = 0.0
+    backoff: Backoff = field(default_factory=lambda: Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S))
 
 
 class Supervisor:
@@ -58,7 +60,7 @@ class Supervisor:
                     if link is None:
                         link = BrokerLink(self._config.broker_socket, "supervisor")
                         welcome, parts = link.hello(timeout_s=2.0)
-                        self._want(welcome["cid"], SignedDocument.unpack(parts[0]).document if parts else None)
+                        self._follow(welcome["cid"], parts)
                     link.send({"op": "report", "state": "", "error": self._trouble(), "hint": "", "alerts": []})
                     received = link.receive(REPORT_S)
                     if received is not None:
@@ -66,38 +68,39 @@ class Supervisor:
                         if message["op"] == "error":
                             raise UnreachableError(str(message.get("message")))
                         if message["op"] == "document":
-                            self._want(message["cid"], SignedDocument.unpack(parts[0]).document if parts else None)
+                            self._follow(message["cid"], parts)
                 except PmgsyncError as error:
                     log.warning("action=broker-away error=%s", error)
                     if link is not None:
                         link.close()
                     link = None
                     time.sleep(0.2)
-                self._tend()
+                self._start_ended()
         finally:
             self._end(list(self._children))
             if link is not None:
                 link.close()
 
-    def _want(self, cid: int, document: ClusterDocument | None) -> None:
+    def _follow(self, cid: int, signed: Sequence[bytes]) -> None:
+        """Run the workers that a cluster document asks for; none without one."""
         names: set[str] = set()
-        if cid and document is not None:
-            names = {"capture", "snapshot"} | {f"apply:{other}" for other in document.cids - {cid}}
+        if cid and signed:
+            others = SignedDocument.unpack(signed[0]).document.cids - {cid}
+            names = {"capture", "snapshot"} | {f"apply:{other}" for other in others}
         self._end([name for name in self._children if name not in names])
         for name in names - self._children.keys():
             self._children[name] = _Child()
-        self._tend()
+        self._start_ended()
 
-    def _tend(self) -> None:
+    def _start_ended(self) -> None:
         now = time.monotonic()
         for name, child in self._children.items():
             if child.process is not None and child.process.poll() is not None:
                 log.warning("action=worker-ended worker=%s code=%d", name, child.process.returncode)
                 child.process = None
-                child.pause_s = (
-                    FIRST_PAUSE_S if now - child.started > STEADY_S else min(child.pause_s * 2, LONGEST_PAUSE_S)
-                )
-                child.restart_at = now + child.pause_s
+                if now - child.started > STEADY_S:
+                    child.backoff.succeeded()
+                child.restart_at = now + child.backoff.failed()
             if child.process is None and now >= child.restart_at:
                 command = [sys.executable, "-m", "pmgsync.agent.process", name, "--parent", str(os.getpid())]
                 if self._config_path is not None:

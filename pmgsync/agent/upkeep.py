@@ -6,29 +6,48 @@ capture never waits for any of it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
 
+from pmgsync.core.backoff import Backoff
 from pmgsync.core.ceilings import Ceilings
 from pmgsync.core.membership import ClusterDocument
 from pmgsync.core.profile import Profile
-from pmgsync.errors import PmgsyncError, UnreachableError
-from pmgsync.postgres.setup.upkeep_steps import UpkeepSession
+from pmgsync.errors import UnreachableError
+from pmgsync.postgres.setup.upkeep_steps import StepFailedError, UpkeepSession
 
 log = logging.getLogger(__name__)
 
 ROUND_S = 1.0
 """Between two looks at the sequences."""
 KEEP_S = 5.0
+"""Between two looks at guard and watch."""
 REPEAT_S = 15.0
 """Between two times that every ceiling is published, for nodes that joined meanwhile."""
+RECONNECT_LONGEST_S = 15.0
 LONGEST_PAUSE_S = 60.0
 """Between two attempts at something that stays locked: each one makes others wait an instant."""
+PAUSE_FACTOR = 1.5
 
 Document = Callable[[], tuple[int, ClusterDocument] | None]
+
+
+@dataclass(slots=True)
+class _Duty:
+    """One thing that is done again and again."""
+
+    interval_s: float
+    backoff: Backoff
+    due: float = 0.0
+    problem: str = ""
+
+
+def _duty(interval_s: float) -> _Duty:
+    return _Duty(interval_s, Backoff(interval_s * PAUSE_FACTOR, LONGEST_PAUSE_S, factor=PAUSE_FACTOR))
 
 
 class Upkeep:
@@ -49,11 +68,8 @@ class Upkeep:
         self._profile = profile
         self._document = document
         self._ceilings = Ceilings()
-        self._problems: dict[str, str] = {}
-        self._next: dict[str, float] = {}
-        self._pause: dict[str, float] = {}
+        self._duties = {"sequence": _duty(ROUND_S), "guard": _duty(KEEP_S), "watch": _duty(KEEP_S)}
         self._next_repeat = 0.0
-        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
 
     def start(self) -> None:
@@ -61,24 +77,21 @@ class Upkeep:
         if not self._thread.is_alive():
             self._thread.start()
 
-    def stop(self) -> None:
-        """End it; what it is doing in the database ends with its session."""
-        self._over.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
     def _run(self) -> None:
-        pause = ROUND_S
-        while not self._over.wait(pause):
+        backoff = Backoff(ROUND_S, RECONNECT_LONGEST_S)
+        pause_s = ROUND_S
+        while True:
+            time.sleep(pause_s)
             try:
-                with contextlib.closing(UpkeepSession(self._dsn, self._profile)) as session:
-                    pause = ROUND_S
-                    while not self._over.wait(ROUND_S):
+                with closing(UpkeepSession(self._dsn, self._profile)) as session:
+                    backoff.succeeded()
+                    while True:
+                        time.sleep(ROUND_S)
                         self._round(session)
-            except PmgsyncError as error:
+            except UnreachableError as error:
                 # That the database is away is shown by whoever cannot work without it.
                 log.info("action=upkeep-later error=%s", error)
-                pause = min(pause * 2, LONGEST_PAUSE_S / 4)
+                pause_s = backoff.failed()
             # Whether the newest message was committed is not known.
             self._ceilings.forget()
 
@@ -90,42 +103,38 @@ class Upkeep:
         master = document.member(document.master)
         is_master = document.master == cid
         if is_master and len(document.members) > 1:
-            self._do("sequence", ROUND_S, lambda: self._sequences(session))
+            self._do("sequence", lambda: self._publish_sequences(session))
         else:
             self._ceilings.forget()
         if is_master or master is not None:
-            self._do("guard", KEEP_S, lambda: session.keep_guard(None if is_master else master))
-        self._do("watch", KEEP_S, session.keep_publication)
-        self.alerts = [{"kind": kind, "text": text} for kind, text in self._problems.items()]
+            self._do("guard", lambda: session.keep_guard(None if is_master else master))
+        self._do("watch", session.keep_publication)
+        self.alerts = [{"kind": kind, "text": duty.problem} for kind, duty in self._duties.items() if duty.problem]
 
-    def _sequences(self, session: UpkeepSession) -> None:
+    def _publish_sequences(self, session: UpkeepSession) -> None:
         now = time.monotonic()
         if now >= self._next_repeat:
             self._next_repeat = now + REPEAT_S
             self._ceilings.repeat()
         session.publish_sequences(self._ceilings)
 
-    def _do(self, kind: str, interval_s: float, work: Callable[[], object]) -> None:
+    def _do(self, kind: str, work: Callable[[], None]) -> None:
         """Do something when it is time to.
 
         Raises:
             UnreachableError: when the session is lost.
         """
-        now = time.monotonic()
-        if now < self._next.get(kind, 0.0):
+        duty, now = self._duties[kind], time.monotonic()
+        if now < duty.due:
             return
         try:
             work()
-        except UnreachableError:
-            raise
-        except PmgsyncError as error:
-            text = str(error)
-            if self._problems.get(kind) != text:
-                log.warning("action=upkeep kind=%s error=%s", kind, text)
-            self._problems[kind] = text
-            self._pause[kind] = min(self._pause.get(kind, interval_s) * 1.5, LONGEST_PAUSE_S)
-            self._next[kind] = time.monotonic() + self._pause[kind]
+        except StepFailedError as error:
+            if duty.problem != str(error):
+                log.warning("action=upkeep kind=%s error=%s", kind, error)
+            duty.problem = str(error)
+            duty.due = time.monotonic() + duty.backoff.failed()
             return
-        self._problems.pop(kind, None)
-        self._pause.pop(kind, None)
-        self._next[kind] = now + interval_s
+        duty.problem = ""
+        duty.backoff.succeeded()
+        duty.due = now + duty.interval_s

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
-import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,16 +11,20 @@ from collections.abc import Sequence
 import zmq
 
 from pmgsync.config import NodeConfig
+from pmgsync.core.backoff import Backoff
 from pmgsync.core.membership import ClusterDocument, SignedDocument
 from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
 from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message, error_from
+from pmgsync.wire.waiting import Wakeup
 
 log = logging.getLogger(__name__)
 
 REPORT_S = 0.7
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
+JITTER = 0.2
+"""Share by which a pause may be shorter or longer, so that the workers of many nodes do not come back together."""
 GRACE_S = 3.0
 """What may pass by itself is shown as synchronising for so long, then as an error."""
 
@@ -47,7 +49,8 @@ class Worker(ABC):
         self._error: PmgsyncError | None = None
         self._failing_since = 0.0
         self._reported = 0.0
-        self._pause_s = FIRST_PAUSE_S
+        self._backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S, jitter=_jitter)
+        self.wakeup = Wakeup()
 
     @property
     def document(self) -> ClusterDocument:
@@ -69,24 +72,24 @@ class Worker(ABC):
             except SessionOverError as error:
                 log.info("action=session-over worker=%s reason=%s", self.name, error.message)
                 self._disconnect()
-                self._pause_s = FIRST_PAUSE_S
+                self._backoff.succeeded()
             except PmgsyncError as error:
                 self.fail(error)
 
     def fail(self, error: PmgsyncError) -> None:
         """Show an error in status and log, and wait before the next try."""
         level = logging.WARNING if error.recoverable else logging.ERROR
-        log.log(level, "action=retry worker=%s pause_s=%.1f error=%s", self.name, self._pause_s, error)
+        pause_s = self._backoff.failed()
+        log.log(level, "action=retry worker=%s pause_s=%.1f error=%s", self.name, pause_s, error)
         if self._error is None:
             self._failing_since = time.monotonic()
         self._error = error
         self._reported = 0.0
-        self.rest(self._pause_s * random.uniform(0.8, 1.2))  # noqa: S311 -- spreads retries, no secret
-        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+        self.rest(pause_s)
 
-    def well(self) -> None:
+    def recovered(self) -> None:
         """Note that the work goes on: the error is over, the next one starts with a short pause."""
-        self._pause_s = FIRST_PAUSE_S
+        self._backoff.succeeded()
         if self._error is not None:
             log.info("action=recovered worker=%s", self.name)
             self._error = None
@@ -188,29 +191,5 @@ class Worker(ABC):
             self.link = None
 
 
-class Bell:
-    """Lets a thread wake the worker's poll."""
-
-    def __init__(self) -> None:
-        self._receiver, self._sender = socket.socketpair()
-        self._receiver.setblocking(False)
-        self._sender.setblocking(False)
-
-    def fileno(self) -> int:
-        """The descriptor that becomes readable."""
-        return self._receiver.fileno()
-
-    def ring(self) -> None:
-        """Wake the poll; may be called from any thread."""
-        try:
-            self._sender.send(b"!")
-        except BlockingIOError:
-            return  # it is ringing already
-
-    def hush(self) -> None:
-        """Take the ringing away."""
-        try:
-            while os.read(self.fileno(), 4096):
-                pass
-        except BlockingIOError:
-            return
+def _jitter() -> float:
+    return random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 -- spreads retries, no secret

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -82,7 +82,7 @@ class Peer:
 
     def call(
         self, method: str, args: Mapping[str, Any], *, target: int = 0, silence_s: float = CALL_SILENCE_S
-    ) -> Iterator[tuple[Message, Sequence[bytes]]]:
+    ) -> Generator[tuple[Message, Sequence[bytes]], None, None]:
         """Run a method of a node's agent and yield its `data` messages, then `done`; credit is given as they are taken.
 
         Args:
@@ -127,7 +127,7 @@ class BrokerLink(Peer):
         socket = self._context.socket(zmq.DEALER)
         socket.linger = 0
         socket.sndhwm = socket.rcvhwm = 0  # bounded by credit, not by number
-        # Not ZMQ_IMMEDIATE: see broker/sockets.py. The monitor tells when there is a connection, and when it has ended.
+        # Not ZMQ_IMMEDIATE: see broker/net/sockets.py. The monitor tells when a connection begins and ends.
         socket.reconnect_ivl = 50
         socket.reconnect_ivl_max = 500
         self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)

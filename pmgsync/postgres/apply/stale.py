@@ -14,6 +14,7 @@ from typing import Literal
 
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
+from pmgsync.core.backoff import Backoff
 from pmgsync.core.pgoutput import Relation
 from pmgsync.core.positions import format_lsn, parse_lsn
 from pmgsync.postgres.session import quote_literal, rows
@@ -63,8 +64,10 @@ class StaleTable:
 @dataclass(slots=True)
 class _Attempt:
     signature: object
-    pause_s: float
+    backoff: Backoff
     not_before: float
+    on_change: bool
+    """Tried as soon as the signature is another one, before the pause is over."""
 
 
 class StaleTables:
@@ -169,25 +172,27 @@ class StaleTables:
             return True
         if time.monotonic() >= attempt.not_before:
             return True
-        return attempt.pause_s > UNREACHABLE_PAUSE_S and attempt.signature != signature
+        return attempt.on_change and attempt.signature != signature
 
     def tried(self, keys: Iterable[TableName], signatures: dict[TableName, object]) -> None:
         """Note that a fetch begins; until it is known to have gone well it counts as failed."""
         for key in keys:
             before = self._attempts.get(key)
-            pause = FIRST_PAUSE_S if before is None else min(max(before.pause_s * 2, FIRST_PAUSE_S), LONGEST_PAUSE_S)
-            self._attempts[key] = _Attempt(signatures.get(key), pause, time.monotonic() + pause)
+            backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S) if before is None else before.backoff
+            not_before = time.monotonic() + backoff.failed()
+            self._attempts[key] = _Attempt(signatures.get(key), backoff, not_before, on_change=True)
 
     def fetched(self, keys: Iterable[TableName]) -> None:
         """Note that it went well. The next one waits for a change all the same: rows that do not fit may come again."""
         for key in keys:
-            self._attempts[key].pause_s = FIRST_PAUSE_S
+            self._attempts[key].backoff.succeeded()
             self._told = {told for told in self._told if told[0] != key}
 
     def unreachable(self, keys: Iterable[TableName]) -> None:
         """Note that it failed for a reason that has nothing to do with the tables."""
         for key in keys:
-            self._attempts[key] = _Attempt(None, UNREACHABLE_PAUSE_S, time.monotonic() + UNREACHABLE_PAUSE_S)
+            not_before = time.monotonic() + UNREACHABLE_PAUSE_S
+            self._attempts[key] = _Attempt(None, Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S), not_before, on_change=False)
 
     def sweep(self, cursor: Cursor, position: int) -> None:
         """Forget the fetched tables whose copies the chain has passed.

@@ -1,0 +1,120 @@
+"""The thread that applies: it holds the database session, so that a long statement never silences the worker."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass
+
+from pmgsync.core.frames import Frame
+from pmgsync.core.positions import Position
+from pmgsync.errors import PmgsyncError, ResyncRequiredError
+from pmgsync.postgres.apply import Applier
+from pmgsync.wire.waiting import Wakeup
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES = 1 << 20
+"""Bytes of frames that are applied in one local transaction, when so many are waiting."""
+MAINTAIN_S = 2.0
+"""So often it is seen whether stale tables can be fetched anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What was done: a position that is committed, and the bytes of frames that led there."""
+
+    position: Position
+    size: int
+
+
+class ApplyThread:
+    """Applies frames in the order in which they are submitted; each result wakes the worker."""
+
+    def __init__(self, applier: Applier, wakeup: Wakeup) -> None:
+        self._applier = applier
+        self._wakeup = wakeup
+        self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Applied | PmgsyncError] = queue.SimpleQueue()
+        self._pending_bytes = 0
+        self._thread = threading.Thread(target=self._run, name="apply", daemon=True)
+        self._thread.start()
+
+    def submit(self, frame: Frame) -> None:
+        """Have a frame applied."""
+        self._pending_bytes += frame.size
+        self._frames.put(frame)
+
+    def next_result(self) -> Applied | None:
+        """Return what was done next, None when there is nothing new.
+
+        Raises:
+            PmgsyncError: what ended the thread.
+        """
+        try:
+            result = self._results.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(result, PmgsyncError):
+            raise result
+        self._pending_bytes -= result.size
+        return result
+
+    @property
+    def idle(self) -> bool:
+        """True when everything that was submitted is applied."""
+        return self._pending_bytes == 0
+
+    def stop(self) -> None:
+        """End the thread; what it is doing is rolled back or done when this returns."""
+        self._frames.put(None)
+        self._applier.cancel()
+        self._thread.join()
+        self._applier.close()
+
+    def _run(self) -> None:
+        try:
+            self._apply()
+        except PmgsyncError as error:
+            failed = error
+        except Exception as error:  # a thread that ended without a word would look like a slave with nothing to do
+            log.exception("action=apply-failed origin=%d", self._applier.origin)
+            failed = PmgsyncError(f"applying failed unexpectedly ({type(error).__name__}: {error})")
+        else:
+            return
+        self._results.put(failed)
+        self._wakeup.wake()
+
+    def _apply(self) -> None:
+        """Apply what is submitted until told to stop; raises whatever ends it early."""
+        maintain_at = time.monotonic() + MAINTAIN_S
+        while True:
+            if time.monotonic() >= maintain_at:
+                maintain_at = time.monotonic() + MAINTAIN_S
+                if tables := self._applier.tend():
+                    reason = f"tables of node {self._applier.origin} can be kept in step again"
+                    raise ResyncRequiredError(reason, tables=tables)
+            try:
+                batch = self._next_batch(max(0.0, maintain_at - time.monotonic()))
+            except queue.Empty:
+                continue
+            if batch is None:
+                return
+            position = self._applier.apply(batch)
+            self._results.put(Applied(position, sum(frame.size for frame in batch)))
+            self._wakeup.wake()
+
+    def _next_batch(self, wait_s: float) -> list[Frame] | None:
+        """Return the frames that are there, None when the thread is to end; raises queue.Empty when none came."""
+        frame = self._frames.get(timeout=wait_s)
+        batch: list[Frame] = []
+        size = 0
+        while frame is not None:
+            batch.append(frame)
+            size += frame.size
+            if size >= BATCH_BYTES or self._frames.empty():
+                return batch
+            frame = self._frames.get()
+        return None

@@ -1,0 +1,62 @@
+"""Waiting: the one place where a worker blocks, for sockets, descriptors and a wake-up from its own threads."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import zmq
+
+Source = zmq.Socket[bytes] | int
+
+
+class Wakeup:
+    """Ends another thread's wait."""
+
+    def __init__(self) -> None:
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def fileno(self) -> int:
+        """The descriptor that can be read after `wake`."""
+        return self._descriptor
+
+    def wake(self) -> None:
+        """End the wait, or the next one; may be called from any thread, and often."""
+        os.eventfd_write(self._descriptor, 1)
+
+    def clear(self) -> None:
+        """Take the wake-ups so far away; what they announced must be looked at after this."""
+        try:
+            os.eventfd_read(self._descriptor)
+        except BlockingIOError:
+            return  # nobody has called
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._descriptor)
+
+
+class Waiter:
+    """Waits until one of its sources has something, or somebody called `wakeup.wake`, or time is over."""
+
+    def __init__(self, *sources: Source, wakeup: Wakeup | None = None) -> None:
+        self._poller = zmq.Poller()
+        self._wakeup = wakeup
+        if wakeup is not None:
+            self._poller.register(wakeup.fileno(), zmq.POLLIN)
+        for source in sources:
+            self.watch(source)
+
+    def watch(self, source: Source) -> None:
+        """Let a source end the wait from now on."""
+        self._poller.register(source, zmq.POLLIN)
+
+    def ignore(self, source: Source) -> None:
+        """Let a source end the wait no more."""
+        self._poller.unregister(source)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait, at most so many seconds; wake-ups are taken away before this returns."""
+        self._poller.poll(math.ceil(max(0.0, timeout_s) * 1000))
+        if self._wakeup is not None:
+            self._wakeup.clear()
