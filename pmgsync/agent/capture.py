@@ -80,7 +80,7 @@ class CaptureWorker(Worker):
             try:
                 stream.run()
             finally:
-                stream.last_word()
+                stream.send_last_watermark()
         finally:
             reader.close()
 
@@ -198,8 +198,8 @@ class _Stream:
         text = f"{count} logical messages in pmgsync's name were not written by pmgsync, and were dropped"
         return [{"kind": "forged", "text": text}]
 
-    def last_word(self) -> None:
-        """Tell the broker how far the server had come: a server that stops is answered by psycopg2 with that LSN."""
+    def send_last_watermark(self) -> None:
+        """Tell the broker how far the server had come: psycopg2 answers a server that stops with that LSN."""
         if self._framer.empty:
             with contextlib.suppress(UnreachableError):
                 lsn = max(self._framer.passed, self._reader.caught_up_lsn)
