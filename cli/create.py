@@ -14,13 +14,11 @@ from cli.port_checks import port_findings
 from pmgsync.errors import MembershipError, PmgsyncError
 
 if TYPE_CHECKING:
-    from broker.cluster.state_directory import NodeKeys, StateDirectory
+    from broker.cluster.state_directory import StateDirectory
     from pmgsync.config import NodeConfig
-    from pmgsync.core.membership import Member
     from pmgsync.core.profile import Profile
     from pmgsync.postgres.setup.preflight import Finding
 
-FIRST_CID = 1
 CLUSTER_ID_BYTES = 16
 BEGUN_FILE = "create.begun"
 """Stands in the state directory from before the database is changed until the cluster document is stored, so that
@@ -32,22 +30,21 @@ def create(
     name: Annotated[str | None, typer.Option(metavar="CLUSTERNAME", help="Default: this node's name")] = None,
 ) -> None:
     """Make this node the master of a new cluster. Its database is checked first; nothing is left half made."""
+    from broker.cluster.identity import FIRST_CID
     from broker.cluster.state_directory import StateDirectory
-    from cli.local_node import held_document, load, tell_broker
+    from cli.local_node import held_documents, load
     from cli.services import stopped
     from pmgsync.profile_file import load_profile
 
     config = load(context)
     profile = load_profile(config.profile)
     state = StateDirectory(config.state_dir)
-    held_document(state)
+    held_documents(config).refuse_second()
     _clear_interrupted(config, state)
     _check(config, profile)
-    keys = state.keys()
     cluster, cluster_name = secrets.token_bytes(CLUSTER_ID_BYTES), name or config.name
     with stopped(profile.services):
-        _found(config, profile, state, keys, cluster, cluster_name)
-    tell_broker(config)
+        _set_up(config, profile, state, cluster, cluster_name)
     say(f"cluster {cluster_name!r} was created; this node is its master, {config.name}({FIRST_CID})")
     note("the line that lets another node join: pmgcm join-cmd")
 
@@ -93,14 +90,13 @@ def tell_informational(findings: Iterable[Finding]) -> None:
             note(f"note: {finding.problem}")
 
 
-def _found(
-    config: NodeConfig, profile: Profile, state: StateDirectory, keys: NodeKeys, cluster: bytes, cluster_name: str
-) -> None:
+def _set_up(config: NodeConfig, profile: Profile, state: StateDirectory, cluster: bytes, cluster_name: str) -> None:
     """Change the database, then store the document; the database is put back when either fails."""
-    from pmgsync.core.membership import found_cluster, sign
+    from broker.cluster.identity import FIRST_CID, own_member
+    from cli.local_node import change_cluster
     from pmgsync.postgres.setup.provision import provision
 
-    with _undone_on_failure(config, state):
+    with _undone_on_failure(config, state, cluster):
         provision(
             config.dsn,
             profile,
@@ -110,13 +106,22 @@ def _found(
             take_over_cid0=True,
             progress=note,
         )
-        document = found_cluster(cluster, cluster_name, profile.name, own_member(config, keys, FIRST_CID))
-        state.store_document(sign(document, FIRST_CID, keys.sign_private))
+        request = {"op": "cluster.create", "cluster": cluster, "name": cluster_name, "profile": profile.name}
+        change_cluster(
+            config,
+            request,
+            offline=lambda documents: documents.create(
+                cluster, cluster_name, profile.name, own_member(config, state.keys())
+            ),
+            done=lambda documents: documents.is_member_of(cluster),
+        )
 
 
 @contextlib.contextmanager
-def _undone_on_failure(config: NodeConfig, state: StateDirectory) -> Iterator[None]:
-    from broker.cluster.state_directory import write_private
+def _undone_on_failure(config: NodeConfig, state: StateDirectory, cluster: bytes) -> Iterator[None]:
+    """Put the database back when what is done in here fails, unless the cluster document is stored already."""
+    from broker.files import write_private
+    from cli.local_node import held_documents
     from pmgsync.postgres.setup.provision import deprovision
 
     marker = state.path / BEGUN_FILE
@@ -124,34 +129,13 @@ def _undone_on_failure(config: NodeConfig, state: StateDirectory) -> Iterator[No
     try:
         yield
     except BaseException as error:
-        state.drop_document()
-        try:
-            deprovision(config.dsn)
-        except PmgsyncError as second:
-            # The marker stays: the next `create` finishes this.
-            error.add_note(f"what was made in the database could not be removed now ({second})")
-            raise error from None
+        if not held_documents(config).is_member_of(cluster):
+            try:
+                deprovision(config.dsn)
+            except PmgsyncError as second:
+                # The marker stays: the next `create` finishes this.
+                error.add_note(f"what was made in the database could not be removed now ({second})")
+                raise error from None
         marker.unlink(missing_ok=True)
         raise
     marker.unlink(missing_ok=True)
-
-
-def own_member(config: NodeConfig, keys: NodeKeys, cid: int) -> Member:
-    """Return this node as it stands in the cluster document.
-
-    Raises:
-        ProtocolError: when its name or address cannot stand there.
-    """
-    from pmgsync.core.membership import Member
-
-    member = Member(
-        cid,
-        config.name,
-        config.address,
-        config.events_port,
-        config.control_port,
-        config.join_port,
-        keys.curve_public,
-        keys.sign_public,
-    )
-    return Member.from_map(member.to_map())

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cli.console import confirm, say
-from pmgsync.errors import MembershipError
-
-if TYPE_CHECKING:
-    from broker.cluster.state_directory import StateDirectory
-    from pmgsync.core.membership import ClusterDocument
 
 
 def delete(
@@ -20,42 +15,22 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
 ) -> None:
     """Remove a node from the cluster; its connections are cut, its database stays as it is. On the master only."""
-    from broker.cluster.state_directory import StateDirectory
-    from cli.local_node import cluster_defined, load, tell_broker
-    from pmgsync.core.membership import no_cluster, sign, without_member
+    from cli.local_node import change_cluster, cluster_defined, held_documents, load
+    from pmgsync.core.membership import no_cluster, without_member
 
     config = load(context)
     if not cluster_defined(config):
         raise no_cluster()
-    state = StateDirectory(config.state_dir)
-    document = _masters_document(state)
-    member = document.member(cid)
+    document = held_documents(config).master_document()
     without_member(document, cid)
+    member = document.member(cid)
     assert member is not None
     if not yes:
         confirm(f"Node {member.name} ({cid}, {member.address}) will be removed from {document.name!r}.")
-    # Read again: somebody may have joined while the question stood.
-    document = _masters_document(state)
-    state.store_document(sign(without_member(document, cid), document.master, state.keys().sign_private))
-    tell_broker(config)
-    if cid in _masters_document(state).cids:
-        raise MembershipError(
-            "the broker changed the cluster document at the same instant, the node is still a member",
-            hint=f"run `pmgcm delete {cid}` again",
-        )
+    change_cluster(
+        config,
+        {"op": "member.delete", "cid": cid},
+        offline=lambda documents: documents.delete(cid),
+        done=lambda documents: cid not in documents.document.cids,
+    )
     say(f"node {member.name} ({cid}) was removed")
-
-
-def _masters_document(state: StateDirectory) -> ClusterDocument:
-    """Return the cluster document held, on the master only.
-
-    Raises:
-        MembershipError: on any other node.
-    """
-    from pmgsync.core.membership import no_cluster, require_master
-
-    signed = state.document()
-    own = state.own_cid(signed.document) if signed else 0
-    if signed is None or not own:
-        raise no_cluster()
-    return require_master(signed.document, own)

@@ -69,16 +69,12 @@ def examine(config: NodeConfig, profile: Profile) -> Iterator[Finding]:
 
 def _document(config: NodeConfig) -> tuple[ClusterDocument | None, int]:
     """Return the cluster document and this node's CID, None and 0 when there is none."""
-    from broker.cluster.state_directory import StateDirectory
-    from cli.local_node import cluster_defined
+    from cli.local_node import cluster_defined, held_documents
 
     if not cluster_defined(config):
         return None, 0
-    state = StateDirectory(config.state_dir)
-    signed = state.document()
-    if signed is None:
-        return None, 0
-    return signed.document, state.own_cid(signed.document) or 0
+    documents = held_documents(config)
+    return (documents.signed.document, documents.cid) if documents.signed is not None else (None, 0)
 
 
 def _status(config: NodeConfig) -> dict[str, Any] | None:

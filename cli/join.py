@@ -18,7 +18,7 @@ from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from broker.cluster.state_directory import NodeKeys
+    from broker.net.keys import NodeKeys
     from pmgsync.config import NodeConfig
     from pmgsync.core.membership import ClusterDocument, SignedDocument
     from pmgsync.core.profile import Profile
@@ -41,10 +41,10 @@ def join(
 ) -> None:
     """Join a cluster: this node's database becomes a copy of the master's. Nothing changes unless all goes well."""
     from broker.cluster.door_client import DoorClient
+    from broker.cluster.identity import own_member
     from broker.cluster.state_directory import StateDirectory
-    from cli.create import own_member
     from cli.join_checks import announcement, check_here, check_there
-    from cli.local_node import held_document, load, tell_broker
+    from cli.local_node import change_cluster, held_documents, load
     from cli.services import stopped
     from pmgsync.core.membership import parse_fingerprint
     from pmgsync.profile_file import load_profile
@@ -52,7 +52,7 @@ def join(
     config = load(context)
     profile = load_profile(config.profile)
     state = StateDirectory(config.state_dir)
-    held_document(state)
+    held_documents(config).refuse_second()
     if not fingerprint:
         raise MembershipError("the master's fingerprint is missing (--fingerprint)", hint=JOIN_CMD)
     server_key = parse_fingerprint(fingerprint)
@@ -68,12 +68,17 @@ def join(
     with _restore(config, facts) as restore:
         # A connection of its own: whoever answers the question may take longer than a connection lasts.
         with DoorClient(master_ip, port, server_key, keys) as door:
-            cid, signed = door.admit(token, own_member(config, keys, 1))
+            cid, signed = door.admit(token, own_member(config, keys))
         _copy(restore, signed.document, keys)
         with stopped(profile.services):
             _take_place(config, profile, restore, signed, cid, had_node=here.was_member)
-            state.store_document(signed)
-    tell_broker(config)
+            change_cluster(
+                config,
+                {"op": "cluster.enter"},
+                signed.pack(),
+                offline=lambda documents: documents.enter(signed),
+                done=lambda documents: documents.is_member_of(signed.document.cluster),
+            )
     say(f"this node is {config.name}({cid}) in the cluster {signed.document.name!r}")
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cli.console import note
-from pmgsync.errors import ConfigError, MembershipError, PmgsyncError, UnreachableError
+from pmgsync.errors import ConfigError, PmgsyncError, UnreachableError
 
 if TYPE_CHECKING:
     import typer
 
-    from broker.cluster.state_directory import StateDirectory
+    from broker.cluster.documents import Documents
     from pmgsync.config import NodeConfig
     from pmgsync.wire.link import BrokerLink
 
 ANSWER_S = 5.0
-RELOAD_S = 10.0
+HELLO_S = 2.0
+CHANGE_S = 10.0
 """Binding a port that was in use a moment ago may take the broker a while."""
 
 
@@ -102,32 +103,52 @@ def read_status(link: BrokerLink, *, timeout_s: float = ANSWER_S) -> dict[str, A
     return status
 
 
-def tell_broker(config: NodeConfig) -> bool:
-    """Have a running broker look at the state directory; one that starts later does by itself.
-
-    Returns:
-        False when there is no broker, or it could not do what the cluster document asks of it: the person is told.
-    """
-    try:
-        with broker(config, timeout_s=2.0) as link:
-            link.request({"op": "reload"}, timeout_s=RELOAD_S)
-            return True
-    except UnreachableError:
-        note("note: pmgsync-broker is not running here; start it: systemctl start pmgsync-broker pmgsync-agent")
-    except PmgsyncError as error:
-        note(f"note: pmgsync-broker cannot take its place in the cluster yet: {error}")
-    return False
-
-
-def held_document(state: StateDirectory) -> None:
-    """Refuse when a cluster is defined here already; the document of one that this node was removed from is none.
+def held_documents(config: NodeConfig) -> Documents:
+    """Return the cluster document held, to be read.
 
     Raises:
-        MembershipError: when it is.
+        ConfigError: when it cannot be read.
     """
-    signed = state.document()
-    if signed is not None and state.own_cid(signed.document):
-        raise MembershipError(
-            "cluster already defined",
-            hint=f"this node belongs to the cluster {signed.document.name!r}; `pmgcm status` shows it",
-        )
+    from broker.cluster.documents import Documents
+    from broker.cluster.state_directory import StateDirectory
+
+    state = StateDirectory(config.state_dir)
+    documents = Documents(state, state.keys())
+    documents.load()
+    return documents
+
+
+def change_cluster(
+    config: NodeConfig,
+    request: Mapping[str, Any],
+    *attachments: bytes,
+    offline: Callable[[Documents], object],
+    done: Callable[[Documents], bool],
+) -> None:
+    """Have the cluster document changed: by the broker, or here while none runs.
+
+    Args:
+        request, attachments: the operation of the local socket.
+        offline: does the same without a broker.
+        done: tells whether it is done, when the broker was lost before it answered, or could store the document and
+            not take its place yet.
+
+    Raises:
+        PmgsyncError: when it was not done.
+    """
+    from broker.cluster.documents import offline_documents
+    from broker.cluster.state_directory import StateDirectory
+
+    try:
+        with broker(config, timeout_s=HELLO_S) as link:
+            link.request(request, *attachments, timeout_s=CHANGE_S)
+        return
+    except PmgsyncError as error:
+        if done(held_documents(config)):
+            note(f"note: pmgsync-broker cannot take its place in the cluster yet: {error}")
+            return
+        if not isinstance(error, UnreachableError):
+            raise
+    with offline_documents(StateDirectory(config.state_dir)) as documents:
+        offline(documents)
+    note("note: pmgsync-broker is not running here; start it: systemctl start pmgsync-broker pmgsync-agent")

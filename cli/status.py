@@ -152,7 +152,7 @@ def notes(node: Mapping[str, Any]) -> list[str]:
 
 def clock_problem(node: Mapping[str, Any]) -> str:
     """Return by how much a node's clock differs when that is too much, "" when it is well or not known."""
-    from broker.status.skew import WARN_S
+    from broker.heartbeats.skew import WARN_S
 
     skew = node.get("clock_skew_s")
     if skew is None or abs(skew) <= WARN_S:

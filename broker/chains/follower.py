@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from broker.chains.sources import beyond_all, sources
+from broker.heartbeats.heartbeat import DOWN_AFTER_S
 from broker.journal.journals import Journals
-from broker.status.heartbeats import DOWN_AFTER_S
+from broker.members.members import Members
 from pmgsync.core.chains import ChainHead, Verdict
 from pmgsync.core.frames import Frame
 from pmgsync.core.positions import Position
@@ -28,20 +31,8 @@ SILENCE_S = 10.0
 RETRY_S = 1.0
 
 
-class Network(Protocol):
-    """What a follower needs of the broker around it."""
-
-    def servers(self, origin: int, incarnation: int, position: Position) -> list[int]:
-        """Return the connected members that hold what follows a position, the origin first."""
-
-    def behind_all(self, origin: int, incarnation: int, position: Position) -> bool:
-        """Return True when every connected member that has the chain begins after the position."""
-
-    def send_to(self, cid: int, message: Message) -> bool:
-        """Send a control message; False when the member is not connected."""
-
-    def new_id(self) -> int:
-        """Return a request id."""
+class Listener(Protocol):
+    """Is told what a follower does with its chain."""
 
     def taken(self, frame: Frame) -> None:
         """Called with every frame that the journal took, in order."""
@@ -65,10 +56,14 @@ class _Replay:
 class Follower:
     """The state of one foreign chain in this broker."""
 
-    def __init__(self, origin: int, journals: Journals, network: Network) -> None:
+    def __init__(
+        self, origin: int, journals: Journals, members: Members, new_id: Callable[[], int], listener: Listener
+    ) -> None:
         self.origin = origin
         self._journals = journals
-        self._network = network
+        self._members = members
+        self._new_id = new_id
+        self._listener = listener
         self._ahead: dict[Position, Frame] = {}
         self._ahead_bytes = 0
         self._replay: _Replay | None = None
@@ -134,7 +129,7 @@ class Follower:
             self.origin, replay.server, self._head().position, error,
         )  # fmt: skip
         if not self._avoid(replay.server) and isinstance(error, ResyncRequiredError):
-            self._network.lost(self.origin, error)
+            self._listener.lost(self.origin, error)
 
     def heard_head(self, head: Position) -> None:
         """A heartbeat has said where the chain's newest frame ends; PUB keeps order, so what is missing was lost."""
@@ -164,7 +159,7 @@ class Follower:
         self._refused.clear()
         self._retry_at = 0.0
         if self._replay is not None:
-            self._network.send_to(self._replay.server, {"op": "cancel", "id": self._replay.request})
+            self._members.send(self._replay.server, {"op": "cancel", "id": self._replay.request})
             self._replay = None
         self._fill_if_behind()
 
@@ -187,9 +182,9 @@ class Follower:
             self._retry_at = time.monotonic() + RETRY_S
             return Verdict.GAP
         if verdict in {Verdict.BEGIN_AGAIN, Verdict.DROP_PARTS}:
-            self._network.fell_back(self._head())
+            self._listener.fell_back(self._head())
         if verdict in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
-            self._network.taken(frame)
+            self._listener.taken(frame)
         return verdict
 
     def _keep_ahead(self, frame: Frame) -> None:
@@ -224,8 +219,8 @@ class Follower:
             self._fill()
 
     def _candidates(self, head: ChainHead) -> list[int]:
-        servers = self._network.servers(self.origin, head.incarnation, head.position)
-        return [cid for cid in servers if cid not in self._refused]
+        holding = self._members.holding(self.origin, head.incarnation)
+        return [cid for cid in sources(self.origin, head.position, holding) if cid not in self._refused]
 
     def _fill(self) -> None:
         now = time.monotonic()
@@ -235,14 +230,15 @@ class Follower:
         candidates = self._candidates(head)
         if not candidates:
             self._retry_at = now + RETRY_S
-            if self._network.behind_all(self.origin, head.incarnation, head.position):
+            holding = self._members.holding(self.origin, head.incarnation)
+            if beyond_all(head.position, holding, origin_up=self._members.up(self.origin)):
                 error = ResyncRequiredError(
                     f"no member can replay the chain of node {self.origin} from {head.position} any more"
                 )
-                self._network.lost(self.origin, error)
+                self._listener.lost(self.origin, error)
             return
         server = candidates[0]
-        request = self._network.new_id()
+        request = self._new_id()
         message: Message = {
             "op": "replay",
             "id": request,
@@ -251,7 +247,7 @@ class Follower:
             "position": list(head.position),
             "credit": REPLAY_CREDIT,
         }
-        if self._network.send_to(server, message):
+        if self._members.send(server, message):
             self._replay = _Replay(request, server, head.position, now)
             log.info("action=replay origin=%d server=%d position=%s", self.origin, server, head.position)
         else:
@@ -261,14 +257,14 @@ class Follower:
         replay = self._replay
         if replay is None or replay.owed < REPLAY_CREDIT // 4 or self._journals.pending_bytes > JOURNAL_BACKLOG:
             return
-        if self._network.send_to(replay.server, {"op": "credit", "id": replay.request, "bytes": replay.owed}):
+        if self._members.send(replay.server, {"op": "credit", "id": replay.request, "bytes": replay.owed}):
             replay.owed = 0
 
     def _abandon(self, reason: str) -> None:
         assert self._replay is not None
         log.warning("action=replay-abandoned origin=%d reason=%s", self.origin, reason)
         server = self._replay.server
-        self._network.send_to(server, {"op": "cancel", "id": self._replay.request})
+        self._members.send(server, {"op": "cancel", "id": self._replay.request})
         self._replay = None
         self._avoid(server)
 

@@ -1,19 +1,17 @@
-"""The own chain: what capture brings is journaled and published at once, and told to be safe when it is on disk."""
+"""The own chain: what capture brings is journaled and published at once, and told to be durable when it is on disk."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from broker.status.heartbeats import OwnChain
+from broker.chains.follower import Listener
+from broker.heartbeats.heartbeat import OwnChain
+from broker.journal.journals import Journals
 from pmgsync.core.chains import Verdict
 from pmgsync.core.frames import read_frame
 from pmgsync.core.positions import Position
 from pmgsync.errors import ProtocolError
-
-if TYPE_CHECKING:
-    from broker.journal.journals import Journals
-    from broker.node import Broker
 
 MARK_S = 0.05
 """Seconds between watermarks on disk: each costs an fsync, but capture asks the server on only when
@@ -27,9 +25,29 @@ class Publishing:
         chain: what the heartbeat says of it, None until capture has opened it.
     """
 
-    def __init__(self, broker: Broker, journals: Journals) -> None:
-        self._broker = broker
+    def __init__(
+        self,
+        cid: int,
+        cluster: bytes,
+        journals: Journals,
+        *,
+        publish: Callable[[bytes, bytes], None],
+        durable: Callable[[Position, int], None],
+        listener: Listener,
+    ) -> None:
+        """Begin with no chain.
+
+        Args:
+            publish: sends a frame, header and body, to whoever listens.
+            durable: called with position and watermark when more of the chain is on disk.
+            listener: is told what the journal took.
+        """
+        self._cid = cid
+        self._cluster = cluster
         self._journals = journals
+        self._publish = publish
+        self._durable = durable
+        self._listener = listener
         self._told = (Position(0), 0)
         self._mark_at = 0.0
         self._marked = 0
@@ -37,16 +55,14 @@ class Publishing:
 
     def open(self, incarnation: int, start: int, snapshot: bool) -> Position:
         """Open the journal for capture and return the complete position that it ends at."""
-        cid = self._broker.cid
-        head = self._journals.open(cid, incarnation, Position(start))
+        head = self._journals.open(self._cid, incarnation, Position(start))
         if not head.position.complete:
-            head = self._journals.drop_parts(cid)
-            self._broker.fell_back(head)
+            head = self._journals.drop_parts(self._cid)
+            self._listener.fell_back(head)
         known = self.chain
         watermark = known.watermark if known and known.incarnation == incarnation else head.position.lsn
         self.chain = OwnChain(incarnation, start, snapshot, watermark)
         self._told, self._marked = (Position(0), 0), 0
-        self._broker.note_head(cid, head)
         return head.position
 
     def take(self, header: bytes, body: bytes) -> None:
@@ -55,9 +71,8 @@ class Publishing:
         Raises:
             PmgsyncError: when it cannot be taken; capture starts again from the journal's end.
         """
-        broker = self._broker
         frame = read_frame(header, body)
-        if frame.header.origin != broker.cid or frame.header.cluster != broker.document.cluster:
+        if frame.header.origin != self._cid or frame.header.cluster != self._cluster:
             raise ProtocolError("capture sent a frame of another chain")
         verdict = self._journals.accept(frame)
         if verdict is Verdict.DUPLICATE:
@@ -65,14 +80,14 @@ class Publishing:
         if verdict not in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
             raise ProtocolError(f"capture sent a frame that does not follow the journal ({verdict.value})")
         if verdict is Verdict.BEGIN_AGAIN:
-            broker.fell_back(self._journals.chains()[broker.cid])
+            self._listener.fell_back(self._journals.chains()[self._cid])
         # Publishing need not wait for the disk: what a crash takes from the journal the WAL still has.
-        broker.publish(b"f", header, body)
-        broker.taken(frame)
+        self._publish(header, body)
+        self._listener.taken(frame)
 
     def safe(self) -> tuple[Position, int]:
         """Return how far the chain is on disk, and the LSN up to which it is known to be whole there."""
-        return self._journals.durable(self._broker.cid), self._journals.marked(self._broker.cid)
+        return self._journals.durable(self._cid), self._journals.marked(self._cid)
 
     def watermark(self, lsn: int) -> None:
         """Note how far capture knows that there is nothing more to send."""
@@ -87,10 +102,10 @@ class Publishing:
         if self.chain is not None and self.chain.watermark > self._marked and now >= self._mark_at:
             self._mark_at = now + MARK_S
             self._marked = self.chain.watermark
-            self._journals.mark(self._broker.cid, self._marked)
+            self._journals.mark(self._cid, self._marked)
 
     def journal_moved(self) -> None:
-        """Tell capture when more is on disk than it was told."""
+        """Tell when more is on disk than was told."""
         if self.chain is not None and (safe := self.safe()) != self._told:
             self._told = safe
-            self._broker.local.tell_durable(*safe)
+            self._durable(*safe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from broker.journal.journals import Journals
@@ -70,10 +70,6 @@ class Streams:
     def count(self, owner: object) -> int:
         """Return how many streams an owner has open."""
         return sum(key[0] == owner for key in self._by_owner)
-
-    def of(self, origin: int) -> Iterator[Stream]:
-        """Return the live streams of a chain."""
-        return (stream for stream in list(self._by_owner.values()) if stream.origin == origin and stream.live)
 
     def offer(self, frame: Frame) -> None:
         """Send a frame that the journal has just taken to every stream that waits for it."""

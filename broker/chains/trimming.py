@@ -1,50 +1,35 @@
-"""Keeps the journal within its limits: asks the retention rules, trims, and says who is left behind."""
+"""Keeps the journals within their limits: asks the retention rules, trims, and says who is left behind."""
 
 from __future__ import annotations
 
-import logging
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Set
 
+from broker.chains.chains import Chains
 from broker.journal.retention import Decision, Limits, decide
-from broker.status.heartbeats import HeldChain
+from broker.members.members import Members
 from pmgsync.core.positions import Position
-
-if TYPE_CHECKING:
-    from broker.node import Broker
-
-log = logging.getLogger(__name__)
 
 INTERVAL_S = 5.0
 NEARLY_FULL = 0.8
 """Share of a limit at which status begins to warn."""
 
 
-class Retainer:
+class Trimming:
     """Looks at all chains every few seconds."""
 
-    def __init__(self, broker: Broker) -> None:
-        self._broker = broker
+    def __init__(self, cid: int, chains: Chains, members: Members, limits: Limits) -> None:
+        self._cid = cid
+        self._chains = chains
+        self._members = members
+        self._limits = limits
         self._next = 0.0
         self._decisions: dict[int, Decision] = {}
 
-    def held(self) -> dict[int, HeldChain]:
-        """Return what this node's journal can serve, for the heartbeat."""
-        journals = self._broker.journals
-        if journals is None:
-            return {}
-        return {
-            origin: HeldChain(head.incarnation, journals.first(origin), head.position)
-            for origin, head in journals.chains().items()
-        }
-
     def alerts(self) -> list[dict[str, str]]:
-        """Return what an administrator should know of the journal."""
-        broker, journals = self._broker, self._broker.journals
-        if journals is None:
-            return []
+        """Return what an administrator should know of the journals."""
+        journals, limit = self._chains.journals, self._limits.max_bytes
         alerts = []
-        limit = broker.config.journal.max_bytes
         for origin in journals.chains():
             size = journals.size(origin)
             if size > NEARLY_FULL * limit:
@@ -57,23 +42,26 @@ class Retainer:
                 alerts.append({"kind": "needs-resync", "text": text})
         return alerts
 
-    def tick(self) -> None:
-        """Trim what nobody needs, or what the limits force away."""
-        broker, journals = self._broker, self._broker.journals
-        if journals is None or time.monotonic() < self._next:
+    def tick(self, members: Set[int]) -> None:
+        """Trim what nobody needs, or what the limits force away.
+
+        Args:
+            members: the CIDs in the cluster document.
+        """
+        if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + INTERVAL_S
-        chains = journals.chains()
+        journals = self._chains.journals
+        heads = journals.chains()
         known: dict[int, dict[int, Position | None]] = {}
-        for cid in broker.document.cids:
-            applied = broker.applied if cid == broker.cid else broker.acked.get(cid, {})
+        for cid in members:
+            applied = self._chains.applied if cid == self._cid else self._members.acked(cid)
             known[cid] = {
                 origin: done.position
                 for origin, done in applied.items()
-                if origin in chains and done.incarnation == chains[origin].incarnation
+                if origin in heads and done.incarnation == heads[origin].incarnation
             }
-        limits = Limits(broker.config.journal.max_bytes, broker.config.journal.max_age_s)
-        self._decisions = decide(journals.held(), broker.document.cids, known, limits)
+        self._decisions = decide(journals.held(), members, known, self._limits)
         for origin, decision in self._decisions.items():
             if decision.trim > journals.first(origin):
                 journals.trim(origin, decision.trim)

@@ -8,11 +8,9 @@ from typing import Any, Protocol
 
 import zmq
 
-from broker.cluster.state_directory import NodeKeys
 from broker.cluster.tokens import Tokens
 from broker.members.calls import End
-from broker.net import sockets
-from broker.net.loop import Loop, Socket
+from broker.net.port import Port
 from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, with_member
 from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnknownOperationError
 from pmgsync.wire.messages import Message, error_map, pack, unpack
@@ -22,46 +20,29 @@ log = logging.getLogger(__name__)
 PROTOCOL_VERSION = 1
 
 
-class Host(Protocol):
-    """What the door needs of the broker behind it."""
+class Cluster(Protocol):
+    """What the door needs of the cluster behind it."""
 
     def master_document(self) -> ClusterDocument:
         """Return the cluster document; raises MembershipError when this node is not the master."""
 
-    def ask_agent(self, caller: End, method: str) -> None:
-        """Run a method of this node's agent; raises UnreachableError when there is no agent."""
+    def ask_facts(self, caller: End) -> None:
+        """Have this node's agent tell what its database is like; raises UnreachableError when there is no agent."""
 
     def change_document(self, document: ClusterDocument) -> SignedDocument:
         """Sign, store and spread a new cluster document."""
 
 
 class Door:
-    """A bound ROUTER under CURVE that takes any client key."""
+    """Answers on the join port, a ROUTER under CURVE that takes any client key."""
 
-    def __init__(
-        self,
-        context: zmq.Context[Socket],
-        loop: Loop,
-        keys: NodeKeys,
-        tokens: Tokens,
-        host: Host,
-        *,
-        address: str,
-        port: int,
-    ) -> None:
-        self._loop = loop
+    def __init__(self, port: Port, tokens: Tokens, cluster: Cluster) -> None:
+        self._port = port
         self._tokens = tokens
-        self._host = host
-        self._socket = sockets.open_socket(context, zmq.ROUTER, max_bytes=sockets.JOIN_MAX_BYTES, hwm=100)
-        sockets.serve(self._socket, keys, sockets.DOOR_DOMAIN, address, port, "join")
-        loop.add_socket(self._socket, self._receive)
+        self._cluster = cluster
 
-    def close(self) -> None:
-        """Unbind the port."""
-        self._loop.remove(self._socket)
-        self._socket.close()
-
-    def _receive(self, parts: list[zmq.Frame]) -> None:
+    def receive(self, parts: list[zmq.Frame]) -> None:
+        """Take a message with the sender's identity in front."""
         identity, client_key = parts[0].bytes, bytes.fromhex(str(parts[-1].get("User-Id")))
         request = 0
         try:
@@ -80,7 +61,7 @@ class Door:
             self._send(identity, error_map(request, error))
 
     def _check(self, identity: bytes, request: int, message: Message) -> None:
-        document = self._host.master_document()
+        document = self._cluster.master_document()
         self._tokens.check(str(message.get("token", "")))
 
         def answer(reply: Mapping[str, Any], attachments: Sequence[bytes]) -> bool:
@@ -97,10 +78,10 @@ class Door:
                 return self._send(identity, facts)
             return self._send(identity, reply) if reply["op"] == "error" else True
 
-        self._host.ask_agent(End(("door", identity), answer, request), "facts")
+        self._cluster.ask_facts(End(("door", identity), answer, request))
 
     def _admit(self, identity: bytes, request: int, message: Message, client_key: bytes) -> None:
-        document = self._host.master_document()
+        document = self._cluster.master_document()
         token = str(message.get("token", ""))
         # First: to whoever has no token the door does not tell which names, addresses and keys are members'.
         self._tokens.check(token)
@@ -115,18 +96,14 @@ class Door:
             raise MembershipError("this node is the cluster's master")
         changed = document if known is not None else with_member(document, newcomer)
         self._tokens.use(token)
-        signed = self._host.change_document(changed)
+        signed = self._cluster.change_document(changed)
         member = signed.document.by_key(newcomer.curve_key)
         assert member is not None
         log.info("action=admitted cid=%d name=%s address=%s", member.cid, member.name, member.address)
         self._send(identity, {"op": "admitted", "id": request, "cid": member.cid}, signed.pack())
 
     def _send(self, identity: bytes, message: Mapping[str, Any], *attachments: bytes) -> bool:
-        try:
-            self._socket.send_multipart([identity, pack(message), *attachments], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            return False
-        return True
+        return self._port.send([identity, pack(message), *attachments])
 
 
 def _newcomer(message: Message, client_key: bytes) -> Member:

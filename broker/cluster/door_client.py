@@ -11,8 +11,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from broker.cluster.door import PROTOCOL_VERSION
-from broker.cluster.state_directory import NodeKeys
 from broker.net import sockets
+from broker.net.keys import NodeKeys
 from broker.net.loop import Socket
 from pmgsync.core.membership import MAX_DOCUMENT, Member, SignedDocument, format_fingerprint
 from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnreachableError

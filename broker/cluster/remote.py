@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import zmq
 
 from broker.cluster.door_client import Handshake
-from broker.cluster.state_directory import NodeKeys
 from broker.net import sockets
+from broker.net.keys import NodeKeys
 from broker.net.loop import Socket
 from pmgsync.core.frames import MAX_BODY
 from pmgsync.core.membership import Member
@@ -30,7 +30,7 @@ def remote_member(member: Member, keys: NodeKeys) -> Iterator[Peer]:
     context: zmq.Context[Socket] = zmq.Context()
     where = f"{member.address}:{member.control}"
     try:
-        socket = sockets.open_socket(context, zmq.DEALER, max_bytes=MAX_BODY, hwm=10_000)
+        socket = sockets.open_socket(context, zmq.DEALER, max_bytes=MAX_BODY, hwm=sockets.CONTROL_HWM)
         handshake = Handshake(socket, where)
         try:
             sockets.connect(socket, keys, member.curve_key, member.address, member.control)

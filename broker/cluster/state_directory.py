@@ -4,69 +4,48 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import msgpack
 import zmq
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from zmq.utils import z85
 
-from pmgsync.core.membership import ClusterDocument, SignedDocument
-from pmgsync.errors import ConfigError, ProtocolError
+from broker.files import write_private
+from broker.net.keys import NodeKeys
+from pmgsync.core.membership import SignedDocument
+from pmgsync.errors import ConfigError, ProtocolError, UnreachableError
 
 KEYS_FILE = "node.keys"
 DOCUMENT_FILE = "cluster.document"
 LOCK_FILE = "lock"
+HOLD_FILE = "hold"
+HOLD_S = 5.0
+"""For so long a process waits for another one to let go of the directory: `pmgcm` holds it for an instant only."""
+HOLD_POLL_S = 0.05
 
 
-@dataclass(frozen=True)
-class NodeKeys:
-    """A node's identity: a CURVE key pair for connections, an Ed25519 key for cluster documents. Never logged."""
+class Hold:
+    """The right to write the cluster document; the kernel takes it back when the process ends."""
 
-    curve_public: bytes
-    curve_secret: bytes
-    sign_private: Ed25519PrivateKey
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
 
-    def __repr__(self) -> str:
-        return "NodeKeys(...)"
+    def close(self) -> None:
+        """Let others have it; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
-    @property
-    def sign_public(self) -> bytes:
-        return self.sign_private.public_key().public_bytes_raw()
+    def __enter__(self) -> Self:
+        return self
 
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace a file by new content that only this user can read, surviving a crash at any instant.
-
-    Raises:
-        ConfigError: when it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".new")
-    try:
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written ({error.strerror})", hint="make room there, or see that this user may write it"
-        ) from error
-
-
-def sync_directory(path: Path) -> None:
-    """Make a directory's entries durable: a new name is not on disk until its directory is."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 class StateDirectory:
@@ -80,10 +59,6 @@ class StateDirectory:
             raise ConfigError(f"the state directory {path} cannot be made ({error.strerror})") from error
         if not os.access(path, os.W_OK | os.X_OK):
             raise ConfigError(f"the state directory {path} is not writable", hint="run pmgcm as root")
-
-    @property
-    def journal(self) -> Path:
-        return self.path / "journal"
 
     @property
     def document_path(self) -> Path:
@@ -138,11 +113,6 @@ class StateDirectory:
             ) from error
         return signed
 
-    def own_cid(self, document: ClusterDocument) -> int:
-        """Return this node's CID in a document, 0 when it is not a member (any more)."""
-        member = document.by_key(self.keys().curve_public)
-        return member.cid if member else 0
-
     def store_document(self, signed: SignedDocument) -> None:
         """Replace the cluster document.
 
@@ -151,10 +121,26 @@ class StateDirectory:
         """
         write_private(self.document_path, signed.pack())
 
-    def drop_document(self) -> None:
-        """Forget the cluster."""
-        self.document_path.unlink(missing_ok=True)
-        sync_directory(self.path)
+    def hold(self, *, timeout_s: float = HOLD_S) -> Hold:
+        """Be the one process that writes the cluster document, until `close`.
+
+        Raises:
+            UnreachableError: when another process is, and stays so.
+        """
+        descriptor = os.open(self.path / HOLD_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return Hold(descriptor)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    os.close(descriptor)
+                    raise UnreachableError(
+                        f"another process holds the state directory {self.path}",
+                        hint="a pmgsync-broker runs on it already; two nodes need two state directories",
+                    ) from None
+                time.sleep(HOLD_POLL_S)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

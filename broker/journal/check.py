@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from broker.cluster.state_directory import sync_directory
+from broker.files import sync_directory
 from broker.journal import file as journal_file
 from broker.journal.file import Row
 from broker.journal.retention import Ledger, WallAge

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from broker.cluster.state_directory import sync_directory
+from broker.files import sync_directory
 from pmgsync.core.frames import Frame, read_frame
 from pmgsync.core.positions import Position
 from pmgsync.errors import ProtocolError

@@ -12,9 +12,6 @@ from pmgsync.wire.messages import Message, error_map
 Send = Callable[[Mapping[str, Any], Sequence[bytes]], bool]
 """Sends a message with attachments; returns False when the other end is gone."""
 
-TO_CALLER = frozenset({"data", "done", "error"})
-TO_SERVER = frozenset({"credit", "cancel"})
-
 
 @dataclass(frozen=True, slots=True)
 class End:

@@ -1,16 +1,15 @@
-"""CurveZMQ sockets with the protocol's options, and the ZAP handler that lets members in and strangers not."""
+"""CurveZMQ sockets with the protocol's options."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import zmq
 
-from broker.cluster.state_directory import NodeKeys
-from broker.net.loop import Loop, Socket
+from broker.net.keys import NodeKeys
+from broker.net.loop import Socket
 from pmgsync.errors import ConfigError
 
 DEAD_MS = 5_000
@@ -22,8 +21,7 @@ EVENTS_HWM = 1_000
 CONTROL_HWM = 10_000
 CONTROL_MAX_BYTES = 1 << 20
 JOIN_MAX_BYTES = 64 << 10
-MEMBERS_DOMAIN = b"members"
-DOOR_DOMAIN = b"door"
+JOIN_HWM = 100
 
 
 class PortInUseError(ConfigError):
@@ -115,30 +113,3 @@ def bind_local(context: zmq.Context[Socket], path: Path) -> Socket:
     finally:
         os.umask(umask)
     return socket
-
-
-class Doorkeeper:
-    """Answers libzmq's ZAP requests: who may come through a handshake, and under which name (its CID)."""
-
-    def __init__(self, context: zmq.Context[Socket], loop: Loop, cid_of: Callable[[bytes], int]) -> None:
-        """`cid_of` returns the CID of the member with a CURVE public key, 0 for a stranger."""
-        self._cid_of = cid_of
-        self._socket = context.socket(zmq.REP)
-        self._socket.linger = 0
-        self._socket.bind("inproc://zeromq.zap.01")
-        loop.add_socket(self._socket, self._answer)
-
-    def _answer(self, parts: list[zmq.Frame]) -> None:
-        request = [part.bytes for part in parts]
-        status, text, user = b"400", b"not a member", b""
-        if len(request) == 7 and request[0] == b"1.0" and request[5] == b"CURVE":
-            domain, key = request[2], request[6]
-            if domain == DOOR_DOMAIN:
-                status, text, user = b"200", b"OK", key.hex().encode()
-            elif domain == MEMBERS_DOMAIN and (cid := self._cid_of(key)):
-                status, text, user = b"200", b"OK", str(cid).encode()
-        request_id = request[1] if len(request) > 1 else b""
-        self._socket.send_multipart([b"1.0", request_id, status, text, user, b""])
-
-    def close(self) -> None:
-        self._socket.close()

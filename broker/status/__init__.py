@@ -1,1 +1,1 @@
-"""What is known of each node, and how it is shown."""
+"""How this node and its cluster are, for status and for the heartbeat."""

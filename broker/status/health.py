@@ -1,96 +1,147 @@
-"""A node's own health: what its heartbeat says of it, and the status map of the whole cluster as seen from here."""
+"""How this node is: what its heartbeat says of it, and the status map of the whole cluster as seen from here."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from broker.status.conflicts import add_up
-from broker.status.heartbeats import DOWN_AFTER_S, Heartbeat, measure_machine
+from broker.chains.chains import Chains
+from broker.chains.trimming import Trimming
+from broker.heartbeats.conflicts import add_up
+from broker.heartbeats.heartbeat import DOWN_AFTER_S, Heartbeat
+from broker.heartbeats.machine import measure_machine
+from broker.members.link import MemberLink
+from broker.members.members import Members
+from broker.requests.sessions import Sessions
 from broker.status.status_map import BEHIND_S, View, status_map
-
-if TYPE_CHECKING:
-    from broker.node import Broker
+from pmgsync.config import NodeConfig
+from pmgsync.core.membership import ClusterDocument
 
 GRACE_S = 5.0
 """After its start a broker does not call workers missing that have had no time to connect."""
 DISK_ALERT_PCT = 90.0
 
+Alerts = list[dict[str, str]]
+
 
 class Health:
-    """Looks at one broker."""
+    """Judges one node that is in a cluster."""
 
-    def __init__(self, broker: Broker) -> None:
-        self._broker = broker
+    def __init__(
+        self,
+        cid: int,
+        config: NodeConfig,
+        members: Members,
+        chains: Chains,
+        trimming: Trimming,
+        sessions: Sessions,
+        *,
+        document: Callable[[], ClusterDocument],
+    ) -> None:
+        """Begin; `document` returns the cluster document in force."""
+        self._cid = cid
+        self._config = config
+        self._members = members
+        self._chains = chains
+        self._trimming = trimming
+        self._sessions = sessions
+        self._document = document
         self._since = time.monotonic()
 
     def heartbeat(self) -> Heartbeat:
         """Return this node's heartbeat as of now."""
-        broker = self._broker
-        document, machine = broker.document, measure_machine(broker.config.state_dir)
-        state, error, alerts = self._judge()
+        document, machine = self._document(), measure_machine(self._config.state_dir)
+        state, error, alerts = self._judge(document)
         if machine.disk_pct >= DISK_ALERT_PCT:
-            text = f"the disk of {broker.config.state_dir} is {machine.disk_pct:.0f} % full"
+            text = f"the disk of {self._config.state_dir} is {machine.disk_pct:.0f} % full"
             alerts.append({"kind": "disk", "text": text})
         return Heartbeat(
-            document.cluster, broker.cid, document.epoch, document.serial, time.time_ns() // 1000,
-            machine.uptime_s, machine.load1, machine.mem_pct, machine.disk_pct,
-            state, error, tuple(alerts), broker.retainer.held(), broker.own, dict(broker.applied),
-            add_up(session.counters for session in broker.local.sessions.workers()),
-        )  # fmt: skip
+            cluster=document.cluster,
+            cid=self._cid,
+            epoch=document.epoch,
+            serial=document.serial,
+            time_us=time.time_ns() // 1000,
+            uptime_s=machine.uptime_s,
+            load1=machine.load1,
+            mem_pct=machine.mem_pct,
+            disk_pct=machine.disk_pct,
+            state=state,
+            error=error,
+            alerts=tuple(alerts),
+            chains=self._chains.held(),
+            own=self._chains.own.chain,
+            applied=dict(self._chains.applied),
+            conflicts=add_up(session.counters for session in self._sessions.workers()),
+        )
 
     def status(self) -> dict[str, Any]:
         """Return the map of `pmgcm status --json`."""
-        broker = self._broker
-        views = {broker.cid: View(self.heartbeat(), 0.0, broker.applied, "", 0.0)}
-        for cid, link in broker.peers.items():
-            applied = broker.acked.get(cid, {})
-            views[cid] = View(link.heartbeat, link.age_s, applied, link.problem, link.clock_skew_s)
+        views = {self._cid: View(self.heartbeat(), 0.0, self._chains.applied, "", 0.0)}
+        for link in self._members:
+            cid = link.member.cid
+            views[cid] = View(link.heartbeat, link.age_s, self._members.acked(cid), link.problem, link.clock_skew_s)
         now = time.monotonic()
-        return status_map(broker.document, views, broker.clocks, now=now, down_after_s=DOWN_AFTER_S)
+        return status_map(self._document(), views, self._chains.clocks, now=now, down_after_s=DOWN_AFTER_S)
 
-    def _judge(self) -> tuple[str, str, list[dict[str, str]]]:
+    # -- judging ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _started(self) -> bool:
+        return time.monotonic() - self._since > GRACE_S
+
+    def _judge(self, document: ClusterDocument) -> tuple[str, str, Alerts]:
         """Return the state (`A` or `S`), what is wrong ("" when nothing), and the alerts."""
-        broker = self._broker
-        state, error = "A", ""
-        alerts = [*broker.retainer.alerts(), *({"kind": "journal", "text": text} for text in broker.damage)]
-        sessions = broker.local.sessions.workers()
-        for session in sessions:
+        alerts = [*self._trimming.alerts(), *({"kind": "journal", "text": text} for text in self._chains.damage)]
+        synchronising, error = self._judge_workers(alerts)
+        for link in self._members:
+            self._judge_member(link, alerts)
+        if self._chains.journals.failure is not None:
+            error = str(self._chains.journals.failure)
+        error = error or self._missing(document)
+        return "S" if synchronising else "A", error, alerts
+
+    def _judge_workers(self, alerts: Alerts) -> tuple[bool, str]:
+        """Add the workers' alerts; return whether one is synchronising, and the first error."""
+        synchronising, error = False, ""
+        for session in self._sessions.workers():
             alerts += session.alerts
-            if session.state == "S":
-                state = "S"
+            synchronising = synchronising or session.state == "S"
             if session.error:
                 text = f"{session.worker}: {session.error}"
                 error = error or text
                 advice = f" ({session.hint})" if session.hint else ""
                 since = f", for {time.monotonic() - session.error_since:.0f} s"
                 alerts.append({"kind": "error", "text": text + advice + since})
-        for origin, link in broker.peers.items():
-            follower = broker.followers.get(origin)
-            if not link.up and time.monotonic() - self._since > GRACE_S:
-                reason = f": {link.problem}" if link.problem else ""
-                alerts.append({"kind": "not-receiving", "text": f"nothing is received from node {origin}{reason}"})
-            if link.up and link.refused:
-                text = f"something that node {origin} sent was refused: {link.refused}"
-                alerts.append({"kind": "refused", "text": text})
-            if link.up and link.control_problem:
-                alerts.append(
-                    {"kind": "control", "text": f"nothing can be asked of node {origin}: {link.control_problem}"}
-                )
-            clock, done = broker.clocks.get(origin), broker.applied.get(origin)
-            if clock is not None and done is not None:
-                behind_s = clock.lag_s(time.monotonic(), done.position.lsn)
-                if behind_s > BEHIND_S:
-                    text = f"what came from node {origin} has not been applied for {behind_s:.0f} s"
-                    alerts.append({"kind": "not-applying", "text": text})
-            if link.up and follower is not None and follower.replaying:
-                alerts.append({"kind": "replay", "text": f"fetching what was missed of node {origin}'s chain"})
-        if broker.journals is not None and broker.journals.failure is not None:
-            error = str(broker.journals.failure)
-        present = {session.worker for session in sessions}
-        wanted = ["capture", *(f"apply:{cid}" for cid in sorted(broker.document.cids - {broker.cid}))]
+        return synchronising, error
+
+    def _judge_member(self, link: MemberLink, alerts: Alerts) -> None:
+        origin = link.member.cid
+
+        def alert(kind: str, text: str) -> None:
+            alerts.append({"kind": kind, "text": text})
+
+        if not link.up and self._started:
+            reason = f": {link.problem}" if link.problem else ""
+            alert("not-receiving", f"nothing is received from node {origin}{reason}")
+        if link.up and link.refused:
+            alert("refused", f"something that node {origin} sent was refused: {link.refused}")
+        if link.up and link.control_problem:
+            alert("control", f"nothing can be asked of node {origin}: {link.control_problem}")
+        clock, done = self._chains.clocks.get(origin), self._chains.applied.get(origin)
+        if clock is not None and done is not None:
+            behind_s = clock.lag_s(time.monotonic(), done.position.lsn)
+            if behind_s > BEHIND_S:
+                alert("not-applying", f"what came from node {origin} has not been applied for {behind_s:.0f} s")
+        follower = self._chains.follower(origin)
+        if link.up and follower is not None and follower.replaying:
+            alert("replay", f"fetching what was missed of node {origin}'s chain")
+
+    def _missing(self, document: ClusterDocument) -> str:
+        """Return a sentence on workers that should be running and are not, "" when there are none."""
+        present = {session.worker for session in self._sessions.workers()}
+        wanted = ["capture", *(f"apply:{cid}" for cid in sorted(document.cids - {self._cid}))]
         missing = [name for name in wanted if name not in present]
-        if not error and missing and time.monotonic() - self._since > GRACE_S:
-            running = f"not running: {', '.join(missing)}"
-            error = running if "supervisor" in present else "the agent is not running"
-        return state, error, alerts
+        if not missing or not self._started:
+            return ""
+        return f"not running: {', '.join(missing)}" if "supervisor" in present else "the agent is not running"

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from broker.status.heartbeats import Applied, Heartbeat
-from broker.status.lag import HeadClock
+from broker.heartbeats.heartbeat import Applied, Heartbeat
+from broker.heartbeats.lag import HeadClock
 from pmgsync.core.membership import ClusterDocument, Member
 from pmgsync.core.positions import format_lsn
 

@@ -249,12 +249,7 @@ def test_a_stranger_and_a_removed_member_get_nothing(pair: tuple[Broker, Broker]
     frames = run_of(20)
     capture.send(frames[:10])
     apply.take(frames[9].here)
-    state = StateDirectory(one.state_dir)
-    held = state.document()
-    assert held is not None
-    state.store_document(sign(without_member(held.document, 2), 1, state.keys().sign_private))
-    cli = one.link("cli")
-    cli.request({"op": "reload"})
+    one.link("cli").request({"op": "member.delete", "cid": 2})
     eventually(lambda: _left(two), what="the removed member knows it")
     capture.send(frames[10:])
     capture.wait_durable(frames[-1].here)
@@ -330,7 +325,9 @@ def test_a_document_that_cannot_be_written_ends_nobody_and_is_taken_later(pair: 
     held = state.document()
     assert held is not None
     third = replace(held.document.members[1], name="three", address="127.0.0.9", curve_key=b"3" * 32)
+    one.kill()
     state.store_document(sign(with_member(held.document, third), 1, state.keys().sign_private))
+    one.start()
     eventually(
         lambda: any("cannot be written" in alert["text"] for alert in status()["nodes"][1]["alerts"]),
         what="it says that it cannot take the document",
@@ -347,12 +344,13 @@ def test_a_port_that_is_not_free_yet_does_not_hold_the_loop_up(tmp_path: Path, m
     both = with_member(found_cluster(CLUSTER, "test", "mirror", one.member()), two.member())
     state.store_document(sign(both, 1, keys.sign_private))
     served = node.Broker(load_config(one.config))
-    close = served._ports.cut
+    port = served._resources.ports.control
+    close = port.close
     taken: list[socket.socket] = []
 
-    def close_and_take() -> None:
+    def close_and_take(*, linger_ms: int = 0) -> None:
         """Have somebody else on the control port at the moment when it was closed."""
-        close()
+        close(linger_ms=linger_ms)
         monkeypatch.undo()
         taken.append(eventually(lambda: _listener(one.ports[1]), within_s=10, what="the port is closed"))
 
@@ -360,9 +358,8 @@ def test_a_port_that_is_not_free_yet_does_not_hold_the_loop_up(tmp_path: Path, m
     thread.start()
     try:
         cli = one.link("cli")
-        monkeypatch.setattr(served._ports, "cut", close_and_take)
-        state.store_document(sign(without_member(both, 2), 1, keys.sign_private))
-        cli.request({"op": "reload"})
+        monkeypatch.setattr(port, "close", close_and_take)
+        cli.request({"op": "member.delete", "cid": 2})
         assert taken, "a member's removal closes the members' sockets"
         begun = time.monotonic()
         for _ in range(5):
@@ -387,9 +384,9 @@ def test_a_port_that_stays_taken_puts_the_broker_out_of_the_cluster_until_it_is_
         one.start()
         cli = one.link("cli")
         state = StateDirectory(one.state_dir)
-        state.store_document(sign(found_cluster(CLUSTER, "test", "mirror", one.member()), 1, state.keys().sign_private))
+        signed = sign(found_cluster(CLUSTER, "test", "mirror", one.member()), 1, state.keys().sign_private)
         with pytest.raises(PmgsyncError, match=f"control port {one.ports[1]} .* cannot be bound"):
-            cli.request({"op": "reload"})
+            cli.request({"op": "cluster.enter"}, signed.pack())
         with pytest.raises(PmgsyncError, match="no cluster defined"):
             cli.request({"op": "status"})
         taken.close()

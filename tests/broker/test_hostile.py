@@ -20,8 +20,9 @@ import pytest
 import zmq
 
 from broker.cluster.door_client import DoorClient
-from broker.cluster.state_directory import NodeKeys, StateDirectory
+from broker.cluster.state_directory import StateDirectory
 from broker.net import sockets
+from broker.net.keys import NodeKeys
 from broker.net.loop import Socket
 from pmgsync.core.membership import Member, sign
 from pmgsync.core.positions import LAST

@@ -14,9 +14,10 @@ from typing import Any
 import zmq
 
 from broker.cluster.state_directory import StateDirectory
+from broker.heartbeats.heartbeat import Heartbeat, HeldChain, OwnChain
 from broker.net import sockets
 from broker.net.loop import Loop, Socket
-from broker.status.heartbeats import Heartbeat, HeldChain, OwnChain
+from broker.net.zap import MEMBERS_DOMAIN, ZapHandler
 from pmgsync.core.frames import Frame
 from pmgsync.core.membership import Member
 from pmgsync.core.positions import Position
@@ -142,11 +143,11 @@ class FakeMember:
 
     def _run(self) -> None:
         loop = self._loop = Loop()
-        doorkeeper = sockets.Doorkeeper(self.context, loop, self._cid_of)
+        zap = ZapHandler(self.context, loop, self._cid_of)
         self._publisher = sockets.open_socket(self.context, zmq.PUB)
-        sockets.serve(self._publisher, self.keys, sockets.MEMBERS_DOMAIN, "127.0.0.1", self.ports[0], "events")
+        sockets.serve(self._publisher, self.keys, MEMBERS_DOMAIN, "127.0.0.1", self.ports[0], "events")
         self._router = sockets.open_socket(self.context, zmq.ROUTER, hwm=10_000)
-        sockets.serve(self._router, self.keys, sockets.MEMBERS_DOMAIN, "127.0.0.1", self.ports[1], "control")
+        sockets.serve(self._router, self.keys, MEMBERS_DOMAIN, "127.0.0.1", self.ports[1], "control")
         loop.add_socket(self._router, self._receive)
         loop.every(0.005, self._do_work)
         loop.every(BEAT_S, self._beat)
@@ -154,7 +155,7 @@ class FakeMember:
         try:
             loop.run()
         finally:
-            doorkeeper.close()
+            zap.close()
             self.context.destroy(linger=0)
 
     def _cid_of(self, key: bytes) -> int:

@@ -8,9 +8,9 @@ import msgpack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.status.conflicts import MAX_NAME, MAX_NAMES, OTHER, add_up, read_counters
-from broker.status.heartbeats import MAX_ALERTS, MAX_BYTES, Heartbeat
-from broker.status.skew import SAMPLES, ClockSkew
+from broker.heartbeats.conflicts import MAX_NAME, MAX_NAMES, OTHER, add_up, read_counters
+from broker.heartbeats.heartbeat import MAX_ALERTS, MAX_BYTES, Heartbeat
+from broker.heartbeats.skew import SAMPLES, ClockSkew
 from pmgsync.core.positions import MAX_LSN
 
 names = st.one_of(st.sampled_from(["public.a.x", "public.b.y", OTHER]), st.text(min_size=1, max_size=300))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.cluster.tokens import MAX_WRONG, Tokens
-from broker.status.lag import SAMPLE_S, HeadClock
+from broker.heartbeats.lag import SAMPLE_S, HeadClock
 from pmgsync.errors import MembershipError, TokenExpiredError, TokenRefusedError, TooManyAttemptsError
 
 

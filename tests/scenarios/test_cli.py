@@ -20,8 +20,10 @@ import pytest
 import zmq
 
 from broker.cluster.door_client import DoorClient
-from broker.cluster.state_directory import NodeKeys, StateDirectory
+from broker.cluster.state_directory import StateDirectory
 from broker.net import sockets
+from broker.net.keys import NodeKeys
+from broker.net.zap import DOOR_DOMAIN
 from cli.demo.embedded import EmbeddedPostgres
 from cli.demo.hold import free_ports
 from pmgsync.core.membership import Member, found_cluster, sign, with_member, without_member
@@ -232,7 +234,7 @@ def door(tmp_path: Path) -> Iterator[tuple[int, NodeKeys]]:
     server = StateDirectory(tmp_path / "master").keys()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = sockets.open_socket(context, zmq.ROUTER)
-    sockets.serve(socket, server, sockets.DOOR_DOMAIN, "127.0.0.1", port, "join")
+    sockets.serve(socket, server, DOOR_DOMAIN, "127.0.0.1", port, "join")
     yield port, server
     context.destroy(linger=0)
 

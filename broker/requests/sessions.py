@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import zmq
 
+from broker.heartbeats.conflicts import read_counters
 from broker.net.loop import Socket
-from broker.status.conflicts import read_counters
 from pmgsync.errors import MembershipError
 from pmgsync.wire.messages import pack
 

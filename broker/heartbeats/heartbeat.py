@@ -1,18 +1,15 @@
-"""Heartbeats: what a node says of itself every second, read and checked; and the machine's load behind it."""
+"""Heartbeats: what a node says of itself every second, packed, read and checked."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgpack
-import psutil
 
-from broker.status.conflicts import read_counters
+from broker.heartbeats.conflicts import read_counters
 from pmgsync.core.positions import MAX_LSN, Position
 from pmgsync.errors import ProtocolError
 
@@ -50,7 +47,7 @@ class Applied:
     position: Position
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
     """One heartbeat; `received` is on the receiver's monotonic clock."""
 
@@ -120,32 +117,32 @@ class Heartbeat:
                 )
             own = raw["own"]
             return cls(
-                _typed(raw["cluster"], bytes),
-                _typed(raw["cid"], int),
-                _typed(raw["epoch"], int),
-                _typed(raw["serial"], int),
-                _typed(raw["time"], int),
-                _typed(raw["uptime_s"], int),
-                float(raw["load1"]),
-                float(raw["mem_pct"]),
-                float(raw["disk_pct"]),
-                _typed(raw["state"], str)[:20],
-                _typed(raw["error"], str)[:2000],
-                tuple(
+                cluster=_typed(raw["cluster"], bytes),
+                cid=_typed(raw["cid"], int),
+                epoch=_typed(raw["epoch"], int),
+                serial=_typed(raw["serial"], int),
+                time_us=_typed(raw["time"], int),
+                uptime_s=_typed(raw["uptime_s"], int),
+                load1=float(raw["load1"]),
+                mem_pct=float(raw["mem_pct"]),
+                disk_pct=float(raw["disk_pct"]),
+                state=_typed(raw["state"], str)[:20],
+                error=_typed(raw["error"], str)[:2000],
+                alerts=tuple(
                     {str(key)[:40]: str(value)[:2000] for key, value in alert.items()}
                     for alert in raw["alerts"][:MAX_ALERTS]
                 ),
-                {_cid(key): _held(value) for key, value in raw["chains"].items()},
-                None
+                chains={_cid(key): _held(value) for key, value in raw["chains"].items()},
+                own=None
                 if own is None
                 else OwnChain(
-                    _number(own["incarnation"]),
-                    _number(own["start"]),
-                    _typed(own["snapshot"], bool),
-                    _number(own["watermark"]),
+                    incarnation=_number(own["incarnation"]),
+                    start=_number(own["start"]),
+                    snapshot=_typed(own["snapshot"], bool),
+                    watermark=_number(own["watermark"]),
                 ),
-                parse_applied(raw["applied"]),
-                read_counters(raw.get("conflicts")),
+                applied=parse_applied(raw["applied"]),
+                conflicts=read_counters(raw.get("conflicts")),
             )
         except ProtocolError:
             raise
@@ -199,23 +196,3 @@ def parse_applied(value: Any) -> dict[int, Applied]:
         _cid(key): Applied(_number(incarnation), Position.parse([lsn, part]))
         for key, (incarnation, lsn, part) in value.items()
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """How the machine does: seconds up, load average of a minute, memory and disk in per cent."""
-
-    uptime_s: int
-    load1: float
-    mem_pct: float
-    disk_pct: float
-
-
-def measure_machine(path: Path) -> Machine:
-    """Return the machine's load, and how full the file system of a path is."""
-    return Machine(
-        int(time.clock_gettime(time.CLOCK_BOOTTIME)),
-        round(os.getloadavg()[0], 2),
-        psutil.virtual_memory().percent,
-        psutil.disk_usage(str(path)).percent,
-    )

@@ -1,0 +1,243 @@
+"""The chains of the cluster as this node holds them; they exist while the node is in one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from broker.chains.follower import Follower
+from broker.chains.publishing import Publishing
+from broker.chains.streams import Streams
+from broker.heartbeats.heartbeat import Applied, Heartbeat, HeldChain
+from broker.heartbeats.lag import HeadClock
+from broker.journal.journals import Journals
+from broker.members.members import Members
+from broker.net.loop import Loop
+from pmgsync.core.chains import ChainHead
+from pmgsync.core.frames import Frame
+from pmgsync.core.positions import Position
+from pmgsync.errors import JournalDamagedError, PmgsyncError, ProtocolError, ResyncRequiredError
+
+log = logging.getLogger(__name__)
+
+MAX_DAMAGE = 10
+"""Sentences about damage that status goes on showing."""
+
+
+class Chains:
+    """Journals of all chains, the own one and those that are followed, and the streams that are served from them.
+
+    Attributes:
+        applied: how far this node has applied each chain, by origin.
+        clocks: for the lag, when each chain's head was where.
+        damage: sentences about journals that could not be read.
+    """
+
+    def __init__(
+        self,
+        cid: int,
+        cluster: bytes,
+        directory: Path,
+        loop: Loop,
+        members: Members,
+        *,
+        publish: Callable[[bytes, bytes], None],
+        durable: Callable[[Position, int], None],
+        new_id: Callable[[], int],
+    ) -> None:
+        """Open the journals.
+
+        Args:
+            cid, cluster: this node's number, the cluster's 16 bytes.
+            directory: of the journals.
+            publish, durable: as in `Publishing`.
+            new_id: returns a request id.
+
+        Raises:
+            JournalError: when the own chain's journal cannot be read.
+        """
+        self._cid = cid
+        self._cluster = cluster
+        self._loop = loop
+        self._members = members
+        self._new_id = new_id
+        self.journals = Journals(directory, cid)
+        self.journals.start()
+        self.streams = Streams(self.journals, self._damaged)
+        self.own = Publishing(cid, cluster, self.journals, publish=publish, durable=durable, listener=self)
+        self.applied: dict[int, Applied] = {}
+        self.clocks: dict[int, HeadClock] = {}
+        self.damage: list[str] = []
+        self.acks_due = False
+        self._followers = {origin: self._follower(origin) for origin in self.journals.chains() if origin != cid}
+        self._lost: dict[int, ChainHead] = {}
+        loop.add_descriptor(self.journals.notify_fd, self._journal_moved)
+
+    def close(self) -> None:
+        """Write what was accepted to the journals and close them."""
+        self._loop.remove(self.journals.notify_fd)
+        self.journals.close()
+
+    def _follower(self, origin: int) -> Follower:
+        return Follower(origin, self.journals, self._members, self._new_id, self)
+
+    def _journal_moved(self) -> None:
+        self.journals.collect()
+        self.own.journal_moved()
+
+    # -- what is held -------------------------------------------------------------------------------------------------
+
+    def heads(self) -> Mapping[int, ChainHead]:
+        """Return the heads of all chains in the journals, by origin."""
+        return self.journals.chains()
+
+    def held(self) -> dict[int, HeldChain]:
+        """Return what this node can replay, by origin."""
+        return {
+            origin: HeldChain(head.incarnation, self.journals.first(origin), head.position)
+            for origin, head in self.heads().items()
+        }
+
+    def durable(self) -> dict[int, list[int]]:
+        """Return incarnation, LSN and part up to which each chain is on disk here, by origin."""
+        return {origin: [head.incarnation, *self.journals.durable(origin)] for origin, head in self.heads().items()}
+
+    def follower(self, origin: int) -> Follower | None:
+        """Return the follower of a foreign chain, None when nobody here has asked for it."""
+        return self._followers.get(origin)
+
+    # -- from capture -------------------------------------------------------------------------------------------------
+
+    def open_own(self, incarnation: int, start: int, snapshot: bool) -> Position:
+        """Open the own chain for capture and return the complete position that its journal ends at."""
+        position = self.own.open(incarnation, start, snapshot)
+        self._note_head(self.heads()[self._cid])
+        return position
+
+    # -- from the members ---------------------------------------------------------------------------------------------
+
+    def live(self, origin: int, frame: Frame) -> None:
+        """Take a frame that a member has published.
+
+        Raises:
+            ProtocolError: when it is not the member's own.
+        """
+        if frame.header.origin != origin or frame.header.cluster != self._cluster:
+            raise ProtocolError(f"it published a frame of node {frame.header.origin}, or of another cluster")
+        follower = self._followers.get(origin)
+        if follower is not None:
+            follower.live(frame)
+
+    def damaged_frame(self, origin: int) -> None:
+        """Count a frame of a member that did not match its checksum."""
+        follower = self._followers.get(origin)
+        if follower is not None:
+            follower.damaged += 1
+
+    def replayed(self, request: int, frame: Frame) -> None:
+        """Take a frame of a replay."""
+        follower = self._followers.get(frame.header.origin)
+        if follower is not None and frame.header.cluster == self._cluster:
+            follower.replayed(request, frame)
+
+    def replay_ended(self, request: int) -> None:
+        """A member has sent all it had."""
+        for follower in list(self._followers.values()):
+            follower.ended(request)
+
+    def replay_failed(self, request: int, error: PmgsyncError) -> None:
+        """A member has refused a replay or broken it off."""
+        for follower in list(self._followers.values()):
+            follower.failed(request, error)
+
+    def connection_lost(self, cid: int) -> None:
+        """What was asked of a member will not be answered any more."""
+        for follower in self._followers.values():
+            follower.server_gone(cid)
+
+    def heard(self, heartbeat: Heartbeat) -> None:
+        """Compare what a member says of its own chain with what is held of it."""
+        origin, own = heartbeat.cid, heartbeat.own
+        chain = heartbeat.chains.get(origin)
+        if own is None or chain is None:
+            return
+        lsn = chain.head.lsn if chain.head.complete else chain.head.lsn - 1
+        self.clocks.setdefault(origin, HeadClock()).note(heartbeat.received, own.incarnation, lsn)
+        head, follower = self.heads().get(origin), self._followers.get(origin)
+        if head is None or follower is None:
+            return
+        if head.incarnation == own.incarnation:
+            follower.heard_head(chain.head)
+        else:
+            # Whoever applies the old chain must start anew.
+            error = ResyncRequiredError(f"node {origin} has begun a new chain ({own.incarnation:016x})")
+            self.streams.fail(origin, error)
+
+    # -- from apply ---------------------------------------------------------------------------------------------------
+
+    def follow(self, origin: int, incarnation: int, position: Position) -> None:
+        """Begin or continue to keep a foreign chain whole, so that everything after `position` can be had."""
+        head = self.heads().get(origin)
+        fresh = head is None or head.incarnation != incarnation
+        if fresh:
+            fresh = self.journals.open(origin, incarnation, position).position == position
+        if position < self.journals.first(origin):
+            self.journals.reset(origin, incarnation, position)
+            fresh = True
+        follower = self._followers.get(origin)
+        if follower is None:
+            follower = self._followers[origin] = self._follower(origin)
+        elif fresh:
+            follower.reset()
+        follower.tick()
+
+    def applied_moved(self, origin: int, applied: Applied) -> None:
+        """Note how far this node's database has applied a chain."""
+        self.applied[origin] = applied
+        self.acks_due = True
+
+    # -- what followers and the own chain tell (`Listener`) -----------------------------------------------------------
+
+    def taken(self, frame: Frame) -> None:
+        """A frame was taken into the journal."""
+        self.streams.offer(frame)
+        self._note_head(self.heads()[frame.header.origin])
+
+    def fell_back(self, head: ChainHead) -> None:
+        """The parts of a half transaction were dropped."""
+        self.streams.fall_back(head.origin, head.complete)
+
+    def lost(self, origin: int, error: PmgsyncError) -> None:
+        """A gap cannot be filled: begin behind it when apply has passed it, else say that a snapshot is needed."""
+        head = self.heads()[origin]
+        applied = self.applied.get(origin)
+        if applied and applied.incarnation == head.incarnation and applied.position > head.complete:
+            self.journals.reset(origin, head.incarnation, applied.position)
+            self._followers[origin].reset()
+            return
+        if self._lost.get(origin) != head:
+            # Found again and again until somebody has resynchronised, which may take long.
+            self._lost[origin] = head
+            log.error("action=resync-required origin=%d position=%s", origin, head.position)
+        self.streams.fail(origin, error)
+
+    def _damaged(self, origin: int, position: Position, error: JournalDamagedError) -> None:
+        """Give up what cannot be read: other members may have it, or a snapshot replaces it."""
+        first = self.journals.pass_damage(origin, position)
+        log.error("action=journal-damaged origin=%d position=%s first=%s error=%s", origin, position, first, error)
+        self.damage = [*self.damage[-MAX_DAMAGE + 1 :], error.message]
+
+    def _note_head(self, head: ChainHead) -> None:
+        clock = self.clocks.setdefault(head.origin, HeadClock())
+        clock.note(time.monotonic(), head.incarnation, head.complete.lsn)
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Look after time-outs of the own chain, of streams and of replays."""
+        self.own.tick()
+        self.streams.expire()
+        for follower in self._followers.values():
+            follower.tick()

@@ -1,0 +1,23 @@
+"""From whom a gap in a chain can be filled, by what the members say that they hold. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from broker.heartbeats.heartbeat import HeldChain
+from pmgsync.core.positions import Position
+
+
+def sources(origin: int, position: Position, holding: Mapping[int, HeldChain]) -> list[int]:
+    """Return the members that hold what follows a position, the origin first.
+
+    Args:
+        holding: by CID, what the members that are up hold of this incarnation of the chain.
+    """
+    found = [cid for cid, chain in holding.items() if chain.first <= position < chain.head]
+    return sorted(found, key=lambda cid: (cid != origin, cid))
+
+
+def beyond_all(position: Position, holding: Mapping[int, HeldChain], *, origin_up: bool) -> bool:
+    """Return True when nobody can fill the gap any more: the origin is up, and everybody's part begins later."""
+    return origin_up and bool(holding) and all(chain.first > position for chain in holding.values())

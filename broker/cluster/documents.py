@@ -1,0 +1,183 @@
+"""The cluster document that this node goes by. Nobody else writes it: one process at a time holds the state directory.
+
+That process is the broker. While none runs, `pmgcm create` and `pmgcm join` may do it in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from broker.cluster.state_directory import StateDirectory
+from broker.net.keys import NodeKeys
+from pmgsync.core.membership import (
+    ClusterDocument,
+    Member,
+    SignedDocument,
+    accept_document,
+    found_cluster,
+    no_cluster,
+    require_master,
+    sign,
+    without_member,
+)
+from pmgsync.errors import MembershipError, ProtocolError
+
+
+class Documents:
+    """Reads, changes and stores the document.
+
+    Attributes:
+        signed: the document in force, None when no cluster is defined; also that of a cluster that has removed this
+            node.
+        cid: this node's number in it, 0 when it is not a member (any more).
+    """
+
+    def __init__(self, state: StateDirectory, keys: NodeKeys) -> None:
+        self._state = state
+        self._keys = keys
+        self.signed: SignedDocument | None = None
+        self.cid = 0
+
+    def load(self) -> None:
+        """Take the document that is on disk.
+
+        Raises:
+            ConfigError: when it is damaged.
+        """
+        self.put_in_force(self._state.document())
+
+    def put_in_force(self, signed: SignedDocument | None) -> None:
+        """Go by a document from now on, or by none."""
+        member = signed.document.by_key(self._keys.curve_public) if signed is not None else None
+        self.signed, self.cid = signed, member.cid if member is not None else 0
+
+    @property
+    def document(self) -> ClusterDocument:
+        """The document in force.
+
+        Raises:
+            MembershipError: when no cluster is defined.
+        """
+        if self.signed is None or not self.cid:
+            raise no_cluster()
+        return self.signed.document
+
+    def packed(self) -> bytes:
+        """Return the signed document in force, as it travels.
+
+        Raises:
+            MembershipError: when no cluster is defined.
+        """
+        if self.signed is None or not self.cid:
+            raise no_cluster()
+        return self.signed.pack()
+
+    def master_document(self) -> ClusterDocument:
+        """The document in force, on the master only.
+
+        Raises:
+            MembershipError: on any other node.
+        """
+        return require_master(self.document, self.cid)
+
+    def is_member_of(self, cluster: bytes) -> bool:
+        """Return True when this node is in the cluster with an id."""
+        return self.signed is not None and self.cid != 0 and self.signed.document.cluster == cluster
+
+    def cid_of_key(self, key: bytes) -> int:
+        """Return the CID of the member with a CURVE public key, 0 for a stranger."""
+        member = self.signed.document.by_key(key) if self.signed is not None and self.cid else None
+        return member.cid if member else 0
+
+    # -- changes ------------------------------------------------------------------------------------------------------
+
+    def create(self, cluster: bytes, name: str, profile: str, founder: Member) -> SignedDocument:
+        """Store the first document of a new cluster, unless that was done already.
+
+        Raises:
+            MembershipError: when a cluster is defined here already.
+            ConfigError: when it cannot be written.
+        """
+        if self.signed is not None and self.is_member_of(cluster):
+            return self.signed
+        self.refuse_second()
+        return self._store(found_cluster(cluster, name, profile, founder), founder.cid)
+
+    def enter(self, signed: SignedDocument) -> SignedDocument:
+        """Store the document of a cluster that has taken this node in, unless that was done already.
+
+        Raises:
+            MembershipError: when a cluster is defined here already.
+            ProtocolError: when this node is not a member there.
+            ConfigError: when it cannot be written.
+        """
+        if self.signed is not None and self.is_member_of(signed.document.cluster):
+            return self.signed
+        self.refuse_second()
+        if signed.document.by_key(self._keys.curve_public) is None:
+            raise ProtocolError("this node is not in the cluster document that it was given")
+        self._state.store_document(signed)
+        return signed
+
+    def refuse_second(self) -> None:
+        """Refuse when this node is in a cluster; the document of one that it was removed from does not count.
+
+        Raises:
+            MembershipError: when it is.
+        """
+        if self.signed is not None and self.cid:
+            raise MembershipError(
+                "cluster already defined",
+                hint=f"this node belongs to the cluster {self.signed.document.name!r}; `pmgcm status` shows it",
+            )
+
+    def delete(self, cid: int) -> SignedDocument:
+        """Remove a member, on the master only.
+
+        Raises:
+            MembershipError: when this node is not the master, there is no such member, or it is the master.
+            ConfigError: when the document cannot be written.
+        """
+        return self.change(without_member(self.master_document(), cid))
+
+    def change(self, document: ClusterDocument) -> SignedDocument:
+        """Sign a new document and store it.
+
+        Raises:
+            ConfigError: when it cannot be written.
+        """
+        if self.signed is not None and document == self.signed.document:
+            return self.signed
+        return self._store(document, self.cid)
+
+    def offer(self, data: bytes) -> SignedDocument | None:
+        """Store a document from the network when it is newer and properly signed; None when it is not newer.
+
+        Raises:
+            PmgsyncError: when it is not acceptable.
+        """
+        offered = SignedDocument.unpack(data)
+        if self.signed is None or not accept_document(self.signed.document, offered):
+            return None
+        self._state.store_document(offered)
+        return offered
+
+    def _store(self, document: ClusterDocument, signer: int) -> SignedDocument:
+        signed = sign(document, signer, self._keys.sign_private)
+        self._state.store_document(signed)
+        return signed
+
+
+@contextmanager
+def offline_documents(state: StateDirectory) -> Iterator[Documents]:
+    """Yield the documents of a node whose broker does not run.
+
+    Raises:
+        UnreachableError: when it does.
+        ConfigError: when the state directory cannot be used.
+    """
+    with state.hold():
+        documents = Documents(state, state.keys())
+        documents.load()
+        yield documents

@@ -1,1 +1,0 @@
-"""Requests from this machine's processes and from other members."""

@@ -1,0 +1,131 @@
+"""The one door for whatever members send on their own account: events, and answers to what this node has asked.
+
+Live and replayed frames both come through here and go on to the same follower. What members ask of this node comes in
+at the control port (`broker.requests.control`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from broker.chains.chains import Chains
+from broker.heartbeats.heartbeat import Heartbeat
+from broker.members.calls import Calls
+from broker.members.link import MemberLink
+from broker.members.members import Members, peer
+from broker.requests.shared import check_id
+from pmgsync.core.frames import Frame, read_frame
+from pmgsync.core.membership import ClusterDocument
+from pmgsync.errors import (
+    FrameDamagedError,
+    PmgsyncError,
+    ProtocolError,
+    UnknownOperationError,
+    UnreachableError,
+)
+from pmgsync.wire.messages import error_from, unpack
+
+
+class Inbound:
+    """Checks what comes over the links and passes it on."""
+
+    def __init__(
+        self,
+        members: Members,
+        chains: Chains,
+        calls: Calls,
+        *,
+        document: Callable[[], ClusterDocument],
+        offer_document: Callable[[bytes], None],
+        new_id: Callable[[], int],
+    ) -> None:
+        """Begin.
+
+        Args:
+            document: returns the cluster document in force.
+            offer_document: takes a packed cluster document; raises PmgsyncError when it is not acceptable.
+            new_id: returns a request id.
+        """
+        self._members = members
+        self._chains = chains
+        self._calls = calls
+        self._document = document
+        self._offer_document = offer_document
+        self._new_id = new_id
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def event(self, link: MemberLink, parts: Sequence[zmq.Frame]) -> None:
+        """Take an event that a member has published."""
+        try:
+            match [part.bytes for part in parts]:
+                case [b"f", header, body]:
+                    self._chains.live(link.member.cid, self._frame(link, header, body))
+                case [b"h", data]:
+                    self._heartbeat(link, Heartbeat.unpack(data))
+                case [b"d", data]:
+                    self._offer_document(data)
+                case _:
+                    raise ProtocolError(f"an event of {len(parts)} parts is not known here")
+        except PmgsyncError as error:
+            self._members.refuse(link.member.cid, error)
+
+    def _frame(self, link: MemberLink, header: bytes, body: bytes) -> Frame:
+        try:
+            return read_frame(header, body)
+        except FrameDamagedError:
+            self._chains.damaged_frame(link.member.cid)
+            raise
+
+    def _heartbeat(self, link: MemberLink, heartbeat: Heartbeat) -> None:
+        document = self._document()
+        if heartbeat.cid != link.member.cid or heartbeat.cluster != document.cluster:
+            raise ProtocolError("its heartbeat speaks for another node or cluster")
+        self._members.heard(link, heartbeat)
+        if (heartbeat.epoch, heartbeat.serial) > document.version:
+            link.send({"op": "document", "id": self._new_id()})
+        self._chains.heard(heartbeat)
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def answer(self, link: MemberLink, parts: Sequence[zmq.Frame]) -> None:
+        """Take a message on the control connection to a member."""
+        try:
+            self._answer(link, [part.bytes for part in parts])
+        except PmgsyncError as error:
+            self._members.refuse(link.member.cid, error)
+
+    def _answer(self, link: MemberLink, parts: Sequence[bytes]) -> None:
+        message = unpack(parts[0])
+        check_id(message)
+        request, owner = message.get("id", 0), peer(link.member.cid)
+        match message["op"]:
+            case "frame":
+                if len(parts) != 3:
+                    raise ProtocolError("a frame is a header and a body")
+                self._chains.replayed(request, self._frame(link, parts[1], parts[2]))
+            case "pong":
+                pass
+            case "end":
+                self._chains.replay_ended(request)
+            case "document":
+                if len(parts) == 2:
+                    self._offer_document(parts[1])
+            case "data" | "done":
+                self._calls.from_server(owner, message, parts[1:])
+            case "error":
+                if not self._calls.from_server(owner, message, parts[1:]):
+                    self._chains.replay_failed(request, error_from(message))
+            case "cancel":
+                error = UnreachableError(f"node {link.member.cid} broke the replay off")
+                self._chains.replay_failed(request, error)
+            case other:
+                raise UnknownOperationError(f"the operation {other!r:.40} is not known here")
+
+    def connection_lost(self, link: MemberLink) -> None:
+        """End what was asked of a member and will not be answered any more."""
+        self._chains.connection_lost(link.member.cid)
+        reason = UnreachableError(f"the connection to {link.member.name} ({link.member.cid}) was lost")
+        self._calls.drop_owner(peer(link.member.cid), reason)

@@ -1,0 +1,131 @@
+"""One connecting socket and its monitor: libzmq itself does not say why nothing comes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from broker.net import sockets
+from broker.net.keys import NodeKeys
+from broker.net.loop import Loop, Socket
+from pmgsync.core.frames import MAX_BODY
+from pmgsync.core.membership import Member
+
+log = logging.getLogger(__name__)
+
+_EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_CONNECTED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+)
+
+
+_FAILED = frozenset(
+    {
+        zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+        zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+        zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+    }
+)
+
+
+class Connection:
+    """A SUB or DEALER socket connected to a member.
+
+    Attributes:
+        problem: why there is no connection, "" while there is one.
+        established: True from the handshake to the end of the connection.
+        changed: when `established` last changed, or the socket was made.
+        lasted_s: for how long the newest connection that has ended was established.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Socket],
+        loop: Loop,
+        keys: NodeKeys,
+        member: Member,
+        kind: int,
+        port: int,
+        *,
+        receive: Callable[[list[zmq.Frame]], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self.problem = ""
+        self.established = False
+        self.changed = time.monotonic()
+        self.lasted_s = 0.0
+        self._explained = False
+        self._member = member
+        self._where = f"{member.name} ({member.cid}) at {member.address}:{port}"
+        self._loop = loop
+        self._ended = ended
+        self.socket = sockets.open_socket(
+            context, kind, max_bytes=MAX_BODY, hwm=sockets.EVENTS_HWM if kind == zmq.SUB else sockets.CONTROL_HWM
+        )
+        if kind == zmq.SUB:
+            self.socket.subscribe(b"")
+        self._monitor = self.socket.get_monitor_socket(_EVENTS)
+        loop.add_socket(self._monitor, self._watch)
+        loop.add_socket(self.socket, receive)
+        try:
+            sockets.connect(self.socket, keys, member.curve_key, member.address, port)
+        except zmq.ZMQError as error:
+            # A member's address comes from the member: one that libzmq will not have must stop nobody's broker.
+            self._note(f"{self._where} is not an address to connect to ({error.strerror})")
+
+    def close(self) -> None:
+        """Close it without a word."""
+        for socket in (self._monitor, self.socket):
+            self._loop.remove(socket)
+        self.socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self.socket.close(linger=0)
+
+    def _watch(self, parts: list[zmq.Frame]) -> None:
+        event = parse_monitor_message([part.bytes for part in parts])["event"]
+        greeted = self.established
+        match event:
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                problem = ""
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                problem = f"{self._where} refuses this node's key"
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if not greeted:
+                problem = f"the handshake with {self._where} failed: its key may not be the one in the cluster document"
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                problem = f"what came from {self._where} was damaged on the way"
+            case zmq.EVENT_CONNECTED:
+                self._explained = False
+                return
+            case zmq.EVENT_DISCONNECTED if self._explained:
+                problem = self.problem
+            case zmq.EVENT_DISCONNECTED if greeted:
+                problem = f"{self._where} closed the connection"
+            case zmq.EVENT_DISCONNECTED:
+                problem = f"{self._where} closed the connection before the handshake: its key may have changed"
+            case zmq.EVENT_CONNECT_RETRIED:
+                problem = self.problem or f"{self._where} does not accept connections"
+            case _:
+                return
+        # The end of the connection that follows tells less than the reason that came before it.
+        self._explained = event in _FAILED
+        self.established = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        if self.established != greeted:
+            now = time.monotonic()
+            self.lasted_s, self.changed = now - self.changed if greeted else self.lasted_s, now
+        self._note(problem)
+        if greeted and not self.established:
+            self._ended()
+
+    def _note(self, problem: str) -> None:
+        if problem and problem != self.problem:
+            log.warning("action=link-problem cid=%d problem=%s", self._member.cid, problem)
+        self.problem = problem

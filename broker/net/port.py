@@ -1,0 +1,102 @@
+"""A TCP port of this node: bound when it is wanted, closed to cut the connections that it has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from broker.net import sockets
+from broker.net.keys import NodeKeys
+from broker.net.loop import Loop, Socket
+
+PATIENCE_S = 2.0
+"""A port that was just closed here may be taken for an instant longer: libzmq closes it in a thread of its own."""
+
+Receive = Callable[[list[zmq.Frame]], None]
+
+
+class Port:
+    """One CURVE server socket and the loop that it is read in; `open` may be called again and again."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Socket],
+        loop: Loop,
+        kind: int,
+        domain: bytes,
+        address: str,
+        number: int,
+        purpose: str,
+        *,
+        max_bytes: int = sockets.JOIN_MAX_BYTES,
+        hwm: int = sockets.EVENTS_HWM,
+    ) -> None:
+        self._context = context
+        self._loop = loop
+        self._kind = kind
+        self._domain = domain
+        self._address = address
+        self._number = number
+        self._purpose = purpose
+        self._max_bytes = max_bytes
+        self._hwm = hwm
+        self._socket: Socket | None = None
+        self._closed_at = -PATIENCE_S
+
+    def open(self, keys: NodeKeys, receive: Receive | None = None) -> None:
+        """Bind the port unless it is bound; one that was closed here just now is left to the next call.
+
+        Args:
+            keys: of this node.
+            receive: called with every message that arrives; None for a socket that only sends.
+
+        Raises:
+            ConfigError: when it cannot be bound.
+        """
+        if self._socket is not None:
+            return
+        socket = sockets.open_socket(self._context, self._kind, max_bytes=self._max_bytes, hwm=self._hwm)
+        if self._kind == zmq.ROUTER:
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            sockets.serve(socket, keys, self._domain, self._address, self._number, self._purpose)
+        except sockets.PortInUseError:
+            if time.monotonic() - self._closed_at >= PATIENCE_S:
+                raise
+            return
+        if receive is not None:
+            self._loop.add_socket(socket, receive)
+        self._socket = socket
+
+    def close(self, *, linger_ms: int = 0) -> None:
+        """Unbind. libzmq looks at keys at the handshake only: a removed member's live connections end with the socket.
+
+        Args:
+            linger_ms: for so long what is queued may still be sent.
+        """
+        if self._socket is not None:
+            self._closed_at = time.monotonic()
+            self._loop.remove(self._socket)
+            self._socket.close(linger=linger_ms)
+            self._socket = None
+
+    def lose_patience(self) -> None:
+        """Make a port that is taken an error at the next `open`."""
+        self._closed_at = -PATIENCE_S
+
+    def publish(self, parts: Sequence[bytes]) -> None:
+        """Send to whoever has subscribed; nothing happens while the port is closed."""
+        if self._socket is not None:
+            self._socket.send_multipart(parts)
+
+    def send(self, parts: Sequence[bytes]) -> bool:
+        """Send to one peer, by its identity in the first part; False when it is gone or takes no more."""
+        if self._socket is None:
+            return False
+        try:
+            self._socket.send_multipart(parts, zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True

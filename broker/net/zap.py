@@ -1,0 +1,42 @@
+"""The ZAP handler: libzmq asks it who may come through a CURVE handshake, and under which name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import zmq
+
+from broker.net.loop import Loop, Socket
+
+MEMBERS_DOMAIN = b"members"
+DOOR_DOMAIN = b"door"
+
+
+class ZapHandler:
+    """Lets members through under their CID, and everybody through to the join door under his key."""
+
+    def __init__(self, context: zmq.Context[Socket], loop: Loop, cid_of: Callable[[bytes], int]) -> None:
+        """`cid_of` returns the CID of the member with a CURVE public key, 0 for a stranger."""
+        self._cid_of = cid_of
+        self._loop = loop
+        self._socket = context.socket(zmq.REP)
+        self._socket.linger = 0
+        self._socket.bind("inproc://zeromq.zap.01")
+        loop.add_socket(self._socket, self._answer)
+
+    def _answer(self, parts: list[zmq.Frame]) -> None:
+        request = [part.bytes for part in parts]
+        status, text, user = b"400", b"not a member", b""
+        if len(request) == 7 and request[0] == b"1.0" and request[5] == b"CURVE":
+            domain, key = request[2], request[6]
+            if domain == DOOR_DOMAIN:
+                status, text, user = b"200", b"OK", key.hex().encode()
+            elif domain == MEMBERS_DOMAIN and (cid := self._cid_of(key)):
+                status, text, user = b"200", b"OK", str(cid).encode()
+        request_id = request[1] if len(request) > 1 else b""
+        self._socket.send_multipart([b"1.0", request_id, status, text, user, b""])
+
+    def close(self) -> None:
+        """Stop answering; handshakes fail from now on."""
+        self._loop.remove(self._socket)
+        self._socket.close()

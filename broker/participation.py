@@ -1,0 +1,252 @@
+"""This node's part in a cluster: everything that is made when it enters one and dropped when it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import zmq
+
+from broker.chains.chains import Chains
+from broker.chains.trimming import Trimming
+from broker.cluster.documents import Documents
+from broker.cluster.door import Door
+from broker.cluster.tokens import Tokens
+from broker.inbound import Inbound
+from broker.journal.retention import Limits
+from broker.members.calls import Calls, End
+from broker.members.members import Members
+from broker.net.keys import NodeKeys
+from broker.net.loop import Loop, Socket
+from broker.net.port import Port
+from broker.requests.control import ControlRequests
+from broker.requests.sessions import Session, Sessions
+from broker.requests.shared import SharedRequests
+from broker.requests.workers import WorkerRequests, tell_durable
+from broker.status.health import Health
+from pmgsync.config import NodeConfig
+from pmgsync.core.membership import ClusterDocument, SignedDocument
+from pmgsync.errors import ConfigError, UnreachableError
+
+CUT_LINGER_MS = 200
+"""A removed member should learn it from the document, not from silence: so long may that still be sent."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The TCP ports of a node. They outlive its part in a cluster: one just closed may be taken a while longer."""
+
+    events: Port
+    control: Port
+    join: Port
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a node has with and without a cluster."""
+
+    config: NodeConfig
+    keys: NodeKeys
+    context: zmq.Context[Socket]
+    loop: Loop
+    ports: Ports
+    sessions: Sessions
+    tokens: Tokens
+    documents: Documents
+    new_id: Callable[[], int]
+
+
+class Participation:
+    """Members, chains, and whoever serves them.
+
+    Attributes:
+        cid: this node's number.
+        workers: serves the agent's workers.
+        health: judges this node.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        *,
+        offer_document: Callable[[bytes], None],
+        change_document: Callable[[ClusterDocument], SignedDocument],
+    ) -> None:
+        """Open the journals; `follow_document` then opens ports and connections.
+
+        Args:
+            offer_document: takes a packed cluster document; raises PmgsyncError when it is not acceptable.
+            change_document: signs, stores and puts in force a new document.
+
+        Raises:
+            ConfigError: when this is not the node that the document means.
+            JournalError: when the own journal cannot be read.
+        """
+        config, documents, sessions = resources.config, resources.documents, resources.sessions
+        document, self.cid = documents.document, documents.cid
+        _check_identity(config, document, self.cid)
+        self._documents = documents
+        self._keys = resources.keys
+        self._ports = resources.ports
+        self._calls = Calls(resources.new_id)
+        self._change_document = change_document
+        self._members = Members(resources.context, resources.loop, resources.keys, self.cid)
+        self._chains = Chains(
+            self.cid,
+            document.cluster,
+            config.state_dir / "journal",
+            resources.loop,
+            self._members,
+            publish=lambda header, body: self.publish(b"f", header, body),
+            durable=partial(tell_durable, sessions),
+            new_id=resources.new_id,
+        )
+        limits = Limits(config.journal.max_bytes, config.journal.max_age_s)
+        self._trimming = Trimming(self.cid, self._chains, self._members, limits)
+        self._shared = SharedRequests(
+            self.cid,
+            config.name,
+            self._chains,
+            self._members,
+            self._calls,
+            sessions,
+            document=documents.packed,
+        )
+        self.workers = WorkerRequests(self.cid, self._chains, self._members, self._calls, sessions, self._shared)
+        self._control = ControlRequests(self.cid, self._ports.control, self._shared, self._members)
+        self._door = Door(self._ports.join, resources.tokens, self)
+        self._inbound = Inbound(
+            self._members,
+            self._chains,
+            self._calls,
+            document=lambda: documents.document,
+            offer_document=offer_document,
+            new_id=resources.new_id,
+        )
+        self.health = Health(
+            self.cid,
+            config,
+            self._members,
+            self._chains,
+            self._trimming,
+            sessions,
+            document=lambda: documents.document,
+        )
+
+    @property
+    def _signed(self) -> SignedDocument:
+        signed = self._documents.signed
+        assert signed is not None
+        return signed
+
+    # -- the document -------------------------------------------------------------------------------------------------
+
+    def follow_document(self, *, removed: bool) -> None:
+        """Bring ports and connections in line with the document in force.
+
+        Args:
+            removed: somebody is not a member any more, and must be cut off.
+
+        Raises:
+            ConfigError: when a port cannot be bound.
+        """
+        if removed:
+            self._close_members_ports()
+        self.open_ports()
+        self.publish(b"d", self._signed.pack())
+        self._members.meet(self._signed.document, self._inbound)
+        self.beat()
+
+    def announce(self, signed: SignedDocument) -> None:
+        """Publish a document that is about to come in force, while those whom it removes can still hear it."""
+        self.publish(b"d", signed.pack())
+
+    def open_ports(self) -> None:
+        """Bind what is not bound; the join port on the master only.
+
+        Raises:
+            ConfigError: when a port cannot be bound.
+        """
+        self._ports.events.open(self._keys)
+        self._ports.control.open(self._keys, self._control.receive)
+        if self._signed.document.master == self.cid:
+            self._ports.join.open(self._keys, self._door.receive)
+        else:
+            self._ports.join.close()
+
+    def _close_members_ports(self) -> None:
+        self._ports.events.close(linger_ms=CUT_LINGER_MS)
+        self._ports.control.close(linger_ms=CUT_LINGER_MS)
+
+    def close(self) -> None:
+        """Leave: end all connections and write what was accepted to the journals."""
+        self._members.close()
+        self._close_members_ports()
+        self._ports.join.close()
+        self._chains.close()
+
+    # -- what the door needs ------------------------------------------------------------------------------------------
+
+    def master_document(self) -> ClusterDocument:
+        """Return the cluster document, on the master only; raises MembershipError on any other node."""
+        return self._documents.master_document()
+
+    def ask_facts(self, caller: End) -> None:
+        """Have the agent tell what this node's database is like; raises UnreachableError when there is no agent."""
+        self._shared.ask_agent(caller, "facts")
+
+    def change_document(self, document: ClusterDocument) -> SignedDocument:
+        """Sign, store and spread a new cluster document."""
+        return self._change_document(document)
+
+    # -- this machine's processes -------------------------------------------------------------------------------------
+
+    def session_over(self, session: Session) -> None:
+        """End what a session had open."""
+        self._shared.close_streams(session.identity)
+        self._calls.drop_owner(session.identity, UnreachableError(f"the {session.worker} worker went away"))
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def publish(self, *parts: bytes) -> None:
+        """Publish an event."""
+        self._ports.events.publish(parts)
+
+    def beat(self) -> None:
+        """Publish a heartbeat."""
+        self.publish(b"h", self.health.heartbeat().pack())
+
+    def send_acks(self) -> None:
+        """Tell the members how far chains are applied and on disk here, when that has changed."""
+        if not self._chains.acks_due:
+            return
+        self._chains.acks_due = False
+        applied = self._chains.applied.items()
+        message: dict[str, Any] = {
+            "op": "ack",
+            "epoch": self._signed.document.epoch,
+            "applied": {origin: [done.incarnation, *done.position] for origin, done in applied},
+            "durable": self._chains.durable(),
+        }
+        self._members.send_all(message)
+
+    def tick(self) -> None:
+        """Look after time-outs."""
+        self._chains.tick()
+        self._members.tick()
+        self._trimming.tick(self._signed.document.cids)
+
+
+def _check_identity(config: NodeConfig, document: ClusterDocument, cid: int) -> None:
+    """Refuse to be a second node of one CID: a copied state directory comes with another address or name."""
+    member = document.member(cid)
+    assert member is not None
+    if (member.name, member.address) != (config.name, config.address):
+        raise ConfigError(
+            f"the cluster knows node {cid} as {member.name} at {member.address}, "
+            f"node.toml says {config.name} at {config.address}",
+            hint="name and address cannot change later: correct node.toml, or delete the node and join anew; "
+            "a copied state directory must not be started as a second node",
+        )

@@ -1,0 +1,75 @@
+"""What an administrator asks through the local socket: status, tokens, and every change of the cluster document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from broker.cluster.tokens import Tokens
+from broker.members.calls import Send
+from broker.requests.sessions import Session
+from broker.requests.shared import number
+from pmgsync.core.membership import SignedDocument
+from pmgsync.errors import ProtocolError
+from pmgsync.wire.messages import Message
+
+CLUSTER_ID_BYTES = 16
+
+
+class Node(Protocol):
+    """The node that is administered; each operation raises PmgsyncError when it is refused."""
+
+    def status(self) -> dict[str, Any]:
+        """Return the map of `pmgcm status --json`."""
+
+    def require_master(self) -> None:
+        """Return on the master only."""
+
+    def create_cluster(self, cluster: bytes, name: str, profile: str) -> None:
+        """Make this node the master of a new cluster."""
+
+    def enter_cluster(self, signed: SignedDocument) -> None:
+        """Take the place that a master has given this node."""
+
+    def delete_member(self, cid: int) -> None:
+        """Remove a member, on the master only."""
+
+
+class AdminRequests:
+    """Serves the command line."""
+
+    def __init__(self, node: Node, tokens: Tokens) -> None:
+        self._node = node
+        self._tokens = tokens
+
+    def handle(self, session: Session, send: Send, message: Message, attachments: Sequence[bytes]) -> bool:
+        """Handle a request; False when it is none of these.
+
+        Raises:
+            PmgsyncError: when it is refused.
+        """
+        match message["op"]:
+            case "status":
+                send({"op": "status", "id": number(message, "id"), "status": self._node.status()}, ())
+                return True
+            case "token":
+                self._node.require_master()
+                ttl_s = number(message, "ttl_s")
+                token = self._tokens.issue(ttl_s)
+                send({"op": "token", "id": number(message, "id"), "token": token, "expires_s": ttl_s}, ())
+                return True
+            case "cluster.create":
+                cluster = message.get("cluster")
+                if not isinstance(cluster, bytes) or len(cluster) != CLUSTER_ID_BYTES:
+                    raise ProtocolError("a cluster's id is not 16 bytes")
+                self._node.create_cluster(cluster, str(message.get("name")), str(message.get("profile")))
+            case "cluster.enter":
+                if len(attachments) != 1:
+                    raise ProtocolError("the cluster document is missing")
+                self._node.enter_cluster(SignedDocument.unpack(attachments[0]))
+            case "member.delete":
+                self._node.delete_member(number(message, "cid"))
+            case _:
+                return False
+        send({"op": "done", "id": number(message, "id"), "result": {}}, ())
+        return True

@@ -1,0 +1,62 @@
+"""Requests of other members, on the control port. Who asks is known from the CURVE key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import zmq
+
+from broker.heartbeats.heartbeat import parse_applied
+from broker.members.calls import Send
+from broker.members.members import Members
+from broker.net.port import Port
+from broker.requests.shared import SharedRequests, answer_error
+from pmgsync.errors import PmgsyncError, ProtocolError, UnknownOperationError
+from pmgsync.wire.messages import Message, pack, unpack
+
+
+class ControlRequests:
+    """Answers on the control ROUTER."""
+
+    def __init__(self, cid: int, port: Port, shared: SharedRequests, members: Members) -> None:
+        self._cid = cid
+        self._port = port
+        self._shared = shared
+        self._members = members
+
+    def receive(self, parts: list[zmq.Frame]) -> None:
+        """Take a message with the sender's identity in front."""
+        identity, cid = parts[0].bytes, int(str(parts[-1].get("User-Id")))
+        owner = ("member", cid, identity)
+
+        def send(message: Mapping[str, Any], attachments: Sequence[bytes]) -> bool:
+            if self._port.send([identity, pack(message), *attachments]):
+                return True
+            self._shared.close_streams(owner)
+            return False
+
+        message: Message | None = None
+        try:
+            if len(parts) < 2:
+                raise ProtocolError("a control message is empty")
+            message = unpack(parts[1].bytes)
+            self._handle(owner, cid, send, message)
+        except PmgsyncError as error:
+            self._members.refuse(cid, error)
+            answer_error(send, message, error)
+
+    def _handle(self, owner: object, cid: int, send: Send, message: Message) -> None:
+        if self._shared.handle(owner, send, message):
+            return
+        match message["op"]:
+            case "ack":
+                try:
+                    applied = parse_applied(message.get("applied"))
+                except (TypeError, ValueError, AttributeError) as error:
+                    raise ProtocolError(f"an ack is malformed ({error})") from error
+                self._members.acknowledge(cid, applied)
+            case "call":
+                self._shared.call(owner, send, message, target=self._cid, caller=cid)
+            case other:
+                raise UnknownOperationError(f"the operation {other!r:.40} is not known here")

@@ -1,0 +1,115 @@
+"""What the workers of this node's agent ask of the broker while the node is in a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from broker.chains.chains import Chains
+from broker.chains.streams import Stream
+from broker.heartbeats.heartbeat import Applied
+from broker.members.calls import Calls, Send
+from broker.members.members import Members
+from broker.requests.sessions import Session, Sessions
+from broker.requests.shared import SharedRequests, frame_sender, number
+from pmgsync.core.positions import Position
+from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError, UnreachableError
+from pmgsync.wire.messages import Message, error_map
+
+CAPTURE = "capture"
+
+
+class WorkerRequests:
+    """Serves sessions on the local socket: capture, apply, and whoever calls or answers calls."""
+
+    def __init__(
+        self, cid: int, chains: Chains, members: Members, calls: Calls, sessions: Sessions, shared: SharedRequests
+    ) -> None:
+        self._cid = cid
+        self._chains = chains
+        self._members = members
+        self._calls = calls
+        self._sessions = sessions
+        self._shared = shared
+
+    def handle(self, session: Session, send: Send, message: Message, attachments: Sequence[bytes]) -> bool:
+        """Handle a request; False when it is none of these.
+
+        Raises:
+            PmgsyncError: when it is refused.
+        """
+        match message["op"]:
+            case "frame":
+                if len(attachments) != 2 or session.worker != CAPTURE:
+                    raise ProtocolError("a frame is a header and a body, and comes from capture")
+                self._chains.own.take(attachments[0], attachments[1])
+            case "applied":
+                position = Position.parse(message.get("position"))
+                applied = Applied(number(message, "incarnation"), position)
+                self._chains.applied_moved(number(message, "origin"), applied)
+            case "watermark":
+                self._chains.own.watermark(number(message, "lsn"))
+            case "data" | "done" | "error":
+                self._calls.from_server(session.identity, message, attachments)
+            case "chain.open":
+                self._open_chain(send, message)
+            case "apply.open":
+                self._open_apply(session, send, message)
+            case "call":
+                target = number(message, "target") or self._cid
+                self._shared.call(session.identity, send, message, target=target, caller=self._cid)
+            case _:
+                return self._shared.handle(session.identity, send, message)
+        return True
+
+    def _open_chain(self, send: Send, message: Message) -> None:
+        incarnation, start = number(message, "incarnation"), number(message, "start")
+        position = self._chains.open_own(incarnation, start, message.get("snapshot") is True)
+        durable, watermark = self._chains.own.safe()
+        opened = {"op": "chain.opened", "id": number(message, "id"), "position": list(position)}
+        send({**opened, "watermark": watermark}, ())
+        tell_durable(self._sessions, durable, watermark)
+
+    def _open_apply(self, session: Session, send: Send, message: Message) -> None:
+        request, origin = number(message, "id"), number(message, "origin")
+        incarnation, position = self._begin_of_apply(origin, message)
+        self._chains.follow(origin, incarnation, position)
+        self._chains.applied_moved(origin, Applied(incarnation, position))
+
+        def finish(at: Position, error: PmgsyncError | None) -> None:
+            send(error_map(request, error or ResyncRequiredError(f"the stream ended at {at}")), ())
+
+        opened = {"op": "apply.opened", "id": request, "incarnation": incarnation, "position": list(position)}
+        send(opened, ())
+        credit = number(message, "credit")
+        stream = Stream(origin, position, credit, live=True, send=frame_sender(send, request), finish=finish)
+        self._chains.streams.open(session.identity, request, stream)
+
+    def _begin_of_apply(self, origin: int, message: Message) -> tuple[int, Position]:
+        """Return incarnation and position from which a worker gets frames.
+
+        Raises:
+            PmgsyncError: when it cannot get any.
+        """
+        if origin == self._cid:
+            raise ProtocolError("the own chain is not applied here")
+        incarnation, own = number(message, "incarnation"), self._members.own_chain(origin)
+        if incarnation == 0:
+            if own is None:
+                raise UnreachableError(f"nothing was heard of the chain of node {origin} yet")
+            if own.snapshot:
+                raise ResyncRequiredError(f"the chain of node {origin} can only be joined with a snapshot")
+            return own.incarnation, Position(own.start)
+        position = Position.parse(message.get("position"))
+        if not position.complete:
+            raise ProtocolError(f"{position} is in the middle of a transaction, which is never where apply stands")
+        if own is not None and own.incarnation != incarnation:
+            raise ResyncRequiredError(f"node {origin} has begun a new chain")
+        return incarnation, position
+
+
+def tell_durable(sessions: Sessions, position: Position, watermark: int) -> None:
+    """Tell capture that the own chain is on disk up to a position, and known to be whole up to an LSN."""
+    capture = sessions.worker(CAPTURE)
+    if capture is not None:
+        message = {"op": "durable", "position": list(position), "watermark": watermark}
+        sessions.send(capture.identity, message)
