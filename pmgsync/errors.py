@@ -62,6 +62,10 @@ class MembershipError(PmgsyncError):
     code = "refused"
 
 
+class SplitBrainError(MembershipError):
+    """Two nodes are master of the cluster at once, because a promotion was forced; an administrator has to decide."""
+
+
 class TokenRefusedError(MembershipError):
     """A join token is not one that was given out."""
 

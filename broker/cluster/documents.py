@@ -164,7 +164,7 @@ class Documents:
         return offered
 
     def _store(self, document: ClusterDocument, signer: int) -> SignedDocument:
-        signed = sign(document, signer, self._keys.sign_private)
+        signed = sign(document, signer, self._keys.sign_private, after=self.signed)
         self._state.store_document(signed)
         return signed
 
