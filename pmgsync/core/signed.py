@@ -109,8 +109,8 @@ def sign(
     """Return the document, signed by a member.
 
     Args:
-        after: the signed document that it was made from; one of another cluster is not looked at. Without it a document of a later epoch than the first cannot
-            be checked by whoever holds one of an earlier epoch.
+        after: the signed document that it was made from; one of another cluster is not looked at. Without it a document
+            of a later epoch than the first cannot be checked by whoever holds one of an earlier epoch.
     """
     body = document.to_json()
     bases: tuple[SignedDocument, ...] = ()
