@@ -157,7 +157,6 @@ class _Stream:
         self._outstanding: deque[tuple[Position, int]] = deque()
         self._outstanding_bytes = 0
         self._safe = max(safe, position.lsn + 1)
-        self._confirmed = 0
         self._watermark = 0
         self._next_confirm = self._next_watermark = self._next_ask = 0.0
         self._next_slot_check = time.monotonic() + SLOT_CHECK_S
@@ -206,7 +205,10 @@ class _Stream:
                 self._link.send({"op": "watermark", "lsn": lsn})
 
     def _pause_s(self) -> float:
-        return ASK_FAST_S if time.monotonic() < self._ask_fast_until else WATERMARK_S
+        now = time.monotonic()
+        pause = ASK_FAST_S if now < self._ask_fast_until else WATERMARK_S
+        company = self._framer.wait_s(now)
+        return pause if company is None else min(pause, company)
 
     def _read(self) -> bool:
         """Read what is there, at most a batch; True when the server has sent no more."""
@@ -214,7 +216,7 @@ class _Stream:
         for _ in range(READ_BATCH):
             message = read()
             if message is None:
-                if (frame := framer.flush()) is not None:
+                if (frame := framer.flush(time.monotonic())) is not None:
                     self._send(frame)
                 return True
             for frame in framer.feed(message):
@@ -263,7 +265,6 @@ class _Stream:
             self._next_confirm = now + CONFIRM_S
             # Feedback goes out even when nothing is new: the server ends connections that are silent for a minute.
             self._reader.confirm(self._safe)
-            self._confirmed = self._safe
         if caught_up and self._framer.empty and now >= self._next_watermark:
             lsn = max(self._framer.passed, self._reader.caught_up_lsn)
             if lsn > self._watermark:

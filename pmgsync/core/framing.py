@@ -1,10 +1,13 @@
 """The framer turns the pgoutput messages of one slot into frames of a chain. Pure; every message passes through once.
 
 Each frame can be read on its own, holds whole transactions or one part of a large one, and is closed at `FRAME_BYTES`.
+A lone transaction is a frame at once. Under load a frame that is not full waits until `FRAME_GAP_S` after the one
+before, so that a stream of small transactions costs by its bytes and not by its number.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 
@@ -16,6 +19,9 @@ from pmgsync.errors import ProtocolError
 FRAME_BYTES = 64 << 10
 """A frame or part is closed when its messages have this many bytes. Large enough that a frame costs nothing beside its
 rows, small enough that a thousand of them in a stalled queue do not hurt."""
+
+FRAME_GAP_S = 0.002
+"""Seconds between two frames that are not full: at most 500 a second, and nobody waits longer than that for company."""
 
 _UNIX_TO_POSTGRES_EPOCH_US = 946_684_800_000_000
 _BEGIN = struct.Struct(">cQQI")
@@ -43,7 +49,15 @@ class Framer:
         forged: messages in pmgsync's name that were dropped because pmgsync has not written them.
     """
 
-    def __init__(self, chain: ChainName, position: Position, *, key: SealKey, frame_bytes: int = FRAME_BYTES) -> None:
+    def __init__(
+        self,
+        chain: ChainName,
+        position: Position,
+        *,
+        key: SealKey,
+        frame_bytes: int = FRAME_BYTES,
+        gap_s: float = FRAME_GAP_S,
+    ) -> None:
         """Begin after a position.
 
         Args:
@@ -52,6 +66,8 @@ class Framer:
         self._chain = chain
         self._key = key
         self._frame_bytes = frame_bytes
+        self._gap_s = gap_s
+        self._not_before = -math.inf
         self.position = position
         self.passed = position.lsn + 1
         self.forged = 0
@@ -72,11 +88,6 @@ class Framer:
         self._mark = 0
         self._mark_changes = 0
         self._front: dict[bytes, bytes] = {}
-
-    @property
-    def in_transaction(self) -> bool:
-        """True between a Begin and its Commit."""
-        return self._in_transaction
 
     @property
     def empty(self) -> bool:
@@ -117,13 +128,20 @@ class Framer:
                 raise ProtocolError(f"the server sent a message of the unknown kind {kind!r}")
         return []
 
-    def flush(self) -> Frame | None:
-        """Close the frame of the whole transactions collected; None when there are none."""
-        if self._in_transaction and self._part:
+    def flush(self, now: float) -> Frame | None:
+        """Close the frame of the whole transactions collected; None when there are none, or they wait for company.
+
+        Args:
+            now: seconds, by a clock that never goes back.
+        """
+        if not self._mark or now < self._not_before:
             return None
-        if self._mark == 0:
-            return None
+        self._not_before = now + self._gap_s
         return self._close_whole()
+
+    def wait_s(self, now: float) -> float | None:
+        """Return the seconds until `flush` closes a frame of what is collected; None when there is nothing to close."""
+        return max(0.0, self._not_before - now) if self._mark else None
 
     def _start(self, message: bytes) -> None:
         if self._in_transaction or len(message) != _BEGIN.size:

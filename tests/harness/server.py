@@ -60,7 +60,7 @@ class Pair:
 
     def _framer(self, position: Position, frame_bytes: int = 1 << 16) -> Framer:
         chain = ChainName(b"c" * 16, 1, self.origin, INCARNATION, self.attempt)
-        return Framer(chain, position, key=self.key, frame_bytes=frame_bytes)
+        return Framer(chain, position, key=self.key, frame_bytes=frame_bytes, gap_s=0)
 
     def _watch(self) -> None:
         for side in (self.source, self.target):
@@ -109,7 +109,7 @@ class Pair:
     def frames(self, messages: Sequence[bytes] | None = None) -> list[Frame]:
         """Take what the slot has, as frames."""
         made = [frame for message in messages or self.messages() for frame in self.framer.feed(message)]
-        last = self.framer.flush()
+        last = self.framer.flush(0)
         return [*made, last] if last is not None else made
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -87,13 +88,13 @@ def test_every_transaction_once_and_self_contained(
     history: tuple[list[bytes], list[tuple[int, list[tuple[bytes, bytes]]]]], size: int, data: st.DataObject
 ) -> None:
     messages, expected = history
-    framer = Framer(CHAIN, Position(0), key=KEY, frame_bytes=size)
+    framer = Framer(CHAIN, Position(0), key=KEY, frame_bytes=size, gap_s=0)
     frames: list[Frame] = []
     for message in messages:
         frames += framer.feed(message)
-        if data.draw(st.integers(0, 4)) == 0 and (frame := framer.flush()):
+        if data.draw(st.integers(0, 4)) == 0 and (frame := framer.flush(0)):
             frames.append(frame)
-    if frame := framer.flush():
+    if frame := framer.flush(0):
         frames.append(frame)
     assert framer.empty
     assert read_back(frames) == expected
@@ -106,6 +107,45 @@ def test_every_transaction_once_and_self_contained(
     assert head.position.complete
 
 
+@given(histories(), st.integers(20, 400), st.data())
+def test_a_lone_transaction_goes_at_once_and_a_stream_in_company(
+    history: tuple[list[bytes], list[tuple[int, list[tuple[bytes, bytes]]]]], size: int, data: st.DataObject
+) -> None:
+    """Messages arrive at any times; what may be closed is closed as soon as it may."""
+    messages, expected = history
+    gap = 1.0
+    framer = Framer(CHAIN, Position(0), key=KEY, frame_bytes=size, gap_s=gap)
+    sent: list[tuple[float, Frame, bool]] = []
+    committed: dict[int, float] = {}
+    now = 0.0
+
+    def flush() -> None:
+        if (frame := framer.flush(now)) is not None:
+            sent.append((now, frame, False))
+
+    for message in messages:
+        arrives = now + data.draw(st.sampled_from([0.0, 0.0, 0.125, 0.5, 1.0, 4.0]))
+        while (wait := framer.wait_s(now)) is not None and now + wait <= arrives:
+            now += wait
+            flush()
+        now = arrives
+        if message[:1] == b"C":
+            committed[int.from_bytes(message[2:10], "big")] = now
+        sent += [(now, frame, True) for frame in framer.feed(message)]
+        flush()
+    while (wait := framer.wait_s(now)) is not None:
+        now += wait
+        flush()
+    assert framer.empty
+    assert read_back([frame for _, frame, _ in sent]) == expected
+    flushed = [when for when, _, full in sent if not full]
+    assert all(later - earlier >= gap for earlier, later in pairwise(flushed))
+    for lsn, _ in expected:
+        left = next(when for when, frame, _ in sent if frame.here >= Position(lsn))
+        before = max((when for when, frame, full in sent if not full and frame.here < Position(lsn)), default=-gap)
+        assert left <= max(committed[lsn], before + gap)
+
+
 @given(histories(), st.integers(0, 200))
 def test_what_the_journal_has_is_left_out(
     history: tuple[list[bytes], list[tuple[int, list[tuple[bytes, bytes]]]]], start: int
@@ -113,7 +153,7 @@ def test_what_the_journal_has_is_left_out(
     messages, expected = history
     framer = Framer(CHAIN, Position(start), key=KEY)
     frames = [frame for message in messages for frame in framer.feed(message)]
-    if frame := framer.flush():
+    if frame := framer.flush(0):
         frames.append(frame)
     assert read_back(frames) == [entry for entry in expected if entry[0] > start]
 

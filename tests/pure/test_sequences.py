@@ -194,7 +194,7 @@ def test_only_our_transactional_messages_make_a_frame() -> None:
     ):
         assert framer.feed(message) == []
     assert framer.forged == 1
-    frame = framer.flush()
+    frame = framer.flush(0)
     assert frame is not None
     assert (frame.here, frame.header.changes, framer.empty) == (Position(7), 2, True)
     (piece,) = transactions(unpack_body(frame.body))
