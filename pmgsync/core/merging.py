@@ -11,13 +11,29 @@ A column without a rule keeps the value that it was inserted with.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pmgsync.core.profile import MergeRule
 from pmgsync.errors import ConfigError
 
-Columns = Mapping[str, tuple[bytes, bytes, bool]]
-"""Column -> expression of the local value, of the incoming one, and whether a collation decides its order."""
+
+class Sides(NamedTuple):
+    """A column of two rows that are merged, as SQL expressions.
+
+    Attributes:
+        mine, theirs: the local value, the incoming one.
+        mine_text, theirs_text: their texts: two values with the same text are the same. NULL for NULL.
+        collatable: a collation decides the order of the values.
+    """
+
+    mine: bytes
+    theirs: bytes
+    mine_text: bytes
+    theirs_text: bytes
+    collatable: bool
+
+
+Columns = Mapping[str, Sides]
 
 
 def _literal(value: bytes) -> bytes:
@@ -95,47 +111,33 @@ def _merge_value(rule: MergeRule, mine: Any, theirs: Any, text: Callable[[Any], 
             return theirs if (theirs, text(theirs)) < (mine, text(mine)) else mine
 
 
-def merge_expressions(
-    rules: Mapping[str, MergeRule], columns: Columns, output: Callable[[bytes], bytes]
-) -> dict[str, bytes]:
+def merge_expressions(rules: Mapping[str, MergeRule], columns: Columns) -> dict[str, bytes]:
     """Return the expression of each merged column's new value; columns without a rule are left out.
-
-    Args:
-        output: makes the expression of a value's text.
 
     Raises:
         ConfigError: when the table lacks a column that is compared.
     """
 
-    def text(expression: bytes) -> bytes:
-        return b'(%s) COLLATE pg_catalog."C"' % output(expression)
-
-    def sortable(expression: bytes, collatable: bool) -> bytes:
-        # The database's collation may sort differently on another node.
-        return b'%s COLLATE pg_catalog."C"' % expression if collatable else expression
-
     found: dict[str, bytes] = {}
     for by, members in groups(rules, list(columns)).items():
-        wins = _latest_wins(rules, columns, by, members, text, sortable)
+        wins = _latest_wins(rules, columns, by, members)
         for name in members:
-            mine, theirs, _ = columns[name]
-            found[name] = b"CASE WHEN %s THEN %s ELSE %s END" % (wins, theirs, mine)
+            found[name] = b"CASE WHEN %s THEN %s ELSE %s END" % (wins, columns[name].theirs, columns[name].mine)
     for name, rule in rules.items():
         if name not in columns or rule.kind == "latest":
             continue
-        mine, theirs, collatable = columns[name]
+        mine, theirs, mine_text, theirs_text, collatable = columns[name]
+        texts = (_bytewise(theirs_text), _bytewise(mine_text))
         if rule.kind == "advance":
             order = b"ARRAY[%s]::text[]" % b", ".join(_literal(value.encode()) for value in rule.order)
-            ranks = [
-                b"coalesce(pg_catalog.array_position(%s, %s), 0)" % (order, text(value)) for value in (theirs, mine)
-            ]
-            better = b"ROW(%s, %s) > ROW(%s, %s)" % (ranks[0], text(theirs), ranks[1], text(mine))
+            ranks = [b"coalesce(pg_catalog.array_position(%s, %s), 0)" % (order, text) for text in texts]
+            better = b"ROW(%s, %s) > ROW(%s, %s)" % (ranks[0], texts[0], ranks[1], texts[1])
         else:
             sign = b">" if rule.kind == "greatest" else b"<"
-            left, right = sortable(theirs, collatable), sortable(mine, collatable)
+            left, right = _sortable(theirs, collatable), _sortable(mine, collatable)
             better = b"%s %s %s OR (%s = %s AND %s %s %s)" % (
                 *(left, sign, right),
-                *(left, right, text(theirs), sign, text(mine)),
+                *(left, right, texts[0], sign, texts[1]),
             )
         found[name] = (
             b"CASE WHEN %s IS NOT DISTINCT FROM NULL THEN %s WHEN %s IS NOT DISTINCT FROM NULL THEN %s "
@@ -144,21 +146,28 @@ def merge_expressions(
     return found
 
 
-def _latest_wins(
-    rules: Mapping[str, MergeRule], columns: Columns, by: str, members: Sequence[str],
-    text: Callable[[bytes], bytes], sortable: Callable[[bytes, bool], bytes],
-) -> bytes:  # fmt: skip
+def _bytewise(text: bytes) -> bytes:
+    return b'(%s) COLLATE pg_catalog."C"' % text
+
+
+def _sortable(expression: bytes, collatable: bool) -> bytes:
+    # The database's collation may sort differently on another node.
+    return b'%s COLLATE pg_catalog."C"' % expression if collatable else expression
+
+
+def _latest_wins(rules: Mapping[str, MergeRule], columns: Columns, by: str, members: Sequence[str]) -> bytes:
     """Return the condition that the incoming group is the greater one."""
     ranks: list[list[bytes]] = [[], []]
     for name in members:
         tie = rules[name].tie if name in rules else None
-        for side, expression in enumerate(columns[name][:2]):
+        given = columns[name]
+        for side, (expression, text) in enumerate(((given.mine, given.mine_text), (given.theirs, given.theirs_text))):
             rank = b"CASE WHEN %s IS NOT DISTINCT FROM NULL THEN 0" % expression
             if tie is not None:
-                rank += b" WHEN %s = %s THEN 2" % (text(expression), _literal(tie.encode()))
-            ranks[side] += [rank + b" ELSE 1 END", b"coalesce(%s, '')" % text(expression)]
-    mine, theirs, collatable = columns[by]
-    left, right = sortable(theirs, collatable), sortable(mine, collatable)
+                rank += b" WHEN %s = %s THEN 2" % (_bytewise(text), _literal(tie.encode()))
+            ranks[side] += [rank + b" ELSE 1 END", b"coalesce(%s, '')" % _bytewise(text)]
+    mine, theirs, _, _, collatable = columns[by]
+    left, right = _sortable(theirs, collatable), _sortable(mine, collatable)
     later = b"ROW(%s) > ROW(%s)" % (b", ".join(ranks[1]), b", ".join(ranks[0]))
     return (
         b"CASE WHEN %s IS NOT DISTINCT FROM NULL THEN %s IS NOT DISTINCT FROM NULL AND %s "

@@ -1,45 +1,15 @@
 """Which of an origin's changes count on this node, by the policy of their table. Pure, no I/O.
 
-The rules are those of DESIGN's table policies: a mirrored table has one writer, the master; a row of an owned table has
-one, the node whose CID stands in it (the master for nodes that are gone); any node may write to a merged table.
+A mirrored table has one writer, the master; a row of an owned table has one, the node that answers for it (see
+`owners`); any node may write to a merged table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-
-from pmgsync.core.pgoutput import UNCHANGED, Delete, Insert, Relation, Row, RowChange, Update, Value
+from pmgsync.core.owners import Writers
+from pmgsync.core.pgoutput import UNCHANGED, Delete, Insert, Relation, Row, RowChange, Update
 from pmgsync.core.profile import Policy, TableRule
 from pmgsync.errors import ApplyError
-
-
-@dataclass(frozen=True, slots=True)
-class Writers:
-    """Who may write what, at one moment.
-
-    Attributes:
-        origin: the node whose chain is applied.
-        master: the master's CID.
-        members: the CIDs of all members.
-    """
-
-    origin: int
-    master: int
-    members: frozenset[int]
-
-    @classmethod
-    def at(cls, origin: int, master: int, members: Collection[int]) -> Writers:
-        """Return the writers with any collection of members."""
-        return cls(origin, master, frozenset(members))
-
-    def answers_for(self, owner: Value) -> bool:
-        """True when rows with this owner column are the origin's to write."""
-        try:
-            number = int(owner) if type(owner) is bytes else None
-        except ValueError:
-            number = None
-        return number == self.origin or (self.origin == self.master and number not in self.members)
 
 
 def counts_wholly(rule: TableRule, writers: Writers) -> bool | None:

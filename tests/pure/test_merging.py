@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmgsync.core.merging import groups, merge_expressions, merge_rows
+from pmgsync.core.merging import Sides, groups, merge_expressions, merge_rows
 from pmgsync.core.profile import MergeRule
 from pmgsync.errors import ConfigError
 
@@ -90,7 +90,7 @@ def test_changes_to_different_columns_both_survive() -> None:
 
 def test_a_column_without_a_rule_is_left_alone() -> None:
     assert merge_rows({}, {"a": 1}, {"a": 2}, text) == {"a": 1}
-    assert merge_expressions({}, {"a": (b"m", b"t", False)}, lambda value: value) == {}
+    assert merge_expressions({}, {"a": Sides(b"m", b"t", b"m", b"t", False)}) == {}
 
 
 def test_a_missing_compared_column_is_named() -> None:

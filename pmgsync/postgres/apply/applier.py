@@ -16,8 +16,8 @@ from psycopg2.extensions import connection as Connection  # noqa: N812
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.core.frames import Frame, is_part, unpack_body
+from pmgsync.core.owners import Writers
 from pmgsync.core.pgoutput import Change, Piece, Relation, transactions
-from pmgsync.core.policies import Writers
 from pmgsync.core.positions import LAST, Position, format_lsn, parse_lsn
 from pmgsync.core.profile import Profile
 from pmgsync.errors import ApplyError, PmgsyncError, ProtocolError, ResyncRequiredError, TransientApplyError

@@ -8,8 +8,9 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.core import ceilings as sequences
 from pmgsync.core import ddl
+from pmgsync.core.owners import Writers
 from pmgsync.core.pgoutput import Change, Delete, Emitted, Insert, Relation, Row, RowChange, Truncated, Update
-from pmgsync.core.policies import Writers, counts_wholly, filled, owner_index, select
+from pmgsync.core.policies import counts_wholly, filled, owner_index, select
 from pmgsync.core.positions import format_lsn
 from pmgsync.core.profile import Policy, Profile, TableRule
 from pmgsync.errors import ApplyError
@@ -25,7 +26,7 @@ from pmgsync.postgres.apply.plan import (
 from pmgsync.postgres.apply.schema import missing
 from pmgsync.postgres.apply.stale import Kind, StaleTable, StaleTables
 from pmgsync.postgres.apply.target import Target, load_target
-from pmgsync.postgres.session import quote_ident, quote_literal
+from pmgsync.postgres.session import quote_ident
 
 _Route = tuple[TableRule | None, bool | None, int | None]
 
@@ -296,12 +297,6 @@ class Planner:
 
     def _owned(self, rule: TableRule, relation: Relation) -> bytes:
         """Return the condition that a row is the origin's to write."""
-        writers = self._writers
         owner = owner_index(rule, relation)
         assert owner is not None
-        column = quote_ident(relation.columns[owner].name)
-        condition = b"%s = %s" % (column, quote_literal(b"%d" % writers.origin))
-        if writers.origin == writers.master:
-            members = b", ".join(quote_literal(b"%d" % member) for member in sorted(writers.members)) or b"NULL"
-            condition += b" OR %s IS NULL OR %s NOT IN (%s)" % (column, column, members)
-        return condition
+        return self._writers.condition(quote_ident(relation.columns[owner].name))

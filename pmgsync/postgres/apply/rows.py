@@ -18,6 +18,7 @@ from pmgsync.core.positions import format_lsn
 from pmgsync.core.profile import Policy
 from pmgsync.errors import ApplyError, ProtocolError
 from pmgsync.postgres.apply import statements
+from pmgsync.postgres.apply.merge_sql import merge_row
 from pmgsync.postgres.apply.plan import (
     ApplyStats,
     Item,
@@ -323,7 +324,7 @@ class RowExecutor:
             self._labels[target.number] = target.relation.qualified
             # Where deletes do not travel, what is gone was purged here, and comes back on purpose.
             returns = kind == "U" and target.rule.deletes
-            return statements.merge(target, given, may_insert=complete, origin=self._origin, returns=returns)
+            return merge_row(target, given, may_insert=complete, origin=self._origin, returns=returns)
         if kind == "I":
             plain = statements.insert(target)
             if variant == "nothing":

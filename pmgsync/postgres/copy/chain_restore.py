@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +12,21 @@ import psycopg2
 import psycopg2.errors
 import psycopg2.extensions
 
-from pmgsync.core.merging import groups, merge_expressions
+from pmgsync.core.merging import groups
+from pmgsync.core.owners import Writers
+from pmgsync.core.pgoutput import Column, Relation
 from pmgsync.core.positions import parse_lsn
 from pmgsync.core.profile import Policy, Profile, TableRule
-from pmgsync.errors import ConfigError, PmgsyncError, ProtocolError, UnreachableError
+from pmgsync.errors import ApplyError, ConfigError, PmgsyncError, ProtocolError, UnreachableError
 from pmgsync.postgres.apply.failures import is_drift, one_line
+from pmgsync.postgres.apply.merge_sql import delete_others, merge_from
 from pmgsync.postgres.apply.rows import MERGE_LOCK
 from pmgsync.postgres.apply.stale import StaleTable, TableName, forget, record
+from pmgsync.postgres.apply.target import Target, load_target
 from pmgsync.postgres.catalog import Table, as_bytes, as_text, list_tables
 from pmgsync.postgres.copy.copy_stream import CopyIn
 from pmgsync.postgres.copy.pieces import checked_vector, copy_from, set_position, table_label, table_piece
-from pmgsync.postgres.copy.take import chain_condition, owner_condition
+from pmgsync.postgres.copy.take import chain_condition
 from pmgsync.postgres.replication_origin import take_origin
 from pmgsync.postgres.session import connect, quote_ident
 
@@ -68,8 +72,8 @@ class ChainRestore:
         """
         self.rows = self.bytes = 0
         self._profile = profile
-        self._origin, self._master = origin, master
-        self._members = frozenset(members) | {own_cid}
+        self._origin = origin
+        self._writers = Writers.at(origin, master, {*members, own_cid})
         self._wanted = None if tables is None else frozenset(tables)
         self.stale: dict[TableName, StaleTable] = {}
         self._skipping = False
@@ -77,6 +81,7 @@ class ChainRestore:
         self._copy: CopyIn | None = None
         self._table: Table | None = None
         self._rule: TableRule | None = None
+        self._target: Target | None = None
         self._columns: list[bytes] = []
         self._condition = b""
         self._seen: set[int] = set()
@@ -191,7 +196,7 @@ class ChainRestore:
         schema, name, columns = table_piece(piece)
         label = table_label(schema, name)
         rule = self._profile.rule_for(as_text(schema), as_text(name))
-        condition = None if rule is None else chain_condition(rule, self._origin, self._master, self._members)
+        condition = None if rule is None else chain_condition(rule, self._writers)
         if rule is None or condition is None:
             raise ProtocolError(f"node {self._origin} sent rows of {label}, which it does not answer for")
         if self._wanted is not None and (schema, name) not in self._wanted:
@@ -207,7 +212,10 @@ class ChainRestore:
         lacking = [column for column in columns if column not in here]
         shown = ", ".join(sorted(as_text(column).encode("utf-8", "replace").decode() for column in lacking))
         present = [column for column in columns if column in here]
-        if (reason := _unfit(table, rule, present)) is not None:
+        reason = _unfit(table, rule, present)
+        if reason is None and rule.policy is Policy.MERGE:
+            reason = self._find_target(schema, name, rule, present)
+        if reason is not None:
             self._leave_out(schema, name, reason)
             return
         if lacking:
@@ -233,6 +241,16 @@ class ChainRestore:
         # The condition once more: rows of other owners are not this origin's to bring.
         self._copy = CopyIn(self._connection, copy_from(table.quoted, columns, condition))
 
+    def _find_target(self, schema: bytes, name: bytes, rule: TableRule, columns: Collection[bytes]) -> str | None:
+        """Look up what rows of these columns are merged into; return why they cannot be, None when they can."""
+        described = tuple(Column(column, False, 0, -1) for column in columns)
+        try:
+            with self._connection.cursor() as cursor:
+                self._target = load_target(cursor, Relation(0, schema, name, "d", described, b""), rule, 0)
+        except ApplyError as error:
+            return error.message
+        return None
+
     def _end_table(self) -> None:
         table, rule = self._table, self._rule
         assert table is not None
@@ -240,10 +258,7 @@ class ChainRestore:
         if rule.policy is Policy.MERGE:
             self._execute(b"SELECT pg_catalog.pg_advisory_xact_lock(%d, %d)" % (MERGE_LOCK, table.oid & 0x7FFF_FFFF))
             self._execute(b"ANALYZE %s" % STAGING)
-            for statement in merge_statements(
-                table, rule, self._columns, origin=self._origin, master=self._master, members=self._members
-            ):
-                self._execute(statement)
+            self._merge(rule)
         elif self._staged:
             listed = b", ".join(map(quote_ident, self._columns))
             where = b" WHERE " + self._condition if self._condition else b""
@@ -251,6 +266,25 @@ class ChainRestore:
                 b"INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE SELECT %s FROM %s%s"
                 % (table.quoted, listed, listed, STAGING, where)
             )
+
+    def _merge(self, rule: TableRule) -> None:
+        """Merge the staged rows: known rows by the rules, missing ones as they are.
+
+        Of a table whose rows only their owner inserts, missing rows of other owners are left to those owners' chains,
+        and rows of this origin that it has no more are deleted if deletes travel.
+        """
+        target = self._target
+        assert target is not None
+        if not target.key:
+            name = target.relation.qualified
+            raise PmgsyncError(f"rows of {name} cannot be merged, it has no primary key, the profile names none")
+        owned = b"true"
+        if rule.inserts_by_owner is not None:
+            owned = self._writers.condition(quote_ident(as_bytes(rule.inserts_by_owner)))
+            if rule.deletes:
+                self._execute(delete_others(target, STAGING, owned))
+        for statement in merge_from(target, STAGING, list(target.columns), insertable=owned):
+            self._execute(statement)
 
     # -- the session ---------------------------------------------------------------------------------------------------
 
@@ -288,65 +322,3 @@ def _unfit(table: Table, rule: TableRule, columns: Collection[bytes]) -> str | N
             return error.message
     missing = sorted(as_text(name).encode("utf-8", "replace").decode() for name in needed - set(columns))
     return f"not both nodes have the columns {', '.join(missing)} of it" if missing else None
-
-
-def merge_statements(
-    table: Table,
-    rule: TableRule,
-    columns: Sequence[bytes],
-    *,
-    origin: int,
-    master: int,
-    members: Collection[int],
-) -> list[bytes]:
-    """Return the SQL that merges the staged rows into a table: known rows by the rules, missing ones as they are.
-
-    Of a table whose rows only their owner inserts, missing rows of other owners are left to those owners' chains, and
-    rows of this origin that it has no more are deleted if deletes travel.
-
-    Raises:
-        PmgsyncError: when the table has no key to find a row by.
-    """
-    key = [as_bytes(name) for name in rule.key] or list(table.primary_key)
-    if not key:
-        raise PmgsyncError(f"rows of {table.label} cannot be merged, it has no primary key, the profile names none")
-    target, listed = table.quoted, b", ".join(map(quote_ident, columns))
-    types = {column.name: column for column in table.columns}
-    # Rows are joined by hash only with "=", and one by one otherwise.
-    same = b" AND ".join(
-        (b"t.%s = s.%s" if types[name].not_null else b"t.%s IS NOT DISTINCT FROM s.%s")
-        % (quote_ident(name), quote_ident(name))
-        for name in key
-    )
-    incoming = b", ".join(b"s." + quote_ident(name) for name in columns)
-    owned = b"true"
-    statements: list[bytes] = []
-    if rule.inserts_by_owner is not None:
-        owned = owner_condition(rule.inserts_by_owner, origin, master, members)
-        if rule.deletes:
-            statements.append(
-                b"DELETE FROM ONLY %s AS t WHERE %s AND NOT EXISTS (SELECT FROM %s AS s WHERE %s)"
-                % (target, owned, STAGING, same)
-            )
-    expressions = merge_expressions(
-        rule.rules,
-        {
-            as_text(name): (b"t." + quote_ident(name), b"s." + quote_ident(name), types[name].collatable)
-            for name in columns
-        },
-        lambda expression: b"(%s)::text" % expression,
-    )
-    if expressions:
-        assignments = b", ".join(b"%s = %s" % (quote_ident(as_bytes(name)), sql) for name, sql in expressions.items())
-        changed = b" OR ".join(
-            b"t.%s IS DISTINCT FROM %s" % (quote_ident(as_bytes(name)), sql) for name, sql in expressions.items()
-        )
-        statements.append(
-            b"UPDATE ONLY %s AS t SET %s FROM %s AS s WHERE %s AND (%s)" % (target, assignments, STAGING, same, changed)
-        )
-    statements.append(
-        b"INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE SELECT %s FROM (SELECT * FROM %s WHERE %s) AS s "
-        b"WHERE NOT EXISTS (SELECT FROM ONLY %s AS t WHERE %s)"
-        % (target, listed, incoming, STAGING, owned, target, same)
-    )
-    return statements

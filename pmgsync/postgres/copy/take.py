@@ -14,11 +14,14 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 
+from pmgsync.core.owners import Writers
+from pmgsync.core.policies import counts_wholly
 from pmgsync.core.positions import LAST, parse_lsn
 from pmgsync.core.profile import Policy, Profile, TableRule
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.postgres.catalog import (
     Table,
+    as_bytes,
     as_text,
     list_sequences,
     list_tables,
@@ -192,11 +195,12 @@ def _take_chain(
         if not place:
             raise UnreachableError(f"node {own[0]} has applied nothing of the chain of node {origin}")
         chosen = []
+        writers = Writers.at(origin, master, members)
         published = _published(connection)
         for table, rule in synchronised(list_tables(connection), profile):
             if tables is not None and (table.schema, table.name) not in tables:
                 continue
-            condition = chain_condition(rule, origin, master, members)
+            condition = chain_condition(rule, writers)
             if condition is not None and table.oid in published:
                 chosen.append((table, rule, condition))
         for text in hold_tables(connection, dsn, [table for table, _, _ in chosen]):
@@ -208,30 +212,20 @@ def _take_chain(
         yield _result({origin: place}, counts), None
 
 
-def chain_condition(rule: TableRule, origin: int, master: int, members: Collection[int]) -> bytes | None:
+def chain_condition(rule: TableRule, writers: Writers) -> bytes | None:
     """Return the SQL condition of the rows that an origin answers for: b"" for all of them, None for none.
 
     Of merge tables it is the whole table: any row may have been changed there.
     """
-    match rule.policy:
-        case Policy.MIRROR:
-            return b"" if origin == master else None
-        case Policy.OWNED:
-            assert rule.owner is not None
-            return owner_condition(rule.owner, origin, master, members)
-        case Policy.MERGE:
+    if rule.policy is Policy.MERGE:
+        return b""
+    match counts_wholly(rule, writers):
+        case True:
             return b""
-    return None
-
-
-def owner_condition(column: str, origin: int, master: int, members: Collection[int]) -> bytes:
-    """Return the SQL condition that an origin answers for a row with this owner column."""
-    owner = quote_ident(column.encode())
-    if origin != master:
-        return b"%s = %d" % (owner, origin)
-    others = b", ".join(b"%d" % cid for cid in sorted(members) if cid != origin)
-    gone = b"%s NOT IN (%s) OR %s IS NULL" % (owner, others, owner) if others else b"true"
-    return b"(%s = %d OR %s)" % (owner, origin, gone)
+        case False:
+            return None
+    assert rule.owner is not None
+    return writers.condition(quote_ident(as_bytes(rule.owner)))
 
 
 def read_vector(connection: Connection) -> Vector:
