@@ -16,8 +16,8 @@ from pmgsync.errors import MembershipError, PmgsyncError
 if TYPE_CHECKING:
     from broker.cluster.state_directory import StateDirectory
     from pmgsync.config import NodeConfig
+    from pmgsync.core.findings import Finding
     from pmgsync.core.profile import Profile
-    from pmgsync.postgres.setup.preflight import Finding
 
 CLUSTER_ID_BYTES = 16
 BEGUN_FILE = "create.begun"
@@ -67,9 +67,10 @@ def _check(config: NodeConfig, profile: Profile) -> None:
         PreflightError: with everything that must be put right first.
         MembershipError: when the database belongs to a cluster.
     """
+    from pmgsync.core.findings import raise_for
     from pmgsync.postgres.session import connect
     from pmgsync.postgres.setup.node_row import node_facts
-    from pmgsync.postgres.setup.preflight import check_server, raise_for
+    from pmgsync.postgres.setup.preflight import check_server
 
     findings = port_findings(config)
     with contextlib.closing(connect(config.dsn, application_name="pmgcm create")) as connection:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.console import CommandFailedError, amount, printable, say, say_json
+from cli.console import CommandFailedError, printable, say, say_json
 
 if TYPE_CHECKING:
     from pmgsync.config import NodeConfig
+    from pmgsync.core.findings import Finding
     from pmgsync.core.membership import ClusterDocument
     from pmgsync.core.profile import Profile
-    from pmgsync.postgres.setup.preflight import Finding
-
-LEAST_FREE_BYTES = 1 << 30
 
 
 def doctor(
@@ -58,13 +54,15 @@ def examine(config: NodeConfig, profile: Profile) -> Iterator[Finding]:
         UnreachableError: when the database does not answer.
         PmgsyncError: when another check could not run.
     """
+    from cli.cluster_checks import check_cluster
+    from cli.node_checks import check_node
     from pmgsync.postgres.setup.checks import check_database
 
     document, cid = _document(config)
     status = _status(config)
-    yield from _check_node(config, status is not None)
+    yield from check_node(config, running=status is not None)
     yield from check_database(config.dsn, profile, document, cid)
-    yield from _check_cluster(status, document, profile)
+    yield from check_cluster(status, document, profile)
 
 
 def _document(config: NodeConfig) -> tuple[ClusterDocument | None, int]:
@@ -92,55 +90,3 @@ def _status(config: NodeConfig) -> dict[str, Any] | None:
                 return {}
     except UnreachableError:
         return None
-
-
-# -- the node ----------------------------------------------------------------------------------------------------------
-
-
-def _check_node(config: NodeConfig, running: bool) -> Iterator[Finding]:
-    from cli.port_checks import port_findings
-    from pmgsync.postgres.setup.preflight import Finding
-
-    bad = [] if running else port_findings(config)
-    yield from bad or [Finding("ports", True)]
-    directory = config.state_dir
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
-    yield Finding("state directory", True) if os.access(directory, os.W_OK | os.X_OK) else Finding(
-        "state directory", False, f"{directory} cannot be written to by this user",
-        "run pmgcm as the user of the services, or give that user the directory",
-    )  # fmt: skip
-    free, limit = shutil.disk_usage(directory).free, config.journal.max_bytes
-    if free < LEAST_FREE_BYTES:
-        text = f"{amount(free)} are free for the journal in {directory}"
-        yield Finding("disk", False, text, "make room: capture stops when the journal cannot be written")
-    elif free < limit:
-        text = f"{amount(free)} are free in {directory}, each chain's journal may grow to {amount(limit)}"
-        yield Finding("disk", True, text, "make room, or set [journal] max_size in node.toml")
-    else:
-        yield Finding("disk", True)
-
-
-def _check_cluster(
-    status: dict[str, Any] | None, document: ClusterDocument | None, profile: Profile
-) -> Iterator[Finding]:
-    from cli.status import clock_problem
-    from pmgsync.postgres.setup.preflight import Finding
-
-    if document is None:
-        return
-    if status is None:
-        yield Finding(
-            "broker", False, "pmgsync-broker does not answer here", "start it: systemctl start pmgsync-broker"
-        )
-        return
-    yield Finding("broker", True)
-    for node in status.get("nodes", ()):
-        if node["error"]:
-            yield Finding("members", False, f"{node['name']}({node['cid']}): {node['error']}", "see `pmgcm status`")
-        if skew := clock_problem(node):
-            why = ": rules that take the latest value compare them" if profile.compares_times else ""
-            yield Finding(
-                "clocks", not profile.compares_times, f"the clock of {node['name']}({node['cid']}) is {skew}",
-                f"synchronise the clocks (chrony, systemd-timesyncd){why}",
-            )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.console import amount, printable
 from cli.port_checks import port_findings
+from pmgsync.core.findings import Finding, raise_for
 from pmgsync.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ def check_here(config: NodeConfig, profile: Profile) -> Here:
         UnreachableError: when the server does not answer.
     """
     from pmgsync.postgres.copy.local_server import examine_server
-    from pmgsync.postgres.setup.preflight import raise_for
 
     server, found = examine_server(config.dsn, profile)
     raise_for([*port_findings(config), *found])
@@ -70,8 +70,6 @@ def check_there(profile: Profile, here: Here, facts: Mapping[str, Any]) -> None:
         PreflightError: with everything that must be put right first.
         ProtocolError: when the master's facts are malformed.
     """
-    from pmgsync.postgres.setup.preflight import Finding, raise_for
-
     try:
         version = int(facts["server_version"]) // 10000
         size = int(facts["bytes"])

@@ -7,15 +7,14 @@ import socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pmgsync.core.findings import Finding
+
 if TYPE_CHECKING:
     from pmgsync.config import NodeConfig
-    from pmgsync.postgres.setup.preflight import Finding
 
 
 def port_findings(config: NodeConfig) -> list[Finding]:
     """Check this node's address and ports. A broker without a cluster binds none: a port in use is something else's."""
-    from pmgsync.postgres.setup.preflight import Finding
-
     return [Finding("ports", False, problem, remedy) for problem, remedy in _problems(config)]
 
 

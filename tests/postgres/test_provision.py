@@ -12,9 +12,10 @@ import pytest
 
 import pmgsync
 from cli.demo.embedded import EmbeddedPostgres
+from pmgsync.core.findings import raise_for
 from pmgsync.core.profile import Profile
 from pmgsync.errors import MembershipError, PmgsyncError, PreflightError
-from pmgsync.postgres.setup.preflight import check_server, raise_for
+from pmgsync.postgres.setup.preflight import check_server
 from pmgsync.postgres.setup.provision import deprovision
 from pmgsync.profile_file import load_profile
 from tests.harness.cluster import eventually

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.cluster_checks import check_cluster
 from cli.console import amount, duration, printable
 from cli.demo.compare import Content, differences
 from cli.demo.latency import Latency, percentile
-from cli.doctor import _check_cluster
 from cli.join_cmd import parse_ttl
 from cli.progress import estimate_left_s
 from cli.status import format_uptime, in_sync, notes, render
@@ -120,7 +120,7 @@ def test_the_doctor_fails_for_clocks_only_where_they_matter(name: str, ok: bool)
     member = Member(1, "pmg1", "192.0.2.11", 1, 2, 3, b"c" * 32, b"s" * 32)
     document = found_cluster(b"0" * 16, "test", name, member)
     nodes = status(node(1, clock_skew_s=0.0), node(2, clock_skew_s=-2.0))
-    found = [each for each in _check_cluster(nodes, document, load_profile(name)) if each.check == "clocks"]
+    found = [each for each in check_cluster(nodes, document, load_profile(name)) if each.check == "clocks"]
     assert [each.ok for each in found] == [ok]
     assert found[0].problem == "the clock of pmg2(2) is about 2.0 s behind this node's"
     assert ("latest value" in found[0].remedy) is not ok

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 
+from pmgsync.core.findings import Finding
 from pmgsync.core.profile import Profile
 from pmgsync.postgres.copy.database_restore import DatabaseRestore
 from pmgsync.postgres.copy.databases import maintenance
 from pmgsync.postgres.session import connect
 from pmgsync.postgres.setup.node_row import node_facts
-from pmgsync.postgres.setup.preflight import Finding, check_server
+from pmgsync.postgres.setup.preflight import check_server
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import psycopg2
 from psycopg2.extensions import connection as Connection  # noqa: N812
 
+from pmgsync.core.findings import Finding
 from pmgsync.core.membership import ClusterDocument
 from pmgsync.core.profile import Profile
 from pmgsync.errors import UnreachableError
@@ -16,7 +17,7 @@ from pmgsync.postgres.names import PUBLICATION, SLOT
 from pmgsync.postgres.session import connect
 from pmgsync.postgres.setup.guard import guarded_by, unguarded
 from pmgsync.postgres.setup.node_row import NodeFacts, node_facts
-from pmgsync.postgres.setup.preflight import Finding, check_server
+from pmgsync.postgres.setup.preflight import check_server
 from pmgsync.postgres.setup.sequence_values import covered
 from pmgsync.postgres.setup.watch import armed
 from pmgsync.postgres.wal.slot_reader import SlotState, read_slot_state

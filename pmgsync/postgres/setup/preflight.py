@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
 import psycopg2.extensions
 
+from pmgsync.core.findings import Finding, judged
 from pmgsync.core.profile import DEFAULT_SCHEMA, Policy, Profile, TableRule
-from pmgsync.errors import PreflightError, UnreachableError
+from pmgsync.errors import UnreachableError
 from pmgsync.postgres.catalog import Table, as_bytes, as_text, list_tables, synchronised
 from pmgsync.postgres.names import SLOT
 
@@ -18,34 +18,6 @@ OLDEST, NEWEST = 15, 18
 """Major versions of PostgreSQL that are tested."""
 FREE_SLOTS = 2
 """One for the chain, one for a snapshot; as many walsenders."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The outcome of one check. One that is ok and has a `problem` is for information: nobody need do anything."""
-
-    check: str
-    ok: bool
-    problem: str = ""
-    remedy: str = ""
-
-
-def _judged(check: str, ok: bool, problem: str, remedy: str) -> Finding:
-    return Finding(check, ok) if ok else Finding(check, ok, problem, remedy)
-
-
-def raise_for(findings: Iterable[Finding]) -> None:
-    """Return when every finding is ok.
-
-    Raises:
-        PreflightError: with every problem and its remedy.
-    """
-    bad = [finding for finding in findings if not finding.ok]
-    if len(bad) == 1:
-        raise PreflightError(bad[0].problem, hint=bad[0].remedy)
-    if bad:
-        lines = [f"  - {finding.problem}: {finding.remedy}" for finding in bad]
-        raise PreflightError("\n".join([f"{len(bad)} things must be put right first", *lines]))
 
 
 def check_server(connection: psycopg2.extensions.connection, profile: Profile, *, tables: bool = True) -> list[Finding]:
@@ -85,32 +57,32 @@ def _check_settings(connection: psycopg2.extensions.connection) -> Iterable[Find
     values: list[Any] = [as_text(value) if isinstance(value, bytes) else value for value in row]
     major, version, wal_level, slots, used_slots, senders, used_senders, superuser, user, standby = values
     restart = "and restart PostgreSQL"
-    yield _judged(
+    yield judged(
         "server version", OLDEST <= major <= NEWEST,
         f"the server is PostgreSQL {version}, pmgsync works with {OLDEST} to {NEWEST}",
         f"upgrade it to PostgreSQL {OLDEST} or later" if major < OLDEST else "use an earlier PostgreSQL",
     )  # fmt: skip
-    yield _judged(
+    yield judged(
         "not a standby", not standby,
         "the server is a standby and cannot be written to", "use its primary, or promote it",
     )  # fmt: skip
-    yield _judged(
+    yield judged(
         "wal_level", wal_level == "logical",
         f"wal_level is {wal_level}", f"set wal_level = logical {restart}",
     )  # fmt: skip
     free = slots - used_slots
-    yield _judged(
+    yield judged(
         "replication slots", free >= FREE_SLOTS,
         f"{max(0, free)} of {slots} replication slots are free, {FREE_SLOTS} are needed",
         f"set max_replication_slots = {used_slots + FREE_SLOTS} or more {restart}, or drop slots that nobody uses",
     )  # fmt: skip
     free = senders - used_senders
-    yield _judged(
+    yield judged(
         "walsenders", free >= FREE_SLOTS,
         f"{max(0, free)} of {senders} walsenders are free, {FREE_SLOTS} are needed",
         f"set max_wal_senders = {used_senders + FREE_SLOTS} or more {restart}",
     )  # fmt: skip
-    yield _judged(
+    yield judged(
         "superuser", bool(superuser),
         f"the database user {user} is not a superuser, which session_replication_role and replication origins need",
         f"ALTER ROLE {user} SUPERUSER, or name another user in the dsn of node.toml",
@@ -131,10 +103,10 @@ def _check_database(connection: psycopg2.extensions.connection) -> Iterable[Find
         row = cursor.fetchone()
     assert row is not None
     name, encoding, foreign = (None if value is None else as_text(value) for value in row)
-    yield _judged(
+    yield judged(
         "encoding", bool(encoding), f"the encoding of the database {name} is not known", "make the database anew"
     )
-    yield _judged(
+    yield judged(
         "slot name", foreign is None,
         f"the replication slot {SLOT} belongs to the database {foreign} of the same server",
         f"use a server of its own for each node; if that node is gone: SELECT pg_drop_replication_slot('{SLOT}')",
@@ -175,7 +147,7 @@ def check_tables(
         else:
             missing.append(_label(rule))
     findings.append(
-        _judged(
+        judged(
             "tables", not missing,
             f"tables of the profile {profile.name} are not in the database: {', '.join(missing)}",
             "see whether the dsn in node.toml names the right database, and the profile the right tables",
@@ -195,25 +167,25 @@ def _label(rule: TableRule) -> str:
 def _check_table(table: Table, rule: TableRule) -> Iterable[Finding]:
     columns = {as_text(column.name) for column in table.columns}
     missing = sorted(rule.columns - columns)
-    yield _judged(
+    yield judged(
         "columns", not missing,
         f"the table {_label(rule)} lacks columns that the profile refers to: {', '.join(missing)}",
         "upgrade the database's schema, or correct the profile",
     )  # fmt: skip
-    yield _judged(
+    yield judged(
         "logged", table.persistence == b"p",
         f"the table {_label(rule)} is unlogged, its changes are not in the WAL",
         f"ALTER TABLE {_label(rule)} SET LOGGED, or make it local in the profile",
     )  # fmt: skip
     if rule.policy is Policy.MERGE:
-        yield _judged(
+        yield judged(
             "merge key", bool(rule.key or table.primary_key),
             f"the table {_label(rule)} has no primary key, and the profile names no key to merge its rows by",
             "give it a primary key, or a key in the profile",
         )  # fmt: skip
         key = {as_bytes(name) for name in rule.key} or set(table.primary_key)
         generated = sorted(as_text(column.name) for column in table.columns if column.generated and column.name in key)
-        yield _judged(
+        yield judged(
             "generated key", not generated,
             f"the table {_label(rule)} would be merged by generated columns: {', '.join(generated)}",
             "name a key of other columns in the profile",
