@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.console import amount, printable
 from cli.port_checks import port_findings
-from pmgsync.core.findings import Finding, raise_for
+from pmgsync.core.findings import Finding, judged, raise_for
 from pmgsync.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def check_there(profile: Profile, here: Here, facts: Mapping[str, Any]) -> None:
     try:
         version = int(facts["server_version"]) // 10000
         size = int(facts["bytes"])
+        # A master of an earlier version does not say whether it can give a snapshot; joining tells then.
+        cannot, cure = (str(facts.get(key, "")) for key in ("snapshot_problem", "snapshot_hint"))
         digest, name, system_id = (str(facts[key]) for key in ("profile_digest", "profile", "system_id"))
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"the master's answer lacks what a newcomer must know ({error})") from error
@@ -93,6 +95,7 @@ def check_there(profile: Profile, here: Here, facts: Mapping[str, Any]) -> None:
             "the dsn of this node leads to the master's own server, or to a physical copy of it",
             "each node needs a server of its own, made by initdb: correct [postgres] dsn in node.toml",
         ),
+        judged("snapshot", not cannot, f"the master cannot give a snapshot: {printable(cannot)}", printable(cure)),
     ]  # fmt: skip
     need = round(size * ROOM_FACTOR)
     if here.free is not None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from pmgsync.postgres.copy.dump import installed_pg_dumps
+from pmgsync.postgres.programs import BINDIR_VARIABLE, find_binaries
 from tests.harness.cluster import Cluster, Node, eventually, free_ports
 
 pytestmark = pytest.mark.cluster
@@ -92,6 +96,42 @@ def test_a_join_that_is_killed_can_be_repeated(new_cluster: NewCluster, after_s:
     cluster.wait()
     cluster.assert_equal(["big"], "count(*), sum(id), min(v), max(v)")
     assert [node["cid"] for node in cluster.master.status()["nodes"]] == [1, 2], "one node, one CID"
+
+
+def test_a_master_that_can_give_no_snapshot_says_so_before_anybody_joins(
+    new_cluster: NewCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = new_cluster(nodes=1, schema="CREATE TABLE t (id int PRIMARY KEY)")
+    bindir = tmp_path / "bin"
+    bindir.mkdir()
+    for program in find_binaries().iterdir():
+        if program.name != "pg_dump":
+            (bindir / program.name).symlink_to(program)
+    master = cluster.master
+    # Programs without pg_dump come first, and no directory with another one is on the path.
+    monkeypatch.setenv(BINDIR_VARIABLE, str(bindir))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if any(major >= master.server.version for major in installed_pg_dumps()):
+        pytest.skip("a pg_dump of this server's version is installed on this machine")
+    master.kill("agent", signal.SIGTERM)
+    master.start("agent")
+    monkeypatch.undo()
+    newcomer = cluster.add_node("newcomer")
+    newcomer.sql("CREATE TABLE mine (v text); INSERT INTO mine VALUES ('precious')")
+    newcomer.start()
+    arguments = cluster.join_arguments()
+    done = eventually(
+        lambda: (done := newcomer.pmgcm(*arguments, check=False)) and "agent" not in done.stderr and done,
+        what="the master's agent serves",
+    )
+    assert done.returncode == 1
+    assert "the master cannot give a snapshot: no pg_dump of PostgreSQL" in done.stderr
+    assert "hint: install postgresql-client-" in done.stderr
+    assert untouched(newcomer)
+    assert [node["cid"] for node in master.status()["nodes"]] == [1], "nobody was let in"
+    master.kill("agent", signal.SIGTERM)
+    master.start("agent")
+    eventually(lambda: newcomer.pmgcm(*arguments, check=False).returncode == 0, what="the same token lets it in")
 
 
 def test_a_deleted_node_is_out_at_once_and_may_come_back(new_cluster: NewCluster) -> None:

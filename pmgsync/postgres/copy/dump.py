@@ -36,11 +36,7 @@ def find_pg_dump(server_major: int) -> Path:
     Raises:
         ConfigError: when there is none.
     """
-    found: dict[int, Path] = {}
-    for directory in _directories():
-        major = _major(directory / "pg_dump")
-        if major is not None:
-            found.setdefault(major, directory / "pg_dump")
+    found = installed_pg_dumps()
     fitting = sorted(major for major in found if major >= server_major)
     if not fitting:
         seen = ", ".join(f"{path} is of version {major}" for major, path in sorted(found.items())) or "none was found"
@@ -49,6 +45,16 @@ def find_pg_dump(server_major: int) -> Path:
             hint=f"install postgresql-client-{server_major}, or name a directory of programs in {BINDIR_VARIABLE}",
         )
     return found[fitting[0]]
+
+
+def installed_pg_dumps() -> dict[int, Path]:
+    """Return this machine's pg_dump programs by major version."""
+    found: dict[int, Path] = {}
+    for directory in _directories():
+        major = _major(directory / "pg_dump")
+        if major is not None:
+            found.setdefault(major, directory / "pg_dump")
+    return found
 
 
 def _directories() -> Iterator[Path]:

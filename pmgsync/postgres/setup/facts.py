@@ -12,8 +12,9 @@ import psycopg2
 import psycopg2.extensions
 
 from pmgsync.core.profile import Profile
-from pmgsync.errors import ChainBrokenError, MembershipError, UnreachableError
+from pmgsync.errors import ChainBrokenError, ConfigError, MembershipError, UnreachableError
 from pmgsync.postgres.catalog import as_text
+from pmgsync.postgres.copy.dump import find_pg_dump
 from pmgsync.postgres.session import connect
 from pmgsync.postgres.setup.node_row import NodeFacts, node_facts
 from pmgsync.postgres.wal.slot import create_slot
@@ -54,11 +55,22 @@ def read_facts(dsn: str, profile: Profile) -> dict[str, Any]:
     connection = connect(dsn, application_name="pmgsync facts")
     try:
         connection.autocommit = True
-        return {**database_facts(connection), "profile_digest": profile.digest}
+        facts = {**database_facts(connection), "profile_digest": profile.digest}
     except psycopg2.Error as error:
         raise UnreachableError(f"the database did not answer ({str(error).strip()})") from error
     finally:
         connection.close()
+    problem, hint = _snapshot_problem(facts["server_version"] // 10000)
+    return {**facts, "snapshot_problem": problem, "snapshot_hint": hint}
+
+
+def _snapshot_problem(server_major: int) -> tuple[str, str]:
+    """Return why this node cannot give a snapshot, and what helps; "" twice when it can."""
+    try:
+        find_pg_dump(server_major)
+    except ConfigError as error:
+        return error.message, error.hint
+    return "", ""
 
 
 _FACTS = """
