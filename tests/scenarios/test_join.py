@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pmgsync.postgres.copy.dump import installed_pg_dumps
+from pmgsync.postgres.pg_dump import installed_pg_dumps
 from pmgsync.postgres.programs import BINDIR_VARIABLE, find_binaries
 from tests.harness.cluster import Cluster, Node, eventually, free_ports
 

@@ -28,7 +28,7 @@ from pmgsync.postgres.catalog import (
     synchronised,
 )
 from pmgsync.postgres.copy.copy_stream import CHUNK_BYTES, CopyOut
-from pmgsync.postgres.copy.dump import SchemaBusyError, dump_schema, find_pg_dump
+from pmgsync.postgres.copy.dump import SchemaBusyError, dump_schema
 from pmgsync.postgres.copy.exported import (
     ExportedSnapshot,
     SnapshotChangedError,
@@ -37,6 +37,7 @@ from pmgsync.postgres.copy.exported import (
     open_snapshot_session,
 )
 from pmgsync.postgres.names import PUBLICATION
+from pmgsync.postgres.pg_dump import find_pg_dump
 from pmgsync.postgres.session import quote_ident, quote_literal
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import psycopg2.extensions
 from pmgsync.core.profile import Profile
 from pmgsync.errors import ChainBrokenError, ConfigError, MembershipError, UnreachableError
 from pmgsync.postgres.catalog import as_text
-from pmgsync.postgres.copy.dump import find_pg_dump
+from pmgsync.postgres.pg_dump import find_pg_dump
 from pmgsync.postgres.session import connect
 from pmgsync.postgres.setup.node_row import NodeFacts, node_facts
 from pmgsync.postgres.wal.slot import create_slot
