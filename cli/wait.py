@@ -122,7 +122,7 @@ def wait(
     if not cluster_defined(config):
         raise no_cluster()
     begun = time.monotonic()
-    behind, names = _wait(config, begun + timeout)
+    behind, names = await_everyone(config, begun + timeout)
     waited = time.monotonic() - begun
     if as_json:
         entries = [{**lag.to_map(), "name": names.get(lag.cid)} for lag in behind]
@@ -137,7 +137,7 @@ def wait(
         raise CommandFailedError
 
 
-def _wait(config: NodeConfig, deadline: float) -> tuple[list[Behind], dict[int, str]]:
+def await_everyone(config: NodeConfig, deadline: float) -> tuple[list[Behind], dict[int, str]]:
     """Poll until nobody is behind or the time is over; returns who is behind then, and the members' names.
 
     Raises:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,52 +12,73 @@ from hypothesis import HealthCheck, settings
 
 from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.postgres.programs import BINDIR_VARIABLE
+from tests.harness import session as run
 from tests.harness.cluster import Cluster
-
-EMBEDDED = "embedded"
+from tests.harness.servers import SharedServers
 
 # A busy machine is slow: time says nothing about a property.
 settings.register_profile("pmgsync", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pmgsync")
 
 
-def _installed_bindir() -> str | None:
-    """Return the server programs of an installed PostgreSQL, None when there are none."""
-    if shutil.which("pg_config") is None:
-        return None
-    found = subprocess.run(["pg_config", "--bindir"], capture_output=True, text=True, check=False).stdout.strip()
-    return found if found and (Path(found) / "initdb").exists() else None
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-version", action="store_true", help="run each test on every PostgreSQL that is there")
+
+
+def pytest_configure() -> None:
+    run.begin()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that leaves processes, files or shared memory behind."""
+    if hasattr(session.config, "workerinput"):
+        return
+    for sentence in run.end():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.config.get_terminal_writer().line(f"LEFT BEHIND: {sentence}", red=True)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what needs a server on the embedded PostgreSQL and on the installed one, or on the one that is asked for."""
-    if "pg_bindir" in metafunc.fixturenames:
-        chosen = os.environ.get(BINDIR_VARIABLE)
-        values = [chosen] if chosen else [EMBEDDED, *filter(None, [_installed_bindir()])]
-        names = ["embedded" if value == EMBEDDED else Path(value).parent.name for value in values]
-        metafunc.parametrize("pg_bindir", values, ids=[f"pg-{name}" for name in names], indirect=True, scope="session")
+    """Say which PostgreSQL a test runs on.
+
+    A test of the database runs on every one. A test of a whole cluster runs on one, half of them here and half of them
+    there, unless it is marked `every_version` because the server's version matters to it.
+    """
+    if "pg_bindir" not in metafunc.fixturenames:
+        return
+    versions = run.versions()
+    every = "new_cluster" not in metafunc.fixturenames or metafunc.definition.get_closest_marker("every_version")
+    if not every and not metafunc.config.getoption("--every-version"):
+        versions = [versions[zlib.crc32(metafunc.definition.nodeid.encode()) % len(versions)]]
+    names = [f"pg-{version.name}" for version in versions]
+    metafunc.parametrize("pg_bindir", [v.bindir for v in versions], ids=names, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
 def pg_bindir(request: pytest.FixtureRequest) -> Iterator[str]:
     """The PostgreSQL that this test runs on; child processes find it in the environment."""
     value: str = request.param
-    before = os.environ.get(BINDIR_VARIABLE)
-    if value != EMBEDDED:
-        os.environ[BINDIR_VARIABLE] = value
-    try:
-        yield value
-    finally:
-        os.environ.pop(BINDIR_VARIABLE, None)
-        if before is not None:
-            os.environ[BINDIR_VARIABLE] = before
+    before = os.environ[BINDIR_VARIABLE]
+    os.environ[BINDIR_VARIABLE] = value
+    yield value
+    os.environ[BINDIR_VARIABLE] = before
+
+
+@pytest.fixture(scope="session")
+def shared_servers() -> Iterator[SharedServers]:
+    """The servers that the tests of this process share."""
+    servers = SharedServers()
+    yield servers
+    servers.close()
 
 
 @pytest.fixture
-def server(pg_bindir: str) -> Iterator[EmbeddedPostgres]:
-    """One running server."""
-    with EmbeddedPostgres() as running:
-        yield running
+def server(pg_bindir: str, shared_servers: SharedServers) -> Iterator[EmbeddedPostgres]:
+    """One running server without databases; what a test makes in it is removed behind it."""
+    shared = shared_servers.get()
+    yield shared.server
+    shared.clean()
 
 
 @pytest.fixture

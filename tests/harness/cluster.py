@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -21,6 +20,10 @@ import psutil
 import psycopg2
 
 from cli.demo.embedded import EmbeddedPostgres
+from cli.local_node import read_status
+from cli.wait import await_everyone
+from pmgsync.config import load_config
+from pmgsync.wire.link import BrokerLink
 
 # Below the ports that the kernel gives to outgoing connections, which would take one between its choice and its use;
 # test processes that run at the same time begin at places of their own.
@@ -213,10 +216,10 @@ dsn = "{self.server.dsn(self.dbname)}"
         return done
 
     def status(self) -> dict[str, Any]:
-        """Return `pmgcm status --json`."""
-        done = self.pmgcm("status", "--json", check=False)
-        assert done.stdout, done.stderr
-        return json.loads(done.stdout)  # type: ignore[no-any-return]
+        """Return the map of `pmgcm status --json`, from the broker itself: it is asked many times."""
+        with BrokerLink(self.run_dir / "broker.sock", "cli") as link:
+            link.hello()
+            return read_status(link)
 
     def node_status(self, cid: int) -> dict[str, Any]:
         """Return one node's part of the status, as this node sees it."""
@@ -303,8 +306,12 @@ class Cluster:
         return [*line[line.index("join") :], "--yes"]
 
     def wait(self, *, node: Node | None = None, timeout_s: int = WAIT_S) -> None:
-        """Wait until everything committed is applied everywhere."""
-        (node or self.master).pmgcm("wait", "--timeout", str(timeout_s), timeout_s=timeout_s + 30)
+        """Wait as `pmgcm wait` does, until everything committed is applied everywhere."""
+        node = node or self.master
+        node.status()  # waits for a broker that was just started
+        behind, _ = await_everyone(load_config(node.config), time.monotonic() + timeout_s)
+        logs = "\n".join(f"--- {name} of {n.name}\n{n.log(name)[-3000:]}" for n in self.nodes for name in n.processes)
+        assert not behind, f"not within {timeout_s} s: {behind}\n{logs}"
 
     def assert_equal(self, tables: Iterable[str], columns: str = "*") -> None:
         """Check that tables have the same content on every node."""

@@ -17,18 +17,12 @@ pytestmark = pytest.mark.cluster
 MakePair = Callable[..., Pair]
 
 
-@pytest.fixture(scope="module")
-def shared(pg_bindir: str) -> Iterator[EmbeddedPostgres]:
-    with EmbeddedPostgres() as running:
-        yield running
-
-
 @pytest.fixture
-def make_pair(shared: EmbeddedPostgres) -> Iterator[MakePair]:
+def make_pair(server: EmbeddedPostgres) -> Iterator[MakePair]:
     made: list[Pair] = []
 
     def make(schema: str, *, profile: Profile | None = None, target: str | None = None, options: str = "") -> Pair:
-        pair = Pair(shared, profile or make_profile(), options=options)
+        pair = Pair(server, profile or make_profile(), options=options)
         made.append(pair)
         pair.setup(schema, target=target)
         return pair
@@ -600,7 +594,7 @@ def test_a_missing_table_is_left_out_and_noted(make_pair: MakePair) -> None:
         assert applier.tend() == [(b"public", b"u")] and applier.tend() == []  # one fetch at a time
 
 
-def test_what_passes_is_transient(make_pair: MakePair, shared: EmbeddedPostgres) -> None:
+def test_what_passes_is_transient(make_pair: MakePair, server: EmbeddedPostgres) -> None:
     pair = make_pair("CREATE TABLE t (id int PRIMARY KEY)")
     pair.run("INSERT INTO t VALUES (1)")
     frames = pair.frames()

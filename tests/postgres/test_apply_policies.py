@@ -21,18 +21,12 @@ pytestmark = pytest.mark.cluster
 MakePair = Callable[..., Pair]
 
 
-@pytest.fixture(scope="module")
-def shared(pg_bindir: str) -> Iterator[EmbeddedPostgres]:
-    with EmbeddedPostgres() as running:
-        yield running
-
-
 @pytest.fixture
-def make_pair(shared: EmbeddedPostgres) -> Iterator[MakePair]:
+def make_pair(server: EmbeddedPostgres) -> Iterator[MakePair]:
     made: list[Pair] = []
 
     def make(schema: str, profile: Profile, *, origin: int = 2) -> Pair:
-        pair = Pair(shared, profile, origin=origin)
+        pair = Pair(server, profile, origin=origin)
         made.append(pair)
         pair.setup(schema)
         return pair
@@ -55,8 +49,8 @@ def owners(pair: Pair) -> list[tuple[object, ...]]:
     return pair.run("SELECT cid, count(*)::int FROM o GROUP BY 1 ORDER BY 1", on=pair.target)
 
 
-def test_an_owned_row_is_found_by_a_generated_key(make_pair: MakePair, shared: EmbeddedPostgres) -> None:
-    if shared.version < 18:
+def test_an_owned_row_is_found_by_a_generated_key(make_pair: MakePair, server: EmbeddedPostgres) -> None:
+    if server.version < 18:
         pytest.skip("generated columns are published from PostgreSQL 18 on")
     pair = make_pair(
         "CREATE TABLE g (cid int, rid int, k int GENERATED ALWAYS AS (cid * 1000 + rid) STORED, v text, "

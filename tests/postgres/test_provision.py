@@ -172,24 +172,23 @@ def test_an_error_in_any_step_leaves_nothing(server: EmbeddedPostgres, app: Data
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_waiting_names_who_is_waited_for(pg_bindir: str, mirror: Profile, prepared: bool) -> None:
-    with EmbeddedPostgres(settings={"max_prepared_transactions": "2"}) as server:
-        app = Database(server)
-        app.sql("CREATE TABLE public.keyed (id int PRIMARY KEY)")
-        with app.connection() as holder:
-            holder.cursor().execute("BEGIN; INSERT INTO public.keyed VALUES (1)")
-            if prepared:
-                holder.cursor().execute("PREPARE TRANSACTION 'gift'")
-            told = []
+def test_waiting_names_who_is_waited_for(server: EmbeddedPostgres, mirror: Profile, prepared: bool) -> None:
+    app = Database(server)
+    app.sql("CREATE TABLE public.keyed (id int PRIMARY KEY)")
+    with app.connection() as holder:
+        holder.cursor().execute("BEGIN; INSERT INTO public.keyed VALUES (1)")
+        if prepared:
+            holder.cursor().execute("PREPARE TRANSACTION 'gift'")
+        told = []
 
-            def progress(text: str) -> None:
-                told.append(text)
-                holder.cursor().execute("COMMIT PREPARED 'gift'" if prepared else "COMMIT")
+        def progress(text: str) -> None:
+            told.append(text)
+            holder.cursor().execute("COMMIT PREPARED 'gift'" if prepared else "COMMIT")
 
-            app.provision(mirror, progress=progress)
-            who = "prepared transaction 'gift'" if prepared else f"process {holder.info.backend_pid} "
-            assert len(told) == 1
-            assert who in told[0]
+        app.provision(mirror, progress=progress)
+        who = "prepared transaction 'gift'" if prepared else f"process {holder.info.backend_pid} "
+        assert len(told) == 1
+        assert who in told[0]
 
 
 _CHILD = """
@@ -197,6 +196,7 @@ import signal, sys
 from pmgsync.postgres.setup.provision import provision
 from pmgsync.profile_file import load_profile
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 provision(sys.argv[1], load_profile("mirror"), cid=1, cluster=b"c" * 16, needs_snapshot=True, take_over_cid0=True,
           progress=lambda text: print(text, flush=True))
 """

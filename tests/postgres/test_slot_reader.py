@@ -14,14 +14,20 @@ from pmgsync.core.positions import parse_lsn
 from pmgsync.postgres.session import connect
 from pmgsync.postgres.wal.slot_reader import SlotReader
 from tests.harness.cluster import eventually
+from tests.harness.database import Database
 
 pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture
-def sql(server: EmbeddedPostgres) -> Iterator[Callable[[str], Any]]:
+def database(server: EmbeddedPostgres) -> Database:
+    return Database(server)
+
+
+@pytest.fixture
+def sql(database: Database) -> Iterator[Callable[[str], Any]]:
     """Run a statement; a published table, another one, and a slot are there."""
-    with contextlib.closing(connect(server.dsn(), application_name="test")) as connection:
+    with contextlib.closing(connect(database.dsn, application_name="test")) as connection:
         connection.autocommit = True
 
         def run(statement: str) -> Any:
@@ -54,15 +60,13 @@ def read_commit(reader: SlotReader) -> int:
     return int.from_bytes(seen[-1][10:18], "big")
 
 
-def test_a_keepalive_before_a_message_is_not_confirmed_with_it(
-    server: EmbeddedPostgres, sql: Callable[[str], Any]
-) -> None:
+def test_a_keepalive_before_a_message_is_not_confirmed_with_it(database: Database, sql: Callable[[str], Any]) -> None:
     """psycopg2 takes the LSN of a keepalive for confirmed, and would say so with whatever is confirmed next."""
 
     def confirmed() -> int:
         return parse_lsn(sql("SELECT confirmed_flush_lsn::text FROM pg_replication_slots"))
 
-    reader = SlotReader(server.dsn(), slot="s", publication="p", start_lsn=0)
+    reader = SlotReader(database.dsn, slot="s", publication="p", start_lsn=0)
     with contextlib.closing(reader):
         for _ in range(5):
             sql("INSERT INTO t VALUES (1)")

@@ -25,6 +25,7 @@ from pmgsync.postgres.setup.provision import provision
 from pmgsync.profile_file import load_profile
 from tests.harness.cluster import eventually
 from tests.harness.database import CLUSTER, GATEWAY, Database
+from tests.harness.servers import SharedServers
 
 ALL_BYTES = bytes(range(1, 256))
 OURS = "FROM pg_stat_activity WHERE application_name LIKE '%sync snapshot'"
@@ -41,10 +42,11 @@ def gateway() -> Profile:
 
 
 @pytest.fixture
-def other_server(pg_bindir: str) -> Iterator[EmbeddedPostgres]:
+def other_server(pg_bindir: str, shared_servers: SharedServers) -> Iterator[EmbeddedPostgres]:
     """The receiving node's."""
-    with EmbeddedPostgres() as running:
-        yield running
+    shared = shared_servers.get("receiving")
+    yield shared.server
+    shared.clean()
 
 
 def facts_of(database: Database) -> dict[str, Any]:

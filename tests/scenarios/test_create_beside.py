@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
@@ -30,11 +29,10 @@ UNUSABLE = "SELECT schema || '.' || name FROM pmgsync.tables WHERE wanted AND NO
 
 
 @pytest.fixture
-def app(pg_bindir: str) -> Iterator[Database]:
-    with EmbeddedPostgres(settings={"max_prepared_transactions": "2"}) as running:
-        database = Database(running)
-        database.sql(SCHEMA)
-        yield database
+def app(server: EmbeddedPostgres) -> Database:
+    database = Database(server)
+    database.sql(SCHEMA)
+    return database
 
 
 class Creating:
