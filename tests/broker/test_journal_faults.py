@@ -12,6 +12,7 @@ import pytest
 
 from pmgsync.core.positions import parse_lsn
 from tests.harness.cluster import Cluster, Node, eventually
+from tests.harness.schema import STANDARD
 
 pytestmark = [pytest.mark.cluster, pytest.mark.campaign]
 NewCluster = Callable[..., Cluster]
@@ -71,7 +72,7 @@ def _confirmed(node: Node) -> int:
 @pytest.mark.parametrize("where", ["log", "file"])
 @pytest.mark.parametrize("victim", ["master", "slave"])
 def test_a_damaged_end_or_middle_loses_nothing(new_cluster: NewCluster, victim: str, where: str) -> None:
-    cluster = new_cluster(nodes=2, schema="CREATE TABLE t (id int PRIMARY KEY, v text)")
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     node = master if victim == "master" else slave
     done = []

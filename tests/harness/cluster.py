@@ -19,11 +19,13 @@ from typing import Any
 import psutil
 import psycopg2
 
-from cli.demo.embedded import EmbeddedPostgres
 from cli.local_node import read_status
 from cli.wait import await_everyone
 from pmgsync.config import load_config
+from pmgsync.postgres.programs import BINDIR_VARIABLE
 from pmgsync.wire.link import BrokerLink
+from tests.harness.schema import STANDARD
+from tests.harness.template import CopiedServer, Template
 
 # Below the ports that the kernel gives to outgoing connections, which would take one between its choice and its use;
 # test processes that run at the same time begin at places of their own.
@@ -67,11 +69,12 @@ class Node:
 
     def __init__(self, directory: Path, name: str, *, profile: str, dbname: str, address: str, extra: str = "") -> None:
         self.directory = directory
+        self.state_dir = directory / "state"
         self.name = name
         self.dbname = dbname
         self.address = address
         # Locks for the tests with thousands of tables; every server here gets the same.
-        self.server = EmbeddedPostgres(settings={"max_locks_per_transaction": "512"})
+        self.server = CopiedServer(settings={"max_locks_per_transaction": "512"})
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         # Unix socket paths are short: the run directory cannot lie beneath pytest's.
         self.run_dir = Path(tempfile.mkdtemp(prefix="pmgsync-run-"))
@@ -84,7 +87,7 @@ class Node:
 
     def prepare(self) -> None:
         """Start the server and write node.toml."""
-        self.directory.mkdir(parents=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         self.server.start()
         self.write_config()
 
@@ -94,7 +97,7 @@ class Node:
             f'''[node]
 name = "{self.name}"
 address = "{self.address}"
-state_dir = "{self.directory / "state"}"
+state_dir = "{self.state_dir}"
 run_dir = "{self.run_dir}"
 profile = "{self.profile}"
 [ports]
@@ -267,6 +270,35 @@ class Cluster:
 
     def start(self) -> None:
         """Bring the whole cluster up."""
+        if not self._is_standard():
+            self._make()
+            return
+        template = Template(f"{Path(os.environ[BINDIR_VARIABLE]).parent.name}-{len(self.nodes)}")
+        with template.held() as there:
+            if there:
+                template.load(self.nodes)
+            else:
+                self._make()
+                self.wait()
+                for node in self.nodes:
+                    node.stop()
+                    node.server.stop()
+                    for log in node.directory.glob("*.log"):
+                        log.unlink()  # a copy has none either
+                template.save(self.nodes)
+        for node in self.nodes:
+            node.prepare()
+            node.start()
+        self.wait()
+
+    def _is_standard(self) -> bool:
+        usual = ("mirror", "app", "127.0.0.1")
+        return (self.schema, self.encoding, self.seed) == (STANDARD, "UTF8", None) and all(
+            (node.profile, node.dbname, node.address) == usual for node in self.nodes
+        )
+
+    def _make(self) -> None:
+        """Make every node, have the first create the cluster and the others join it."""
         for node in self.nodes:
             node.prepare()
             node.create_database(encoding=self.encoding)

@@ -57,6 +57,9 @@ def begin() -> None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", usual)
     os.environ.setdefault(BINDIR_VARIABLE, found[0].bindir)
     tempfile.tempdir = None
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+        # Hundreds of processes would compile everything anew.
+        os.environ["PYTHONPYCACHEPREFIX"] = str(scratch / "pycache")
 
 
 def scratch_directory() -> Path:
@@ -120,7 +123,7 @@ def end() -> list[str]:
     return found
 
 
-_EXPECTED = {_LOCK}
+_EXPECTED = {_LOCK, "templates", "pycache"}
 
 
 def _processes() -> list[psutil.Process]:

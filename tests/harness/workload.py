@@ -10,17 +10,7 @@ from collections.abc import Callable
 import psycopg2
 
 from tests.harness.cluster import Node
-
-ACCOUNTS = 40
-START_BALANCE = 1000
-BANK_SCHEMA = f"""
-CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL);
-INSERT INTO account SELECT n, {START_BALANCE} FROM generate_series(1, {ACCOUNTS}) AS n;
-CREATE TABLE marker (id bigint PRIMARY KEY, payload text NOT NULL);
-CREATE TABLE loose (a int, b text);
-"""
-BANK_TABLES = ("account", "marker", "loose")
-TOTAL = ACCOUNTS * START_BALANCE
+from tests.harness.schema import ACCOUNTS, BANK_SCHEMA, BANK_TABLES, TOTAL
 
 
 class Stoppable:
@@ -141,3 +131,6 @@ class Witness:
         self._newest = newest
         self.looks += 1
         time.sleep(0.01)
+
+
+__all__ = ["BANK_SCHEMA", "BANK_TABLES", "Bank", "Stoppable", "Witness"]

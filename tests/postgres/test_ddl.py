@@ -11,6 +11,7 @@ import pytest
 from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.core.profile import Policy
 from tests.harness.cluster import Cluster, eventually
+from tests.harness.schema import STANDARD
 from tests.harness.server import Pair, make_profile, rule
 
 # Everything that a schema is made of, as text.
@@ -285,9 +286,10 @@ def test_in_a_large_transaction(studio: Studio) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.every_version
 def test_on_a_cluster(new_cluster: Callable[..., Cluster]) -> None:
     """With the guard, the publication and fetching: what is made on the master is soon on the node, with its rows."""
-    cluster = new_cluster(nodes=2, schema="CREATE TABLE t (id int PRIMARY KEY, v text)")
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     master.sql("ALTER TABLE t ADD r float DEFAULT random(); INSERT INTO t (id) SELECT generate_series(1, 50)")
     master.sql("CREATE TABLE made AS SELECT n AS id, 'x' || n AS v FROM generate_series(1, 100) n; CREATE SCHEMA more")

@@ -10,7 +10,7 @@ import pytest
 from tests.harness.cluster import Cluster, Node, eventually
 from tests.harness.database import GATEWAY
 
-pytestmark = [pytest.mark.cluster, pytest.mark.campaign]
+pytestmark = [pytest.mark.cluster, pytest.mark.campaign, pytest.mark.every_version]
 
 NewCluster = Callable[..., Cluster]
 

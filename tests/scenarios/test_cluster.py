@@ -12,7 +12,8 @@ import pytest
 
 from pmgsync.postgres.programs import pg_tool
 from tests.harness.cluster import Cluster, Node, eventually
-from tests.harness.workload import BANK_SCHEMA, BANK_TABLES, Bank, Stoppable, Witness
+from tests.harness.schema import BANK_SCHEMA, BANK_TABLES, STANDARD
+from tests.harness.workload import Bank, Stoppable, Witness
 
 pytestmark = pytest.mark.cluster
 NewCluster = Callable[..., Cluster]
@@ -28,6 +29,7 @@ def pgbench(node: Node, *arguments: str) -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
+@pytest.mark.every_version
 def test_every_kind_of_change_arrives(new_cluster: NewCluster) -> None:
     cluster = new_cluster(
         nodes=2,
@@ -54,6 +56,7 @@ def test_every_kind_of_change_arrives(new_cluster: NewCluster) -> None:
     cluster.assert_equal(["keyed", "loose"])
 
 
+@pytest.mark.every_version
 def test_join_while_the_master_is_written_to(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=1, schema=BANK_SCHEMA)
     bank = Bank(cluster.master, 1, pause_s=0)
@@ -92,7 +95,7 @@ def test_pgbench_ends_equal_whatever_is_killed(new_cluster: NewCluster) -> None:
 
 
 def test_status_tells_who_is_down_and_recovers(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema="CREATE TABLE t (id int PRIMARY KEY)")
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     cluster.wait()
     eventually(lambda: master.pmgcm("status", check=False).returncode == 0)
@@ -114,7 +117,7 @@ def test_status_tells_who_is_down_and_recovers(new_cluster: NewCluster) -> None:
 
 @pytest.mark.parametrize("seed", [1])
 def test_kill_every_service_under_load(new_cluster: NewCluster, seed: int) -> None:
-    cluster = new_cluster(nodes=2, schema=BANK_SCHEMA)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     pick = random.Random(seed)
     bank, witness = Bank(master, seed), Witness(slave)
@@ -142,7 +145,7 @@ def test_kill_every_service_under_load(new_cluster: NewCluster, seed: int) -> No
 
 
 def test_nothing_echoes_between_three_nodes_that_all_write(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=3, schema="CREATE TABLE t (id int PRIMARY KEY, v int)")
+    cluster = new_cluster(nodes=3, schema=STANDARD)
     cluster.master.sql("INSERT INTO t SELECT g, g FROM generate_series(1, 100) AS g")
     cluster.wait()
     cluster.assert_equal(["t"])

@@ -19,11 +19,11 @@ import pytest
 
 from pmgsync.core.positions import parse_lsn
 from tests.harness.cluster import Cluster, Node, eventually
-from tests.harness.workload import BANK_SCHEMA, BANK_TABLES, Bank, Stoppable, Witness
+from tests.harness.schema import BANK_TABLES, STANDARD
+from tests.harness.workload import Bank, Stoppable, Witness
 
 pytestmark = pytest.mark.cluster
 NewCluster = Callable[..., Cluster]
-SIMPLE = "CREATE TABLE t (id int PRIMARY KEY, v text)"
 RSS_LIMIT = 256 << 20
 
 
@@ -49,7 +49,7 @@ def wait_healthy(cluster: Cluster) -> None:
     "remake", [pytest.param(False, id="dropped", marks=pytest.mark.campaign), pytest.param(True, id="made-anew")]
 )
 def test_a_lost_slot_begins_a_new_chain_and_everyone_resynchronises(new_cluster: NewCluster, remake: bool) -> None:
-    cluster = new_cluster(nodes=2, schema=SIMPLE)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     master.sql("INSERT INTO t SELECT g, 'a' FROM generate_series(1, 100) AS g")
     cluster.wait()
@@ -77,7 +77,7 @@ def test_a_lost_slot_begins_a_new_chain_and_everyone_resynchronises(new_cluster:
 
 
 def test_a_slave_restored_from_an_older_copy_catches_up(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema=BANK_SCHEMA)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     bank = Bank(master, 3)
     for _ in range(50):
@@ -107,7 +107,7 @@ def test_a_slave_restored_from_an_older_copy_catches_up(new_cluster: NewCluster)
 
 
 def test_a_lost_journal_of_the_master_is_noticed(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema=SIMPLE)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     master.sql("INSERT INTO t SELECT g, 'a' FROM generate_series(1, 100) AS g")
     cluster.wait()
@@ -133,7 +133,7 @@ def _head(node: Node) -> int:
 
 
 def test_a_second_agent_on_one_database_does_not_disturb(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema=SIMPLE)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master = cluster.master
     twin = subprocess.Popen(
         [*master.processes["agent"].args],  # type: ignore[misc]
@@ -153,7 +153,7 @@ def test_a_second_agent_on_one_database_does_not_disturb(new_cluster: NewCluster
 
 
 def test_a_damaged_journal_costs_a_resync_and_no_silence(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema=SIMPLE)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     slave.stop()
     for number in range(30):
@@ -175,7 +175,7 @@ def test_a_damaged_journal_costs_a_resync_and_no_silence(new_cluster: NewCluster
 
 @pytest.mark.campaign
 def test_a_real_link_that_goes_down_and_up(new_cluster: NewCluster, namespaces: tuple[str, str]) -> None:
-    cluster = new_cluster(nodes=2, schema=BANK_SCHEMA, namespaces=namespaces)
+    cluster = new_cluster(nodes=2, schema=STANDARD, namespaces=namespaces)
     master, slave = cluster.nodes
     bank, witness = Bank(master, 5), Witness(slave)
     threads = [Stoppable(bank.step), Stoppable(witness.step)]
@@ -224,7 +224,7 @@ def namespaces() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("rows", [int(os.environ.get("PMGSYNC_LARGE_ROWS", "300000"))])
 def test_a_large_transaction_is_whole_or_nothing_and_memory_bounded(new_cluster: NewCluster, rows: int) -> None:
-    cluster = new_cluster(nodes=2, schema=SIMPLE)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     peak: dict[str, int] = {}
 
@@ -280,7 +280,7 @@ def test_many_tables_in_one_transaction(new_cluster: NewCluster) -> None:
 
 
 def test_the_slot_advances_when_only_other_tables_are_written(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=1, schema=SIMPLE)
+    cluster = new_cluster(nodes=1, schema=STANDARD)
     master = cluster.master
     before = _confirmed(master)
     master.sql("CREATE UNLOGGED TABLE noise (id int)")
@@ -290,7 +290,7 @@ def test_the_slot_advances_when_only_other_tables_are_written(new_cluster: NewCl
 
 
 def test_an_apply_that_is_blocked_for_long_harms_nobody(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema=SIMPLE)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     for node in cluster.nodes:
         node.server.set(wal_sender_timeout="5s")
@@ -314,7 +314,7 @@ def test_an_apply_that_is_blocked_for_long_harms_nobody(new_cluster: NewCluster)
 
 @pytest.mark.campaign
 def test_postgresql_stops_at_once_on_either_side(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema=SIMPLE)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     cluster.master.sql("INSERT INTO t VALUES (1, 'x')")
     cluster.wait()
     for node in cluster.nodes:
@@ -327,7 +327,7 @@ def test_postgresql_stops_at_once_on_either_side(new_cluster: NewCluster) -> Non
 
 
 def test_services_that_are_told_to_stop_end_soon_and_cost_no_resync(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema=BANK_SCHEMA)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     cluster.wait()
     incarnation = "SELECT incarnation FROM pmgsync.position WHERE origin = 1"
@@ -368,7 +368,7 @@ def test_services_that_are_told_to_stop_end_soon_and_cost_no_resync(new_cluster:
 
 
 def test_an_error_that_does_not_pass_is_loud_and_heals_with_its_cause(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema=SIMPLE + "; CREATE TABLE other (id int PRIMARY KEY)")
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     slave.sql("SET session_replication_role = replica; INSERT INTO t VALUES (7, 'stands against it')")
     position = "SELECT lsn FROM pmgsync.position WHERE origin = 1"
@@ -378,13 +378,13 @@ def test_an_error_that_does_not_pass_is_loud_and_heals_with_its_cause(new_cluste
     )
     assert "public.t" in text
     stood = slave.sql(position)
-    master.sql("INSERT INTO other VALUES (1)")
+    master.sql("INSERT INTO marker VALUES (1, 'x')")
     time.sleep(1)
     assert slave.sql(position) == stood, "the position moved past an error"
-    assert slave.sql("SELECT count(*) FROM other") == [(0,)]
+    assert slave.sql("SELECT count(*) FROM marker") == [(0,)]
     slave.sql("SET session_replication_role = replica; DELETE FROM t WHERE id = 7")
     cluster.wait()
-    cluster.assert_equal(["t", "other"])
+    cluster.assert_equal(["t", "marker"])
     wait_healthy(cluster)
 
 
@@ -393,7 +393,7 @@ def test_an_error_that_does_not_pass_is_loud_and_heals_with_its_cause(new_cluste
 
 @pytest.mark.campaign
 def test_a_slave_that_was_away_for_too_long_resynchronises_by_itself(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=3, schema=SIMPLE, extra='[journal]\nmax_size = "1MiB"')
+    cluster = new_cluster(nodes=3, schema=STANDARD, extra='[journal]\nmax_size = "1MiB"')
     master, away, near = cluster.nodes
     assert near.name == "node3"
     master.sql("INSERT INTO t SELECT g, 'a' FROM generate_series(1, 100) AS g")
@@ -437,7 +437,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_journal_disk_stops_confirming_and_heals(new_cluster: NewCluster, small_disk: Path) -> None:
-    cluster = new_cluster(nodes=2, schema=SIMPLE)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master = cluster.master
     master.stop()
     state = master.directory / "state"
@@ -528,11 +528,11 @@ def chosen_seed() -> int:
 
 
 def test_a_short_nemesis(new_cluster: NewCluster) -> None:
-    run_nemesis(new_cluster(nodes=3, schema=BANK_SCHEMA), chosen_seed(), 8)
+    run_nemesis(new_cluster(nodes=3, schema=STANDARD), chosen_seed(), 8)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(36_000)
 def test_a_long_nemesis(new_cluster: NewCluster) -> None:
     rounds = int(os.environ.get("PMGSYNC_ROUNDS") or "200")
-    run_nemesis(new_cluster(nodes=3, schema=BANK_SCHEMA), chosen_seed(), rounds)
+    run_nemesis(new_cluster(nodes=3, schema=STANDARD), chosen_seed(), rounds)

@@ -15,6 +15,7 @@ import pytest
 from pmgsync.postgres.pg_dump import installed_pg_dumps
 from pmgsync.postgres.programs import BINDIR_VARIABLE, find_binaries
 from tests.harness.cluster import Cluster, Node, eventually, free_ports
+from tests.harness.schema import STANDARD
 
 pytestmark = pytest.mark.cluster
 NewCluster = Callable[..., Cluster]
@@ -41,7 +42,7 @@ def untouched(node: Node) -> bool:
 
 
 def test_refusals_change_nothing(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=1, schema="CREATE TABLE t (id int PRIMARY KEY)")
+    cluster = new_cluster(nodes=1, schema=STANDARD)
     newcomer = cluster.add_node("newcomer")
     newcomer.sql("CREATE TABLE mine (v text); INSERT INTO mine VALUES ('precious')")
     newcomer.start()
@@ -135,7 +136,7 @@ def test_a_master_that_can_give_no_snapshot_says_so_before_anybody_joins(
 
 
 def test_a_deleted_node_is_out_at_once_and_may_come_back(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema="CREATE TABLE t (id int PRIMARY KEY)")
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     cluster.wait()
     assert slave.pmgcm("delete", "1", "--yes", check=False).returncode == 1

@@ -19,7 +19,8 @@ from pmgsync.errors import PmgsyncError
 from pmgsync.postgres.wal.slot_reader import SlotReader
 from pmgsync.wire.link import BrokerLink
 from tests.harness.cluster import Cluster, Node, eventually
-from tests.harness.workload import BANK_SCHEMA, BANK_TABLES, Bank, Stoppable, Witness
+from tests.harness.schema import BANK_TABLES, STANDARD
+from tests.harness.workload import Bank, Stoppable, Witness
 
 pytestmark = [pytest.mark.cluster, pytest.mark.campaign]
 NewCluster = Callable[..., Cluster]
@@ -43,7 +44,7 @@ def take(node: Node) -> int:
 
 
 def test_who_else_reads_the_slot_is_named_and_what_he_took_is_fetched(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema="CREATE TABLE t (id int PRIMARY KEY, v text)")
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     options = {"proto_version": "1", "publication_names": '"pmgsync"'}
     master.sql("INSERT INTO t SELECT g, 'a' FROM generate_series(1, 100) AS g")
@@ -74,7 +75,7 @@ def test_what_is_taken_just_before_the_slot_is_ours_is_noticed(
     new_cluster: NewCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look at the slot and START_REPLICATION another reader may come and go."""
-    cluster = new_cluster(nodes=1, schema="CREATE TABLE t (id int PRIMARY KEY)")
+    cluster = new_cluster(nodes=1, schema=STANDARD)
     master = cluster.master
     _kill_agent(master)
     worker = CaptureWorker(load_config(master.config))
@@ -127,7 +128,7 @@ def twin_of(node: Node, name: str) -> Iterator[Node]:
 
 
 def test_a_copied_state_directory_is_refused_under_another_name(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(nodes=2, schema=BANK_SCHEMA)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     with twin_of(slave, "twin") as twin:
         bank, witness = Bank(master, 7), Witness(slave)
@@ -146,7 +147,7 @@ def test_a_copied_state_directory_is_refused_under_another_name(new_cluster: New
 
 def test_two_nodes_with_one_cid_on_one_database_lose_and_double_nothing(new_cluster: NewCluster) -> None:
     """Name and address are right, so nothing refuses it: the database keeps the two apart, and status names it."""
-    cluster = new_cluster(nodes=2, schema=BANK_SCHEMA)
+    cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
     with twin_of(slave, slave.name) as twin:
         bank, witness = Bank(master, 11), Witness(slave)
