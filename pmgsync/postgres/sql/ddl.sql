@@ -64,7 +64,7 @@ $$;
 
 -- Notes the tables that a statement writes anew: what their rows become need not be the same on another node.
 CREATE OR REPLACE FUNCTION pmgsync.ddl_rewrite() RETURNS event_trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 BEGIN
     PERFORM set_config('pmgsync.rewritten', concat_ws(
         ',', nullif(current_setting('pmgsync.rewritten', true), ''), pg_event_trigger_table_rewrite_oid()), true);
@@ -73,7 +73,7 @@ $$;
 
 -- Notes what a statement drops; what is gone can only be asked for now.
 CREATE OR REPLACE FUNCTION pmgsync.ddl_dropped() RETURNS event_trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 BEGIN
     PERFORM set_config('pmgsync.dropped', coalesce((
         SELECT json_agg(json_build_object('type', d.object_type, 'schema', d.schema_name, 'name', d.object_name,
@@ -93,7 +93,7 @@ $$;
 -- string, the whole string and which of its statements have come so far; for one that PL/pgSQL executes, what the call stack
 -- says. For others the text is not known, and the nodes that receive it say so.
 CREATE OR REPLACE FUNCTION pmgsync.ddl_publish() RETURNS event_trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lc_messages = 'C' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET lc_messages = 'C' AS $$
 DECLARE
     most CONSTANT integer := 1048576;
     stack text;

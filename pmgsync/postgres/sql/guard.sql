@@ -41,7 +41,7 @@ WHERE c.relkind = 'p' AND c.relpersistence = 'p'
        WHERE leaf.isleaf AND leaf.relid <> c.oid);
 
 CREATE OR REPLACE FUNCTION pmgsync.guard_table(schema name, name name) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET pmgsync.internal = 'on' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET pmgsync.internal = 'on' AS $$
 BEGIN
     EXECUTE format('CREATE TRIGGER pmgsync_guard BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %I.%I '
                    'FOR EACH STATEMENT EXECUTE FUNCTION pmgsync.refuse()', schema, name);
@@ -50,7 +50,7 @@ $$;
 
 -- Guards tables as they are created or change their name; what fails here is made good by the agent within seconds.
 CREATE OR REPLACE FUNCTION pmgsync.guard_new() RETURNS event_trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET lock_timeout = '1s' AS $$
 BEGIN
     PERFORM pmgsync.guard_table(g.schema, g.name)
     FROM (SELECT DISTINCT c.objid FROM pg_event_trigger_ddl_commands() AS c

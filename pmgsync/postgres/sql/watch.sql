@@ -3,6 +3,9 @@
 --
 -- Inside somebody's DDL it only adds to pmgsync.replica_identity and reads nothing that is ever written by others: under
 -- SERIALIZABLE anything else could end that transaction with an error it would not have had.
+--
+-- The functions set jit = off: where the server has it, compiling these queries made each CREATE TABLE of the application
+-- take 70 ms instead of 6.
 
 CREATE TABLE IF NOT EXISTS pmgsync.profile (
     one boolean PRIMARY KEY DEFAULT true CHECK (one),
@@ -70,7 +73,7 @@ WHERE p.all_tables AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_sc
 -- Gives tables without a usable key REPLICA IDENTITY FULL: one table, or all. What they had before is kept for the day
 -- that pmgsync leaves, and for when they get a key.
 CREATE OR REPLACE FUNCTION pmgsync.keep_identity(one oid DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET pmgsync.internal = 'on' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET pmgsync.internal = 'on' AS $$
 DECLARE
     t record;
 BEGIN
@@ -105,7 +108,7 @@ $$;
 
 -- Makes the publication what the profile and the catalog say it should be. Late: tables that come in may hold rows already.
 CREATE OR REPLACE FUNCTION pmgsync.publish(late boolean DEFAULT false) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET pmgsync.internal = 'on' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET pmgsync.internal = 'on' AS $$
 DECLARE
     publication oid := (SELECT p.oid FROM pg_publication AS p WHERE p.pubname = 'pmgsync');
     change record;
@@ -156,7 +159,7 @@ $$;
 -- Does so inside somebody's DDL. Whatever fails here must not undo the identities, by which published tables can be
 -- written; another session that has just published the same is no failure.
 CREATE OR REPLACE FUNCTION pmgsync.try_publish() RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 BEGIN
     FOR attempt IN 1..3 LOOP
         BEGIN
@@ -188,7 +191,7 @@ $$;
 
 -- Notes a table that is written anew because it becomes logged: its rows were in no stream. Reason 1: persistence.
 CREATE OR REPLACE FUNCTION pmgsync.watch_rewrite() RETURNS event_trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 BEGIN
     IF pg_event_trigger_table_rewrite_reason() & 1 = 1 THEN
         PERFORM set_config('pmgsync.relogged', concat_ws(
@@ -201,7 +204,7 @@ $$;
 -- agent tries again within seconds. It waits for a lock no longer than lock_timeout: only tables of schemas that are not
 -- published as a whole, and new schemas, need one that others may hold.
 CREATE OR REPLACE FUNCTION pmgsync.watch() RETURNS event_trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET lock_timeout = '1s' AS $$
 DECLARE
     object record;
     publishing boolean := false;
@@ -260,7 +263,7 @@ $$;
 -- What the agent does every few seconds: all of the above for all tables, and what would be too much inside somebody's
 -- DDL: records of tables that are gone go, and a table that was given a key uses it.
 CREATE OR REPLACE FUNCTION pmgsync.tend() RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
     t record;
 BEGIN
