@@ -1,0 +1,88 @@
+"""Trees: which of them a cluster has, who answers for each, and when one looks as if its disk were gone. Pure."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pmgsync.core.membership import ClusterDocument
+from pmgsync.core.profile import FileTree, Profile
+
+EMPTIED_CONFIG = 2
+EMPTIED_SPOOL = 100
+"""So many files never go all at once; fewer may: a small quarantine is purged in one night."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """One tree of a cluster.
+
+    Attributes:
+        name: the same on every node: the directory as the profile names it, whatever node.toml puts in its place.
+        rule: what the profile says of it.
+        below: of a spool, the directory below the root, "" otherwise.
+        owner: CID of the node that answers for it.
+    """
+
+    name: str
+    rule: FileTree
+    below: str
+    owner: int
+
+    @property
+    def is_config(self) -> bool:
+        """True when its owner is whoever is master."""
+        return self.rule.kind == "config"
+
+
+def trees_of(profile: Profile, document: ClusterDocument) -> dict[str, Tree]:
+    """Return every tree of the cluster by its name.
+
+    A config tree and the spools of nodes that are gone are the master's; a member's spool is its own.
+    """
+    found: dict[str, Tree] = {}
+    for rule in profile.files:
+        if rule.kind == "config":
+            found[rule.root] = Tree(rule.root, rule, "", document.master)
+            continue
+        for cid in range(1, document.max_cid + 1):
+            below = rule.tree.replace("{cid}", str(cid))
+            name = posixpath.join(rule.root, below)
+            owner = cid if document.member(cid) is not None else document.master
+            found[name] = Tree(name, rule, below, owner)
+    return found
+
+
+def looks_vanished(before: int, after: int, *, config: bool) -> bool:
+    """True when a tree lost all its files at once, as it does when its disk is not mounted.
+
+    Args:
+        before, after: numbers of files.
+    """
+    return after == 0 and before >= (EMPTIED_CONFIG if config else EMPTIED_SPOOL)
+
+
+def profile_path(tree: Tree, name: bytes) -> bytes:
+    """Return the absolute path of a name as the profile's actions say it."""
+    return posixpath.join(tree.name.encode("utf-8", "surrogateescape"), name)
+
+
+def touched_actions(profile: Profile, paths: Iterable[bytes], tables: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the commands that a batch of changed files and tables asks for, each once, in the profile's order.
+
+    Args:
+        paths: absolute, as `profile_path` returns them. An action whose path ends in "/" means all in that directory.
+    """
+    changed, named = set(paths), set(tables)
+    found: dict[tuple[str, ...], None] = {}
+    for action in profile.actions:
+        patterns = [path.encode("utf-8", "surrogateescape") for path in action.files]
+        by_file = any(
+            path == pattern or (pattern.endswith(b"/") and path.startswith(pattern))
+            for pattern in patterns
+            for path in changed
+        )
+        if by_file or named.intersection(action.tables):
+            found.setdefault(action.run)
+    return list(found)

@@ -1,0 +1,348 @@
+"""The receiving side of a tree: what its owner says it holds, what is in place here, and the batches between them."""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pmgsync.core.filenames import Selection, parents
+from pmgsync.core.manifests import Change, Entry, Manifest
+from pmgsync.core.renames import Step, check_shape, plan_pass
+from pmgsync.core.trees import Tree, looks_vanished
+from pmgsync.errors import ProtocolError
+from pmgsync.files.cache import Cache
+from pmgsync.files.directories import FilesError, Root, TreeStoppedError, explain
+from pmgsync.files.hashing import ChangedMeanwhileError, hash_file
+from pmgsync.files.local import LocalTree
+from pmgsync.files.marker import ACCEPT_HINT, check_marker, write_marker
+from pmgsync.files.placing import Placer, localised
+from pmgsync.files.scan import Limits
+from pmgsync.files.space import check_room
+from pmgsync.files.staging import Part, Staging, WrongContentError
+
+BATCH_NAMES = 500
+BATCH_BYTES = 64 << 20
+"""Of a spool; what changed of a configuration is one batch whatever its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A content to be fetched: one of the names that have it at the owner, its digest and its size."""
+
+    name: bytes
+    digest: bytes
+    size: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """Steps that are done in one pass once the needs are staged."""
+
+    steps: list[Step]
+    needs: list[Need]
+    names: list[bytes]
+
+
+class Intake:
+    """One tree that another node owns; used by one thread.
+
+    Attributes:
+        owner: what the owner says it holds, as it says it.
+        held: what is in place here of that.
+        known: `owner` is complete: it was compared with the owner since this was made.
+        kept: paths of copies of what was written here against the owner.
+        errors: by name, why it is not in place.
+    """
+
+    def __init__(self, tree: Tree, path: Path, cache: Cache, limits: Limits, cid: int, divergence: Path) -> None:
+        """Open the tree's directory, and make it when this node never had it.
+
+        Args:
+            cid: of this node.
+            divergence: directory for what this node has in a configuration that it begins to take from another node.
+
+        Raises:
+            TreeStoppedError: when its marker is gone.
+            FilesError: when it cannot be used.
+        """
+        self.tree = tree
+        self.known = False
+        self.errors: dict[bytes, FilesError] = {}
+        self.kept: list[str] = []
+        self._cache = cache
+        self._cid = cid
+        self._limits = limits
+        self._selection = Selection(tree.rule.include, tree.rule.exclude)
+        self.local = LocalTree(tree, path, cache, limits) if tree.is_config else None
+        self.root = self.local.root if self.local is not None else Root(path, tree.below)
+        try:
+            check_marker(self.root, cache, tree.name)
+            self._staging = Staging(self.root)
+        except (FilesError, TreeStoppedError):
+            self._close_root()
+            raise
+        self.held = cache.held(tree.name)
+        self.owner = self.held.copy()
+        self._by_digest = {entry.digest: name for name, entry in self.held.items() if entry.kind == "f"}
+        self._part: Part | None = None
+        self._pending: set[bytes] = set()
+        self._remaining_at = (b"", 0)
+        self._accepted = False
+        before = cache.fact(tree.name, "owner")
+        # What a node brings with it, or wrote as the master, is not an edit by mistake: it goes to one place.
+        new_here = tree.is_config and before in {"", str(cid)}
+        stamp = time.strftime("files-%Y%m%dT%H%M%S", time.localtime())
+        self._placer = Placer(self.root, self._staging, divergence / stamp / tree.name.strip("/") if new_here else None)
+        self._new_here = new_here
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        self.let_go()
+        self._staging.close()
+        self._close_root()
+
+    def _close_root(self) -> None:
+        if self.local is not None:
+            self.local.close()
+        self.root.close()
+
+    # -- what the owner says ------------------------------------------------------------------------------------------
+
+    def offer(self, changes: Iterable[Change]) -> None:
+        """Take changes that the owner announced.
+
+        Raises:
+            ProtocolError: when they cannot be a tree's, or are more than it may hold.
+        """
+        changes = [(name, entry) for name, entry in changes if entry is None or self._selection.selects(name)]
+        for name, entry in changes:
+            if self.owner.set(name, entry):
+                self._pending.add(name)
+        if len(self.owner) > self._limits.max_count:
+            raise ProtocolError(
+                f"node {self.tree.owner} has more than {self._limits.max_count} entries in {self.tree.name}"
+            )
+        check_shape(self.owner, changes)
+
+    def compare(self, buckets: Iterable[int], entries: Mapping[bytes, Entry]) -> None:
+        """Take all entries that the owner has in some groups.
+
+        Raises:
+            ProtocolError: as `offer`.
+        """
+        self.offer(self.owner.with_buckets(buckets, entries))
+
+    def compared(self) -> None:
+        """Note that `owner` is complete now: what differs from it is to be brought in line."""
+        if not self.known:
+            self._pending.update(name for name, entry in self.owner.items() if self.held.get(name) != entry)
+            self._pending.update(name for name in self.held if name not in self.owner)
+        self.known = True
+
+    def refetch(self, names: Iterable[bytes]) -> None:
+        """Forget that names are in place: they are compared with the disk and fetched again when they differ."""
+        for name in names:
+            self.held.set(name, None)
+            self._cache.write(self.tree.name, "held", [(name, None, None)])
+            self._pending.add(name)
+
+    def accept(self) -> None:
+        """Go on as things are now, on an administrator's word.
+
+        Raises:
+            FilesError: when the marker cannot be made.
+        """
+        write_marker(self.root, self._cache, self.tree.name)
+        if self.local is not None:
+            self.local.accept()
+        self._accepted = True
+
+    @property
+    def behind(self) -> int:
+        """How many names are not in place."""
+        return len(self._pending)
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def batch(self) -> Batch | None:
+        """Return what to do next, None when all is in place.
+
+        Raises:
+            TreeStoppedError: when the owner's tree, or this one, looks as if its disk were gone.
+            FilesError: when there is no room, or the tree cannot be read.
+        """
+        if not self.known:
+            return None
+        check_marker(self.root, self._cache, self.tree.name)
+        if looks_vanished(self.held.files, self.owner.files, config=self.tree.is_config) and not self._accepted:
+            raise TreeStoppedError(
+                f"node {self.tree.owner} has none of the {self.held.files} files of {self.tree.name} any more; "
+                "nothing is removed here",
+                hint=ACCEPT_HINT.format(name=self.tree.name),
+            )
+        wanted, actual, names = self._configuration() if self.local is not None else self._spool()
+        if not names:
+            self._settled()
+            return None
+        steps = plan_pass(wanted, actual, self._as_here(self.held, names), names)
+        needs = {
+            step.entry.digest: Need(step.name, step.entry.digest, step.entry.size)
+            for step in steps
+            if step.what == "put" and step.entry is not None and step.entry.digest not in self._staging.whole
+        }
+        check_room(self.root, sum(need.size for need in needs.values()))
+        return Batch(steps, list(needs.values()), names)
+
+    def _configuration(self) -> tuple[Manifest, Manifest, list[bytes]]:
+        assert self.local is not None
+        self.local.changes()
+        actual = self.local.found.manifest
+        if self._remaining_at != (actual.digest, self.local.scans):
+            # What was in their way may be gone.
+            self._placer.remaining.clear()
+        wanted = self._as_here(self.owner, list(self.owner))
+        names = [name for name, entry in wanted.items() if actual.get(name) != entry]
+        names += [name for name in actual if name not in wanted and name not in self._placer.remaining]
+        if not names and self._pending:
+            self._note(list(self._pending))
+        return wanted, actual, names
+
+    def _spool(self) -> tuple[Manifest, Manifest, list[bytes]]:
+        names: list[bytes] = []
+        size = 0
+        for name in self._pending:
+            entry = self.owner.get(name)
+            size += entry.size if entry is not None else 0
+            if names and (len(names) >= BATCH_NAMES or size > BATCH_BYTES):
+                break
+            names.append(name)
+        # A file needs the directories above it, with their modes, in the same batch or before.
+        above = {outer for name in names for outer in parents(name) if outer in self._pending}
+        names = sorted(above.union(names))
+        actual = self._as_here(self.held, names)
+        for name in names:
+            wanted = self.owner.get(name)
+            if wanted is not None and self.held.get(name) is None:
+                actual.set(name, self._on_disk(name, wanted))
+        return self._as_here(self.owner, names), actual, names
+
+    def _on_disk(self, name: bytes, wanted: Entry) -> Entry | None:
+        """Return what stands under a name that was never put in place here, None when nothing does."""
+        try:
+            status = self.root.lstat(name)
+        except OSError:
+            return None  # the pass says what is wrong
+        if status is None:
+            return None
+        here = localised(wanted, trusted=False)
+        if stat.S_ISDIR(status.st_mode):
+            # As if nothing were there: making it sets its mode, too.
+            return here._replace(mode=-1) if wanted.kind == "d" else Entry("d", 0, "", "")
+        if stat.S_ISREG(status.st_mode):
+            try:
+                digest, status = hash_file(self.root, name)
+            except (OSError, ChangedMeanwhileError):
+                digest = b""
+            return Entry("f", -1, "", "", status.st_size, 0, digest)
+        return None
+
+    def _as_here(self, manifest: Manifest, names: Iterable[bytes]) -> Manifest:
+        entries = ((name, manifest.get(name)) for name in names)
+        trusted = self.tree.is_config
+        return Manifest((name, localised(entry, trusted=trusted)) for name, entry in entries if entry is not None)
+
+    def missing(self, batch: Batch) -> list[tuple[Need, int]]:
+        """Return which contents of a batch must be fetched, and from which byte on.
+
+        What this tree has under another name (a file that was moved, or is there twice) is taken from there.
+
+        Raises:
+            FilesError: when the staging area cannot be written.
+        """
+        found = []
+        try:
+            for need in batch.needs:
+                known = self._by_digest.get(need.digest)
+                if known is not None and self._staging.copy(need.digest, self.root, known):
+                    continue
+                found.append((need, self._staging.begun(need.digest)))
+        except OSError as error:
+            raise explain(error, f"cannot write to {self.root.path}") from error
+        return found
+
+    def stage(self, need: Need, offset: int, data: bytes, *, last: bool) -> None:
+        """Take a piece of a content that is missing; contents come one after the other.
+
+        Raises:
+            FilesError: when it is wrong or cannot be written.
+        """
+        try:
+            self._stage(need, offset, data, last=last)
+        except OSError as error:
+            self.let_go()
+            raise explain(error, f"cannot write {self.root.show(need.name)}") from error
+        except WrongContentError:
+            self.let_go()
+            raise
+
+    def _stage(self, need: Need, offset: int, data: bytes, *, last: bool) -> None:
+        if offset == 0 and last:
+            self._staging.put(need.digest, data)
+            return
+        if offset + len(data) > need.size:
+            raise WrongContentError(f"{self.root.show(need.name)} is longer than was announced")
+        if self._part is None or self._part.digest != need.digest:
+            self.let_go()
+            self._part = self._staging.part(need.digest)
+        self._part.write(offset, data)
+        if last:
+            self._part.finish()
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Close what is only partly staged; it is gone on with later."""
+        if self._part is not None:
+            self._part.close()
+            self._part = None
+
+    def place(self, batch: Batch) -> list[bytes]:
+        """Do a batch whose needs are staged; return the names whose content changed here.
+
+        Raises:
+            FilesError: when the disk refuses to keep it.
+        """
+        done = set(self._placer.run(batch.steps, trusted=self.tree.is_config))
+        self.errors = dict(self._placer.errors)
+        self.kept += self._placer.kept
+        self._placer.kept.clear()
+        if self.local is not None:
+            self.local.look(batch.names)
+            self._remaining_at = (self.local.found.manifest.digest, self.local.scans)
+        # A name without a step was as wanted already.
+        failed = set(self.errors)
+        self._note([name for name in batch.names if name not in failed])
+        return [step.name for step in batch.steps if step.name in done and step.what in {"put", "remove"}]
+
+    def _note(self, names: list[bytes]) -> None:
+        rows = [(name, self.owner.get(name), None) for name in names]
+        self._cache.write(self.tree.name, "held", rows)
+        for name, entry, _ in rows:
+            self.held.set(name, entry)
+            self._pending.discard(name)
+            if entry is not None and entry.kind == "f":
+                self._by_digest[entry.digest] = name
+
+    def _settled(self) -> None:
+        """Everything is as the owner has it."""
+        self._accepted = False
+        self._staging.keep_only(set())
+        if len(self._by_digest) > 2 * len(self.held) + 1000:
+            self._by_digest = {entry.digest: name for name, entry in self.held.items() if entry.kind == "f"}
+        if self._cache.fact(self.tree.name, "owner") != str(self.tree.owner):
+            self._cache.note(self.tree.name, "owner", str(self.tree.owner))
+        if self._new_here:
+            self._new_here = False
+            self._placer = Placer(self.root, self._staging)

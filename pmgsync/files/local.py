@@ -1,0 +1,160 @@
+"""A tree as this node's disk has it: scanned from what the cache remembers, then followed by its watch."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pmgsync.core.filenames import Selection
+from pmgsync.core.manifests import Change
+from pmgsync.core.trees import Tree, looks_vanished
+from pmgsync.files.cache import Cache
+from pmgsync.files.directories import FilesError, Root, TreeStoppedError
+from pmgsync.files.marker import ACCEPT_HINT, check_marker, write_marker
+from pmgsync.files.scan import SETTLE_S, Found, Limits, Scanner
+from pmgsync.files.watch import Watch
+
+SCAN_S = 300.0
+SCAN_SHARE = 300
+"""A scan comes after so many seconds, and after so many times its own duration: it catches what a watch has missed."""
+
+
+class LocalTree:
+    """One tree of this disk; used by one thread.
+
+    Attributes:
+        scans: how often the whole was looked at.
+        problem: why changes are only found by scans, "" while they are watched.
+    """
+
+    def __init__(
+        self, tree: Tree, path: Path, cache: Cache, limits: Limits, *, pulse: Callable[[], None] = lambda: None
+    ) -> None:
+        """Open the tree's directory, and make it when this node never had it.
+
+        Raises:
+            TreeStoppedError: when its marker is gone.
+            FilesError: when it cannot be used.
+        """
+        self.tree = tree
+        self.problem = ""
+        self.scans = 0
+        self._cache = cache
+        self._limits = limits
+        self._pulse = pulse
+        self._selection = Selection(tree.rule.include, tree.rule.exclude)
+        self.root = Root(path, tree.below)
+        try:
+            check_marker(self.root, cache, tree.name)
+            self._watch = Watch(self.root)
+        except (FilesError, TreeStoppedError):
+            self.root.close()
+            raise
+        self._scanner = self._new_scanner(cache.seen(tree.name))
+        self._scan_due = 0.0
+        self._accepted = False
+
+    def _new_scanner(self, found: Found) -> Scanner:
+        return Scanner(self.root, self._selection, self._limits, found, entered=self._enter, pulse=self._pulse)
+
+    @property
+    def found(self) -> Found:
+        """What the disk has."""
+        return self._scanner.found
+
+    def selects(self, name: bytes) -> bool:
+        """True when the profile has a name synchronised."""
+        return self._selection.selects(name)
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable when something is touched."""
+        return self._watch.fileno()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._watch.close()
+        self.root.close()
+
+    def due_s(self) -> float:
+        """Return in how many seconds `changes` has something to do even if nothing is touched."""
+        due = max(0.0, self._scan_due - time.monotonic())
+        if self.found.unsettled:
+            due = min(due, SETTLE_S)
+        created = self._watch.due_s()
+        return due if created is None else min(due, created)
+
+    def changes(self) -> list[Change]:
+        """Return what has changed since the last time; the cache knows it too.
+
+        Raises:
+            TreeStoppedError: when the tree looks as if its disk were gone; nothing of it is taken to be gone.
+            FilesError: when it cannot be read.
+        """
+        touched = self._watch.take()
+        if touched.lost or time.monotonic() >= self._scan_due:
+            return self._scan()
+        names = touched.names | self.found.unsettled
+        if not names and not touched.deep:
+            return []
+        before = self.found.manifest.files
+        found = self._scanner.look(names, touched.deep)
+        return self._judged(found, before)
+
+    def look(self, names: list[bytes]) -> list[Change]:
+        """Look at names that this process itself has written."""
+        found = self._scanner.look(names, settling=False)
+        self._save()
+        return found
+
+    def accept(self) -> None:
+        """Take the tree as it is now, on an administrator's word.
+
+        Raises:
+            FilesError: when its marker cannot be made.
+        """
+        write_marker(self.root, self._cache, self.tree.name)
+        self._accepted = True
+        self._scan_due = 0.0
+
+    def scan_soon(self) -> None:
+        """Have the next look be a scan of everything."""
+        self._scan_due = 0.0
+
+    def _scan(self) -> list[Change]:
+        check_marker(self.root, self._cache, self.tree.name)
+        before, started = self.found.manifest.files, time.monotonic()
+        self.problem = ""
+        self.scans += 1
+        found = self._scanner.scan()
+        took = time.monotonic() - started
+        jitter = random.uniform(0.8, 1.2)  # noqa: S311 -- spreads scans, no secret
+        self._scan_due = time.monotonic() + max(SCAN_S, SCAN_SHARE * took) * jitter
+        return self._judged(found, before)
+
+    def _judged(self, changes: list[Change], before: int) -> list[Change]:
+        after = self.found.manifest.files
+        if looks_vanished(before, after, config=self.tree.is_config) and not self._accepted:
+            # The cache still has what was there: that is what is known until somebody says otherwise.
+            self._scanner = self._new_scanner(self._cache.seen(self.tree.name))
+            self._scan_due = 0.0
+            raise TreeStoppedError(
+                f"all {before} files of {self.root.path} are gone at once; nothing is removed elsewhere",
+                hint=ACCEPT_HINT.format(name=self.tree.name),
+            )
+        if changes:
+            self._accepted = False
+        self._save()
+        return changes
+
+    def _save(self) -> None:
+        manifest, stamps = self.found.manifest, self.found.stamps
+        names = self._scanner.restamped()
+        self._cache.write(self.tree.name, "seen", [(name, manifest.get(name), stamps.get(name)) for name in names])
+
+    def _enter(self, directory: bytes) -> None:
+        try:
+            self._watch.add(directory)
+        except FilesError as error:
+            self.problem = str(error)

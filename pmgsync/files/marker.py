@@ -1,0 +1,52 @@
+"""The marker of a tree: a file at its root that proves that the right disk is mounted there."""
+
+from __future__ import annotations
+
+import os
+
+from pmgsync.core.filenames import OWN_DIRECTORY
+from pmgsync.files.cache import Cache
+from pmgsync.files.directories import Root, TreeStoppedError, explain, own_directory
+
+_MARKER = b"marker"
+ACCEPT_HINT = "mount it; when it is as it should be, say so: pmgcm files --accept {name}"
+
+
+def check_marker(root: Root, cache: Cache, tree: str) -> None:
+    """Make the marker of a tree that never had one, else check that it is there.
+
+    Raises:
+        TreeStoppedError: when this node has known the tree before and its marker is gone.
+        FilesError: when it cannot be read or written.
+    """
+    name = OWN_DIRECTORY + b"/" + _MARKER
+    try:
+        if root.lstat(name) is not None and not root.moved():
+            if not cache.fact(tree, "marked"):
+                cache.note(tree, "marked", "yes")
+            return
+    except OSError as error:
+        raise explain(error, f"cannot read {root.show(name)}") from error
+    if cache.fact(tree, "marked"):
+        raise TreeStoppedError(
+            f"the marker {root.show(name)} is gone, as if the disk were not mounted; nothing is done there",
+            hint=ACCEPT_HINT.format(name=tree),
+        )
+    write_marker(root, cache, tree)
+
+
+def write_marker(root: Root, cache: Cache, tree: str) -> None:
+    """Make the marker of a tree.
+
+    Raises:
+        FilesError: when it cannot be written.
+    """
+    own_directory(root)
+    name = OWN_DIRECTORY + b"/" + _MARKER
+    try:
+        with root.parent(name) as (fd, last):
+            os.close(os.open(last, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=fd))
+            os.fsync(fd)
+    except OSError as error:
+        raise explain(error, f"cannot make {root.show(name)}") from error
+    cache.note(tree, "marked", "yes")

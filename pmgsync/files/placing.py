@@ -1,0 +1,269 @@
+"""The rename pass: verified contents of the staging area take their places in the tree, as a plan says."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import stat
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pmgsync.core.filenames import CONFLICT_MARK, MAX_COMPONENT
+from pmgsync.core.manifests import Entry
+from pmgsync.core.renames import Step
+from pmgsync.files.directories import FilesError, Root, explain
+from pmgsync.files.owners import group_id, group_name, may_give_away, user_id, user_name
+from pmgsync.files.space import sync_file_system
+from pmgsync.files.staging import Staging, copy_content
+
+FEW = 16
+"""Up to so many directories are synced one by one, more by one call for the whole file system."""
+
+
+def localised(entry: Entry, *, trusted: bool) -> Entry:
+    """Return what an entry of the owner's becomes on this node.
+
+    Args:
+        trusted: the owner is the master, whose word counts here anyway. From others no file becomes executable or runs
+            with its owner's rights.
+    """
+    mode = entry.mode if trusted else entry.mode & (0o777 if entry.kind == "d" else 0o666)
+    if may_give_away():
+        user = entry.user if user_id(entry.user) is not None else user_name(os.geteuid())
+        group = entry.group if group_id(entry.group) is not None else group_name(os.getegid())
+    else:
+        user, group = user_name(os.geteuid()), group_name(os.getegid())
+    return entry._replace(mode=mode, user=user, group=group)
+
+
+class Placer:
+    """Executes plans in one tree.
+
+    Attributes:
+        kept: paths of the copies that were kept since this was last emptied.
+        errors: by name, why a step could not be done.
+        remaining: directories that were to be removed and are not, for what is left in them is this node's own.
+    """
+
+    def __init__(self, root: Root, staging: Staging, keep_in: Path | None = None) -> None:
+        """`keep_in`: a directory for contents that are to be kept; None: beside the file."""
+        self._root = root
+        self._staging = staging
+        self._keep_in = keep_in
+        self.kept: list[str] = []
+        self.errors: dict[bytes, FilesError] = {}
+        self.remaining: set[bytes] = set()
+        self._touched: set[bytes] = set()
+
+    def run(self, steps: Sequence[Step], *, trusted: bool) -> list[bytes]:
+        """Do all the steps and return the names that are now as wanted; it is all on disk then.
+
+        Raises:
+            FilesError: when the disk refuses to keep it.
+        """
+        self.errors.clear()
+        self._touched.clear()
+        needed = Counter(step.entry.digest for step in steps if step.what == "put" and step.entry is not None)
+        done = []
+        try:
+            # Contents first: a name must never lead to a file whose bytes are not on disk.
+            if needed:
+                self._sync_contents(needed)
+            for step in steps:
+                last = False
+                if step.what == "put" and step.entry is not None:
+                    needed[step.entry.digest] -= 1
+                    last = needed[step.entry.digest] == 0
+                try:
+                    self._do(step, last=last, trusted=trusted)
+                except OSError as error:
+                    verb = "remove" if step.what == "remove" else "write"
+                    self.errors[step.name] = explain(error, f"cannot {verb} {self._root.show(step.name)}")
+                else:
+                    done.append(step.name)
+            self._sync_directories()
+        except OSError as error:
+            raise explain(error, f"cannot bring {self._root.path} to the disk") from error
+        return done
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _do(self, step: Step, *, last: bool, trusted: bool) -> None:
+        entry = localised(step.entry, trusted=trusted) if step.entry is not None else None
+        if entry is None:
+            self._remove(step.name, keep=step.keep)
+        elif step.what == "put":
+            self._put(step.name, entry, keep=step.keep, last=last)
+        elif step.what == "directory" or entry.kind == "d":
+            self._make_directory(step.name, entry)
+        else:
+            self._set(step.name, entry)
+
+    def _put(self, name: bytes, entry: Entry, *, keep: bool, last: bool) -> None:
+        source = self._staging.ready(entry.digest, last=last)
+        file = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._staging.fd)
+        try:
+            _describe(file, entry)
+        finally:
+            os.close(file)
+        with self._root.parent(name, create=True) as (fd, target):
+            if keep:
+                self._keep(fd, target, name)
+            os.rename(source, target, src_dir_fd=self._staging.fd, dst_dir_fd=fd)
+        self._touch(name)
+
+    def _set(self, name: bytes, entry: Entry) -> None:
+        with self._root.parent(name) as (fd, last):
+            status = os.stat(last, dir_fd=fd, follow_symlinks=False)
+            if status.st_nlink > 1:
+                # The other names of the file may lie outside the tree, and are none of the owner's business.
+                self._separate(fd, last, name)
+        file = self._root.open_file(name)
+        try:
+            _describe(file, entry)
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def _separate(self, fd: int, last: bytes, name: bytes) -> None:
+        copy = b"copy-set"
+        source = self._root.open_file(name)
+        try:
+            target = os.open(
+                copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=self._staging.fd
+            )
+            try:
+                copy_content(source, target)
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+        os.rename(copy, last, src_dir_fd=self._staging.fd, dst_dir_fd=fd)
+        self._touch(name)
+
+    def _make_directory(self, name: bytes, entry: Entry) -> None:
+        with self._root.parent(name, create=True) as (fd, last):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(last, 0o700, dir_fd=fd)
+            directory = os.open(last, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        try:
+            _describe(directory, entry)
+        finally:
+            os.close(directory)
+        self._touch(name)
+
+    def _remove(self, name: bytes, *, keep: bool) -> None:
+        try:
+            with self._root.parent(name) as (fd, last):
+                if stat.S_ISDIR(os.stat(last, dir_fd=fd, follow_symlinks=False).st_mode):
+                    self._remove_directory(fd, last, name, keep=keep)
+                else:
+                    if keep:
+                        self._keep(fd, last, name)
+                    os.unlink(last, dir_fd=fd)
+        except FileNotFoundError:
+            return
+        self._touch(name)
+
+    def _remove_directory(self, fd: int, last: bytes, name: bytes, *, keep: bool) -> None:
+        try:
+            os.rmdir(last, dir_fd=fd)
+        except OSError as error:
+            # What is left in it is this node's own (excluded names, copies that were kept).
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+            if keep:
+                for aside in _aside(last):
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(aside, 0o700, dir_fd=fd)
+                        os.rename(last, aside, src_dir_fd=fd, dst_dir_fd=fd)
+                        self.kept.append(self._root.show(name[: len(name) - len(last)] + aside))
+                        return
+            else:
+                self.remaining.add(name)
+
+    # -- what is kept -------------------------------------------------------------------------------------------------
+
+    def _keep(self, fd: int, last: bytes, name: bytes) -> None:
+        """Keep what is there now; it stays under its name too."""
+        try:
+            status = os.stat(last, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISREG(status.st_mode):
+            return
+        if self._keep_in is not None:
+            self._keep_elsewhere(name)
+            return
+        for kept in _aside(last):
+            with contextlib.suppress(FileExistsError):
+                os.link(last, kept, src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False)
+                self.kept.append(self._root.show(name[: len(name) - len(last)] + kept))
+                return
+
+    def _keep_elsewhere(self, name: bytes) -> None:
+        assert self._keep_in is not None
+        target = self._keep_in / os.fsdecode(name)
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        source = self._root.open_file(name)
+        try:
+            copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            os.close(source)
+            return  # it was kept before a crash
+        try:
+            copy_content(source, copy)
+        finally:
+            os.close(source)
+            os.close(copy)
+        self.kept.append(os.fsencode(target).decode(errors="backslashreplace"))
+
+    # -- the disk -----------------------------------------------------------------------------------------------------
+
+    def _touch(self, name: bytes) -> None:
+        self._touched.add(name.rpartition(b"/")[0])
+
+    def _sync_contents(self, needed: Counter[bytes]) -> None:
+        if len(needed) > FEW:
+            sync_file_system(self._root.fd)
+            return
+        for digest in needed:
+            file = os.open(digest.hex(), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._staging.fd)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+    def _sync_directories(self) -> None:
+        if len(self._touched) > FEW:
+            sync_file_system(self._root.fd)
+            return
+        for directory in self._touched:
+            # A directory that was touched may have made room for a file since.
+            with (
+                contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                self._root.directory(directory) as fd,
+            ):
+                os.fsync(fd)
+
+
+def _aside(last: bytes) -> Iterator[bytes]:
+    """Yield dated names for what is kept beside; the first that is free is taken."""
+    mark = CONFLICT_MARK + time.strftime("%Y%m%dT%H%M%S", time.localtime()).encode()
+    for number in itertools.count():
+        end = mark + (b"-%d" % number if number else b"")
+        yield last[: MAX_COMPONENT - len(end)] + end
+
+
+def _describe(fd: int, entry: Entry) -> None:
+    """Give an open file or directory its owner, mode and time; the owner first, for that clears bits of the mode."""
+    if may_give_away():
+        uid, gid = user_id(entry.user), group_id(entry.group)
+        os.fchown(fd, -1 if uid is None else uid, -1 if gid is None else gid)
+    os.fchmod(fd, entry.mode)
+    if entry.kind == "f":
+        os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))

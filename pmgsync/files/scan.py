@@ -1,0 +1,297 @@
+"""The scan of a tree: metadata first, content only where the metadata differ from what was hashed before."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pmgsync.core.filenames import MAX_COMPONENT, MAX_DEPTH, MAX_NAME, Selection, parents
+from pmgsync.core.manifests import Change, Entry, Manifest
+from pmgsync.files.directories import FilesError, Root, explain
+from pmgsync.files.hashing import ChangedMeanwhileError, hash_file
+from pmgsync.files.owners import group_name, user_name
+
+SETTLE_S = 0.02
+"""A file is hashed when its times are at least so old: two writes within one tick of the kernel's clock (at most 10 ms)
+leave the same times behind, and the second one would never be noticed."""
+MAX_FINDINGS = 1000
+
+Stamp = tuple[int, int]
+"""Inode, and the time of its last change; with size and mtime it tells whether a file must be hashed again."""
+
+
+@dataclass(slots=True)
+class Limits:
+    """What a tree may hold: the size of one file in bytes, and the number of files and directories."""
+
+    max_size: int = 16 << 30
+    max_count: int = 1_000_000
+
+
+@dataclass(slots=True)
+class Found:
+    """What is known of a tree.
+
+    Attributes:
+        manifest: its entries.
+        stamps: of each file, what it was when it was hashed.
+        findings: by name, a sentence on what was left out and why.
+        unsettled: names that were being written while they were looked at; to be looked at again.
+        hashed: bytes hashed so far.
+    """
+
+    manifest: Manifest = field(default_factory=Manifest)
+    stamps: dict[bytes, Stamp] = field(default_factory=dict)
+    findings: dict[bytes, str] = field(default_factory=dict)
+    unsettled: set[bytes] = field(default_factory=set)
+    hashed: int = 0
+
+    def set(self, name: bytes, entry: Entry | None, stamp: Stamp | None) -> bool:
+        """Note what a name is; True when its entry is another than before."""
+        if stamp is None:
+            self.stamps.pop(name, None)
+        else:
+            self.stamps[name] = stamp
+        return self.manifest.set(name, entry)
+
+
+class Scanner:
+    """Brings `found` in line with the file system, and tells what has changed.
+
+    What cannot be read is not taken to be gone: its entries stay as they were, and a finding says why.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        selection: Selection,
+        limits: Limits,
+        found: Found | None = None,
+        *,
+        entered: Callable[[bytes], None] = lambda directory: None,
+        pulse: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`entered` is called with each directory before it is read, for a watch must miss nothing; `pulse` often."""
+        self.root = root
+        self.found = found or Found()
+        self._selection = selection
+        self._limits = limits
+        self._entered = entered
+        self._pulse = pulse
+        self._changes: dict[bytes, Entry | None] = {}
+        self._restamped: set[bytes] = set()
+        self._settling = True
+
+    def scan(self) -> list[Change]:
+        """Look at the whole tree; return the entries that changed.
+
+        Raises:
+            FilesError: when the root cannot be read, or holds more than it may.
+        """
+        seen: set[bytes] = set()
+        unread: list[bytes] = []
+        self.found.unsettled.clear()
+        self._entered(b"")
+        try:
+            with self.root.directory(b"") as fd:
+                self._walk(fd, b"", seen, unread)
+        except OSError as error:
+            raise explain(error, f"cannot read {self.root.path}") from error
+        self._forget((name for name in self.found.manifest if name not in seen), unread)
+        for name in [name for name in self.found.findings if name not in seen]:
+            del self.found.findings[name]
+        return self._taken()
+
+    def look(self, names: Iterable[bytes], deep: Iterable[bytes] = (), *, settling: bool = True) -> list[Change]:
+        """Look at some names again; return the entries that changed.
+
+        Args:
+            deep: directories whose content is looked at too.
+            settling: False when it was this process that wrote them, and nobody else is likely to be at it.
+
+        Raises:
+            FilesError: when the tree holds more than it may.
+        """
+        whole, self._settling = set(deep), settling
+        for name in sorted({*names, *whole}):
+            if any(map(self._selection.excludes, (name, *parents(name)))):
+                continue
+            if not (self._selection.takes(name) or self._selection.enters(name)):
+                continue
+            self._look(name, deep=name in whole)
+        self._settling = True
+        return self._taken()
+
+    def restamped(self) -> set[bytes]:
+        """Return the names whose entry or stamp is another than when this was last asked."""
+        names, self._restamped = self._restamped, set()
+        return names
+
+    # -- one name -----------------------------------------------------------------------------------------------------
+
+    def _look(self, name: bytes, *, deep: bool) -> None:
+        self.found.unsettled.discard(name)
+        try:
+            with self.root.parent(name) as (fd, last):
+                status = os.stat(last, dir_fd=fd, follow_symlinks=False)
+                is_directory = self._visit(name, status, new=name not in self.found.manifest)
+                if not is_directory:
+                    if deep or stat.S_ISDIR(status.st_mode):
+                        return
+                    self._forget(self.found.manifest.below(name), ())
+                elif deep:
+                    self._descend(fd, last, name)
+        except (FileNotFoundError, NotADirectoryError):
+            self._forget([name, *self.found.manifest.below(name)], ())
+            self.found.findings.pop(name, None)
+        except OSError as error:
+            self._finding(name, explain(error, f"cannot read {self.root.show(name)}").message)
+
+    def _descend(self, fd: int, last: bytes, name: bytes) -> None:
+        seen: set[bytes] = {name}
+        unread: list[bytes] = []
+        self._enter(fd, last, name, seen, unread)
+        self._forget((each for each in self.found.manifest.below(name) if each not in seen), unread)
+
+    # -- directories --------------------------------------------------------------------------------------------------
+
+    def _walk(self, fd: int, directory: bytes, seen: set[bytes], unread: list[bytes]) -> None:
+        """Look at everything in an open directory."""
+        self._pulse()
+        prefix = directory + b"/" if directory else b""
+        with os.scandir(fd) as entries:
+            for each in entries:
+                last = os.fsencode(each.name)
+                name = prefix + last
+                if self._selection.excludes(name):
+                    continue
+                taken = self._selection.takes(name)
+                if not taken and not self._selection.enters(name):
+                    continue
+                if len(name) > MAX_NAME or len(last) > MAX_COMPONENT or name.count(b"/") >= MAX_DEPTH:
+                    self._finding(name, f"{self.root.show(name)} is left out: its name is too long")
+                    continue
+                try:
+                    status = each.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                seen.add(name)
+                if self._visit(name, status, new=True):
+                    self._enter(fd, last, name, seen, unread)
+
+    def _enter(self, fd: int, last: bytes, name: bytes, seen: set[bytes], unread: list[bytes]) -> None:
+        try:
+            inner = os.open(last, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        except OSError as error:
+            if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+                unread.append(name)
+                self._finding(name, explain(error, f"cannot read {self.root.show(name)}").message)
+            return
+        try:
+            self._entered(name)
+            self._walk(inner, name, seen, unread)
+        finally:
+            os.close(inner)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def _visit(self, name: bytes, status: os.stat_result, *, new: bool) -> bool:
+        """Note what one name is; True when it is a directory to be entered."""
+        if stat.S_ISDIR(status.st_mode):
+            if self._selection.takes(name):
+                self._set(name, _entry("d", status), None)
+                self.found.findings.pop(name, None)
+            return self._selection.enters(name)
+        if not self._selection.takes(name):
+            return False
+        if not stat.S_ISREG(status.st_mode):
+            self._leave_out(name, f"{self.root.show(name)} is left out: it is {_kind(status.st_mode)}")
+        elif status.st_size > self._limits.max_size:
+            limit = self._limits.max_size
+            self._leave_out(name, f"{self.root.show(name)} is left out: {status.st_size} bytes, {limit} are allowed")
+        else:
+            self._visit_file(name, status)
+        return False
+
+    def _visit_file(self, name: bytes, status: os.stat_result) -> None:
+        known = self.found.manifest.get(name)
+        if (
+            known is not None
+            and known.kind == "f"
+            and self.found.stamps.get(name) == (status.st_ino, status.st_ctime_ns)
+            and known.size == status.st_size
+            and known.mtime_ns == max(0, status.st_mtime_ns)
+        ):
+            return
+        if self._settling and 0 <= time.time() - status.st_ctime < SETTLE_S:
+            self.found.unsettled.add(name)
+            return
+        try:
+            digest, status = hash_file(self.root, name)
+        except (ChangedMeanwhileError, FileNotFoundError):
+            self.found.unsettled.add(name)
+            return
+        except OSError as error:
+            self._finding(name, explain(error, f"cannot read {self.root.show(name)}").message)
+            return
+        self.found.hashed += status.st_size
+        self.found.findings.pop(name, None)
+        self._set(name, _entry("f", status, digest), (status.st_ino, status.st_ctime_ns))
+        self._pulse()
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def _set(self, name: bytes, entry: Entry | None, stamp: Stamp | None) -> None:
+        if entry is not None and name not in self.found.manifest and len(self.found.manifest) >= self._limits.max_count:
+            raise FilesError(
+                f"{self.root.path} holds more than {self._limits.max_count} files and directories",
+                hint="raise max_files in the profile, or take some away",
+            )
+        if self.found.stamps.get(name) != stamp:
+            self._restamped.add(name)
+        if self.found.set(name, entry, stamp):
+            self._changes[name] = entry
+            self._restamped.add(name)
+
+    def _leave_out(self, name: bytes, sentence: str) -> None:
+        """Something is there that is not synchronised: for the others there is nothing."""
+        self._finding(name, sentence)
+        if name in self.found.manifest:
+            self._set(name, None, None)
+
+    def _finding(self, name: bytes, sentence: str) -> None:
+        if name in self.found.findings or len(self.found.findings) < MAX_FINDINGS:
+            self.found.findings[name] = sentence
+
+    def _forget(self, names: Iterable[bytes], unread: Iterable[bytes]) -> None:
+        """Note that names are gone, but for those below directories that could not be read."""
+        kept = tuple(directory + b"/" for directory in unread)
+        for name in [name for name in names if name in self.found.manifest and not (kept and name.startswith(kept))]:
+            self._set(name, None, None)
+
+    def _taken(self) -> list[Change]:
+        changes, self._changes = list(self._changes.items()), {}
+        return changes
+
+
+def _entry(kind: Literal["f", "d"], status: os.stat_result, digest: bytes = b"") -> Entry:
+    mode, user, group = stat.S_IMODE(status.st_mode), user_name(status.st_uid), group_name(status.st_gid)
+    if kind == "d":
+        return Entry("d", mode, user, group)
+    return Entry("f", mode, user, group, status.st_size, max(0, status.st_mtime_ns), digest)
+
+
+def _kind(mode: int) -> str:
+    kinds = (
+        (stat.S_ISLNK, "a symbolic link"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    return next((text for test, text in kinds if test(mode)), "no regular file")
