@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from broker.chains.follower import Follower
@@ -19,9 +20,12 @@ from pmgsync.core.chains import ChainHead
 from pmgsync.core.frames import Frame
 from pmgsync.core.positions import Position
 from pmgsync.errors import JournalDamagedError, PmgsyncError, ProtocolError, ResyncRequiredError
+from pmgsync.trace import hop
 
 log = logging.getLogger(__name__)
 
+WRITE_AFTER_S = 0.002
+"""Seconds after which the journal's thread begins to write: by then the frame is on its way to whoever applies it."""
 MAX_DAMAGE = 10
 """Sentences about damage that status goes on showing."""
 
@@ -63,7 +67,7 @@ class Chains:
         self._loop = loop
         self._members = members
         self._new_id = new_id
-        self.journals = Journals(directory, cid)
+        self.journals = Journals(directory, cid, soon=partial(loop.once, WRITE_AFTER_S))
         self.journals.start()
         self.streams = Streams(self.journals, self._damaged)
         self.own = Publishing(cid, cluster, self.journals, publish=publish, durable=durable, listener=self)
@@ -127,8 +131,10 @@ class Chains:
         if frame.header.origin != origin or frame.header.cluster != self._cluster:
             raise ProtocolError(f"it published a frame of node {frame.header.origin}, or of another cluster")
         follower = self._followers.get(origin)
+        hop("heard", frame.here.lsn)
         if follower is not None:
             follower.live(frame)
+            hop("heard-done", frame.here.lsn)
 
     def damaged_frame(self, origin: int) -> None:
         """Count a frame of a member that did not match its checksum."""

@@ -12,6 +12,7 @@ from pmgsync.core.chains import Verdict
 from pmgsync.core.frames import read_frame
 from pmgsync.core.positions import Position
 from pmgsync.errors import ProtocolError
+from pmgsync.trace import hop
 
 MARK_S = 0.05
 """Seconds between watermarks on disk: each costs an fsync, but capture asks the server on only when
@@ -72,6 +73,7 @@ class Publishing:
             PmgsyncError: when it cannot be taken; capture starts again from the journal's end.
         """
         frame = read_frame(header, body)
+        hop("taken", frame.here.lsn)
         if frame.header.origin != self._cid or frame.header.cluster != self._cluster:
             raise ProtocolError("capture sent a frame of another chain")
         verdict = self._journals.accept(frame)
@@ -83,6 +85,7 @@ class Publishing:
             self._listener.fell_back(self._journals.chains()[self._cid])
         # Publishing need not wait for the disk: what a crash takes from the journal the WAL still has.
         self._publish(header, body)
+        hop("published", frame.here.lsn)
         self._listener.taken(frame)
 
     def safe(self) -> tuple[Position, int]:

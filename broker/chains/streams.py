@@ -10,6 +10,7 @@ from broker.journal.journals import Journals
 from pmgsync.core.frames import Frame
 from pmgsync.core.positions import Position
 from pmgsync.errors import JournalDamagedError, PmgsyncError
+from pmgsync.trace import hop
 
 READ_BYTES = 1 << 20
 """Bytes read from the journal at a time."""
@@ -118,6 +119,7 @@ class Streams:
                 del self._by_owner[key]
 
     def _send(self, stream: Stream, frame: Frame) -> bool:
+        hop("offered", frame.here.lsn)
         if not stream.send(frame):
             self._forget(stream)
             return False

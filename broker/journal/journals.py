@@ -12,7 +12,7 @@ import sqlite3
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -87,7 +87,14 @@ class _Chain:
 class Journals:
     """The journals of all chains, one SQLite file each in one directory."""
 
-    def __init__(self, directory: Path, own: int, *, max_pending: int = MAX_PENDING) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        own: int,
+        *,
+        max_pending: int = MAX_PENDING,
+        soon: Callable[[Callable[[], None]], None] | None = None,
+    ) -> None:
         """Take over a directory.
 
         Args:
@@ -95,6 +102,8 @@ class Journals:
             own: this node's CID; its chain is fsynced before it counts as durable, the others are committed only,
                 because they can be fetched again.
             max_pending: bytes, as in MAX_PENDING; a single larger frame is accepted when nothing else is pending.
+            soon: calls what it is given a little later; the writer is woken by it, so that frames are on their way
+                before the thread asks for the interpreter. None: the writer is woken at once.
         """
         self.directory = directory
         self.own = own
@@ -107,6 +116,8 @@ class Journals:
         self._pending = {True: 0, False: 0}
         self._failures: dict[Path, JournalError] = {}
         self._seq = 0
+        self._soon = soon
+        self._waking = False
         self._writer = Writer()
 
     @property
@@ -391,7 +402,16 @@ class Journals:
 
     def _post(self, chain: _Chain, operation: Append | Mark | Keep | Begin) -> None:
         head = chain.head
-        self._writer.post(chain.path, head.origin, head.incarnation, head.origin == self.own, operation)
+        soon = None if isinstance(operation, Keep | Begin) else self._soon
+        own = head.origin == self.own
+        self._writer.post(chain.path, head.origin, head.incarnation, own, operation, wake=soon is None)
+        if soon is not None and not self._waking:
+            self._waking = True
+            soon(self._wake_writer)
+
+    def _wake_writer(self) -> None:
+        self._waking = False
+        self._writer.wake()
 
     def _set_head(self, chain: _Chain, head: ChainHead) -> None:
         chain.head = self._heads[head.origin] = head

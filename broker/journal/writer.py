@@ -128,8 +128,10 @@ class Writer:
             self._thread.join()
         os.close(self.notify_fd)
 
-    def post(self, path: Path, origin: int, incarnation: int, own: bool, operation: Operation) -> None:
-        """Queue an operation."""
+    def post(
+        self, path: Path, origin: int, incarnation: int, own: bool, operation: Operation, *, wake: bool = True
+    ) -> None:
+        """Queue an operation; without `wake` the thread need not look before `wake` is called."""
         with self._condition:
             work = self._works.get(path)
             if work is None:
@@ -143,6 +145,12 @@ class Writer:
                 work.trim_to = None
                 work.retry_at = 0.0
             work.queue.append(operation)
+            if wake:
+                self._condition.notify()
+
+    def wake(self) -> None:
+        """Have the thread look at what is queued."""
+        with self._condition:
             self._condition.notify()
 
     def trim(self, path: Path, upto: Position) -> None:

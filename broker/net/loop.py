@@ -20,7 +20,7 @@ class Loop:
     def __init__(self) -> None:
         self._poller = zmq.Poller()
         self._callbacks: dict[Socket | int, Callable[[], None]] = {}
-        self._timers: list[tuple[float, int, float, Callable[[], None]]] = []
+        self._timers: list[tuple[float, int, float | None, Callable[[], None]]] = []
         self._order = itertools.count()
         self._running = False
 
@@ -54,6 +54,10 @@ class Loop:
         """Call `run` again and again, `interval_s` seconds from the end of one run to the start of the next."""
         heapq.heappush(self._timers, (time.monotonic() + interval_s, next(self._order), interval_s, run))
 
+    def once(self, delay_s: float, run: Callable[[], None]) -> None:
+        """Call `run` once, after `delay_s` seconds."""
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), None, run))
+
     def stop(self) -> None:
         """Make `run` return after the callback that is running."""
         self._running = False
@@ -72,4 +76,5 @@ class Loop:
             while self._timers and self._timers[0][0] <= now:
                 _, _, interval, run = heapq.heappop(self._timers)
                 run()
-                self.every(interval, run)
+                if interval is not None:
+                    self.every(interval, run)

@@ -17,6 +17,7 @@ from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
 from pmgsync.postgres.apply import Applier
 from pmgsync.postgres.apply.stale import StaleTables
 from pmgsync.profile_file import load_profile
+from pmgsync.trace import hop
 from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message
 from pmgsync.wire.waiting import Waiter
@@ -117,7 +118,9 @@ class ApplyWorker(Worker):
 
     def _take(self, thread: ApplyThread, stream: int, message: Message, attachments: Sequence[bytes]) -> None:
         if message["op"] == "frame" and message.get("id") == stream:
-            thread.submit(read_frame(attachments[0], attachments[1]))
+            frame = read_frame(attachments[0], attachments[1])
+            hop("received", frame.here.lsn)
+            thread.submit(frame)
         elif message["op"] != "frame":
             self.handle(message, attachments)
 

@@ -12,6 +12,7 @@ from pmgsync.core.frames import Frame
 from pmgsync.core.positions import Position
 from pmgsync.errors import PmgsyncError, ResyncRequiredError
 from pmgsync.postgres.apply import Applier
+from pmgsync.trace import hop
 from pmgsync.wire.waiting import Wakeup
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,9 @@ class ApplyThread:
                 continue
             if batch is None:
                 return
+            hop("begun", batch[-1].here.lsn)
             position = self._applier.apply(batch)
+            hop("committed", position.lsn)
             self._results.put(Applied(position, sum(frame.size for frame in batch)))
             self._wakeup.wake()
 

@@ -22,6 +22,7 @@ from pmgsync.postgres.setup.facts import read_node, renew_chain
 from pmgsync.postgres.setup.node_row import NodeFacts
 from pmgsync.postgres.wal.slot_reader import SlotReader, SlotState, emit_barrier, prove_continuity
 from pmgsync.profile_file import load_profile
+from pmgsync.trace import hop
 from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message, error_map, pack
 from pmgsync.wire.waiting import Waiter
@@ -226,6 +227,7 @@ class _Stream:
         return False
 
     def _send(self, frame: Frame) -> None:
+        hop("captured", frame.here.lsn)
         self._link.socket.send_multipart((_FRAME, frame.header_bytes, frame.body))
         self._outstanding.append((frame.here, frame.size))
         self._outstanding_bytes += frame.size

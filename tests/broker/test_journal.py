@@ -20,7 +20,7 @@ import pytest
 from broker.journal import check as journal_check
 from broker.journal import file as journal_file
 from broker.journal.file import SPARE_BYTES, connect, file_name, set_first
-from broker.journal.journals import Journals
+from broker.journal.journals import MAX_PENDING, Journals
 from broker.journal.retention import MARK_BYTES
 from pmgsync.core.chains import ChainHead, Verdict
 from pmgsync.core.frames import Frame, Header, make_frame
@@ -46,8 +46,8 @@ def chain(count: int, size: int = 200, *, origin: int = OWN, start: Position = S
 
 
 @contextmanager
-def opened(directory: Path, own: int = OWN, **options: int) -> Iterator[Journals]:
-    journals = Journals(directory, own, **options)
+def opened(directory: Path, own: int = OWN, *, max_pending: int = MAX_PENDING) -> Iterator[Journals]:
+    journals = Journals(directory, own, max_pending=max_pending)
     journals.start()
     try:
         yield journals
@@ -710,3 +710,25 @@ def test_a_file_taken_away_from_a_running_journal_is_an_error(tmp_path: Path) ->
         assert journals.durable(OWN) == frames[0].here
         with pytest.raises(JournalDamagedError, match="origin 1"):
             journals.read(OWN, START, 1)
+
+
+def test_the_writer_may_be_woken_later(tmp_path: Path) -> None:
+    """Frames are read from memory meanwhile, and closing writes what nobody has woken the writer for."""
+    later: list[Callable[[], None]] = []
+    frames = chain(5)
+    journals = Journals(tmp_path, OWN, soon=later.append)
+    journals.start()
+    journals.open(OWN, INCARNATION, START)
+    for each in frames[:3]:
+        assert journals.accept(each) is Verdict.FITS
+    assert journals.read(OWN, START, 1 << 20) == frames[:3]
+    assert len(later) == 1
+    later.pop()()
+    flush(journals)
+    assert journals.durable(OWN) == frames[2].here
+    for each in frames[3:]:
+        journals.accept(each)
+    assert len(later) == 1
+    journals.close()
+    with opened(tmp_path) as again:
+        assert again.open(OWN, INCARNATION, START).position == frames[4].here
