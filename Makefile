@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 DEMO ?= --nodes 3 --seconds 20 --rate 50
 ROUNDS ?= 200
 SEED ?=
-# The tests wait for one another's servers a good part of the time: one process more than the smallest machine has cores.
-PYTEST ?= --numprocesses 3 --dist loadgroup
+# The tests wait a good part of the time: more processes than the smallest machine has cores.
+PYTEST ?= --numprocesses 4 --dist worksteal
 
 .PHONY: demo test check campaign soak clean
 

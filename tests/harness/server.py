@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 
-import psycopg2
 from psycopg2.extensions import connection as Connection  # noqa: N812
 
 from cli.demo.embedded import EmbeddedPostgres
@@ -165,12 +164,18 @@ class Pair:
 
     def close(self) -> None:
         """Drop the slot and both databases."""
-        with contextlib.suppress(psycopg2.Error):
-            self.run(f"SELECT pg_drop_replication_slot('{self.slot}')")
         self.source.close()
         self.target.close()
         with contextlib.closing(connect(self.server.dsn(), application_name="test")) as admin:
             admin.autocommit = True
+            here = f"IN {self.names}"
+            # A session that a test has just closed may still be about to end, and have a slot in use.
+            admin.cursor().execute(
+                f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname {here}"
+            )
+            admin.cursor().execute(
+                f"SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database {here}"
+            )
             for name in self.names:
                 admin.cursor().execute(b"DROP DATABASE " + quote_ident(name.encode()) + b" WITH (FORCE)")
 

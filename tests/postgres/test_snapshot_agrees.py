@@ -18,18 +18,12 @@ pytestmark = pytest.mark.cluster
 MakePair = Callable[..., Pair]
 
 
-@pytest.fixture(scope="module")
-def shared(pg_bindir: str) -> Iterator[EmbeddedPostgres]:
-    with EmbeddedPostgres() as running:
-        yield running
-
-
 @pytest.fixture
-def make_pair(shared: EmbeddedPostgres) -> Iterator[MakePair]:
+def make_pair(server: EmbeddedPostgres) -> Iterator[MakePair]:
     made: list[Pair] = []
 
     def make(schema: str, profile: Profile, *, origin: int = 2) -> Pair:
-        pair = Pair(shared, profile, origin=origin)
+        pair = Pair(server, profile, origin=origin)
         made.append(pair)
         pair.setup(schema)
         return pair
