@@ -140,7 +140,7 @@ class Chains:
         """Count a frame of a member that did not match its checksum."""
         follower = self._followers.get(origin)
         if follower is not None:
-            follower.damaged += 1
+            follower.count_damaged()
 
     def replayed(self, request: int, frame: Frame) -> None:
         """Take a frame of a replay."""

@@ -71,14 +71,21 @@ class Follower:
         self._head_heard = time.monotonic()
         self._retry_at = 0.0
         self._refused: dict[int, float] = {}
-        self.gaps = 0
-        self.duplicates = 0
-        self.damaged = 0
+        self._gaps = self._duplicates = self._damaged = 0
 
     @property
     def replaying(self) -> bool:
         """True while a gap is being filled."""
         return self._replay is not None
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What was counted since the broker was started: gaps, duplicates, and frames that were damaged on the way."""
+        return {"gaps": self._gaps, "duplicates": self._duplicates, "damaged": self._damaged}
+
+    def count_damaged(self) -> None:
+        """Count a frame that did not match its checksum."""
+        self._damaged += 1
 
     def _head(self) -> ChainHead:
         return self._journals.chains()[self.origin]
@@ -168,9 +175,9 @@ class Follower:
         if verdict in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
             self._drain_ahead()
         elif verdict is Verdict.DUPLICATE:
-            self.duplicates += 1
+            self._duplicates += 1
         elif verdict is Verdict.GAP:
-            self.gaps += 1
+            self._gaps += 1
         return verdict
 
     def _take(self, frame: Frame) -> Verdict:

@@ -10,27 +10,20 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from broker.journal import check as journal_check
-from broker.journal import file as journal_file
+from broker.journal.chain import ChainJournal, Queued
 from broker.journal.file import file_name, parse_name
+from broker.journal.opening import Opened, open_file
 from broker.journal.retention import Held, Ledger
 from broker.journal.writer import Append, Begin, End, Keep, Mark, Writer
 from pmgsync.core.chains import ChainHead, Verdict
 from pmgsync.core.frames import Frame
 from pmgsync.core.positions import Position
 from pmgsync.errors import (
-    JournalDamagedError,
     JournalError,
-    PmgsyncError,
-    ProtocolError,
-    ResyncRequiredError,
 )
 
 log = logging.getLogger(__name__)
@@ -39,51 +32,7 @@ MAX_PENDING = 64 << 20
 """Bytes that are accepted but not on disk: of the own chain, and as many of all others together."""
 
 
-DAMAGE_SCAN_BYTES = 64 << 20
-"""Bytes in which a damaged frame that was just met is looked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """How opening a chain went.
-
-    Attributes:
-        lost: a file was there and nothing of it could be used; the chain begins anew where the caller said. On the own
-            chain that is a break unless everyone is known to be at that position.
-        notes: sentences about what was damaged and what was done, empty when all is well.
-    """
-
-    lost: bool = False
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class _Queued:
-    """An operation that the writer has not reported: where the file ends once it is done (None if not known or not
-    changed), and the mark that is on disk then (0: unchanged)."""
-
-    seq: int
-    size: int
-    position: Position | None
-    mark: int = 0
-
-
-@dataclass
-class _Chain:
-    """One chain in the loop thread's eyes. `disk`: what is read from the file; everything after it is in `tail`."""
-
-    path: Path
-    head: ChainHead
-    first: Position
-    disk: Position
-    durable: Position
-    ledger: Ledger
-    reader: sqlite3.Connection | None = None
-    mark: int = 0
-    tail: list[Frame] = field(default_factory=list)
-    queued: deque[_Queued] = field(default_factory=deque)
-
-
+# Longer than a class should be: it is the whole interface of the journal, and its methods share one set of books.
 class Journals:
     """The journals of all chains, one SQLite file each in one directory."""
 
@@ -109,7 +58,7 @@ class Journals:
         self.own = own
         self.max_pending = max_pending
         self.notes: list[str] = []
-        self._chains: dict[int, _Chain] = {}
+        self._chains: dict[int, ChainJournal] = {}
         self._heads: dict[int, ChainHead] = {}
         self._opened: dict[int, Opened] = {}
         self._removed: set[Path] = set()
@@ -172,15 +121,7 @@ class Journals:
         report = self._writer.collect()
         self._failures = report.failures
         for origin, chain in self._chains.items():
-            done = report.done.get(chain.path, -1)
-            while chain.queued and chain.queued[0].seq <= done:
-                entry = chain.queued.popleft()
-                self._pending[origin == self.own] -= entry.size
-                chain.mark = max(chain.mark, entry.mark)
-                if entry.position is not None:
-                    chain.disk = chain.durable = entry.position
-            released = bisect_right(chain.tail, chain.disk, key=lambda frame: frame.here)
-            del chain.tail[:released]
+            self._pending[origin == self.own] -= chain.collect(report.done.get(chain.path, -1))
 
     def chains(self) -> Mapping[int, ChainHead]:
         """Return origin to head: the newest frame accepted, on disk or not."""
@@ -266,20 +207,19 @@ class Journals:
             ) from cause
         if verdict is Verdict.BEGIN_AGAIN:
             self.drop_parts(header.origin)
-        self._set_head(chain, chain.head.advanced(header))
+        chain.head = self._heads[header.origin] = chain.head.advanced(header)
         chain.tail.append(frame)
         chain.ledger.add(header.here, frame.size, time.monotonic())
-        chain.queued.append(_Queued(self._next(), frame.size, header.here))
+        seq = self._queue(chain, frame.size, header.here)
         self._pending[own] += frame.size
         # Wall clock: it is what survives a restart. `retention.WallAge` bounds what a jump of it can do.
-        self._post(chain, Append(self._seq, frame, time.time()))
+        self._post(chain, Append(seq, frame, time.time()))
         return verdict
 
     def mark(self, origin: int, lsn: int) -> None:
         """Note that up to an LSN of the origin there is nothing more to come than what was accepted so far."""
         chain = self._chain(origin)
-        chain.queued.append(_Queued(self._next(), 0, None, lsn))
-        self._post(chain, Mark(self._seq, lsn))
+        self._post(chain, Mark(self._queue(chain, 0, None, lsn), lsn))
 
     def marked(self, origin: int) -> int:
         """Return the newest mark on disk, 0 when there is none; everything below it is on disk too."""
@@ -290,20 +230,8 @@ class Journals:
         chain = self._chain(origin)
         if chain.head.position.complete:
             return chain.head
-        head = chain.head.without_parts()
-        self._set_head(chain, head)
-        chain.disk = min(chain.disk, head.position)
-        chain.durable = min(chain.durable, head.position)
-        del chain.tail[bisect_right(chain.tail, head.position, key=lambda frame: frame.here) :]
-        for entry in reversed(chain.queued):
-            if entry.position is None:
-                continue
-            if entry.position <= head.position:
-                break
-            entry.position = None
-        chain.ledger.drop_parts()
-        chain.queued.append(_Queued(self._next(), 0, head.position))
-        self._post(chain, Keep(self._seq, head.position))
+        head = self._heads[origin] = chain.without_parts()
+        self._post(chain, Keep(self._queue(chain, 0, head.position), head.position))
         return head
 
     def read(self, origin: int, after: Position, max_bytes: int) -> list[Frame]:
@@ -317,34 +245,13 @@ class Journals:
             JournalDamagedError: when the next frame is damaged or missing; names origin and position.
             JournalError: when the file cannot be read now.
         """
-        chain = self._chain(origin)
-        if after < chain.first:
-            raise ResyncRequiredError(
-                f"the journal of origin {origin} begins at {chain.first}, after {after}",
-                hint=f"run pmgcm resync on the node that is at {after}",
-            )
-        found: list[Frame] = []
-        if after < chain.disk:
-            found = self._read_disk(chain, after, max_bytes)
-            max_bytes -= sum(frame.size for frame in found)
-            if found[-1].here != chain.disk:
-                return found
-            after = chain.disk
-        for frame in chain.tail[bisect_right(chain.tail, after, key=lambda frame: frame.here) :]:
-            if found and frame.size > max_bytes:
-                break
-            found.append(frame)
-            max_bytes -= frame.size
-        return found
+        return self._chain(origin).read(after, max_bytes)
 
     def trim(self, origin: int, upto: Position) -> None:
         """Forget the frames that end at a position or before, of what is on disk and no half transaction."""
         chain = self._chain(origin)
-        whole = upto if upto.complete else Position(upto.lsn - 1)
-        whole = min(whole, chain.head.complete, _complete(chain.durable))
-        if whole > chain.first:
-            chain.first = whole
-            chain.ledger.trim(whole)
+        whole = chain.trimmed(upto)
+        if whole is not None:
             self._writer.trim(chain.path, whole)
 
     def pass_damage(self, origin: int, after: Position) -> Position:
@@ -353,17 +260,7 @@ class Journals:
         Whoever needs what is forgotten is told so by `read` from now on, instead of meeting the damage again.
         """
         chain = self._chain(origin)
-        beyond = chain.disk
-        try:
-            if chain.reader is not None:
-                for row in journal_file.rows_between(chain.reader, after, chain.disk, DAMAGE_SCAN_BYTES):
-                    try:
-                        journal_file.load(chain.reader, row)
-                    except ProtocolError:
-                        beyond = row.here
-                        break
-        except (sqlite3.Error, TypeError, ValueError):
-            beyond = chain.disk
+        beyond = chain.beyond_damage(after)
         self.trim(origin, Position(beyond.lsn))
         return chain.first
 
@@ -383,7 +280,7 @@ class Journals:
             for origin, chain in self._chains.items()
         }
 
-    def _chain(self, origin: int) -> _Chain:
+    def _chain(self, origin: int) -> ChainJournal:
         chain = self._chains.get(origin)
         if chain is None:
             raise JournalError(f"no chain of origin {origin} is held here")
@@ -400,7 +297,12 @@ class Journals:
         self._seq += 1
         return self._seq
 
-    def _post(self, chain: _Chain, operation: Append | Mark | Keep | Begin) -> None:
+    def _queue(self, chain: ChainJournal, size: int, position: Position | None, mark: int = 0) -> int:
+        """Note an operation that the writer is about to get, and return its number; see `chain.Queued`."""
+        chain.queued.append(Queued(self._next(), size, position, mark))
+        return self._seq
+
+    def _post(self, chain: ChainJournal, operation: Append | Mark | Keep | Begin) -> None:
         head = chain.head
         soon = None if isinstance(operation, Keep | Begin) else self._soon
         own = head.origin == self.own
@@ -413,75 +315,41 @@ class Journals:
         self._waking = False
         self._writer.wake()
 
-    def _set_head(self, chain: _Chain, head: ChainHead) -> None:
-        chain.head = self._heads[head.origin] = head
-
-    def _begin(self, origin: int, incarnation: int, start: Position, reader: sqlite3.Connection | None) -> _Chain:
+    def _begin(self, origin: int, incarnation: int, start: Position, reader: sqlite3.Connection | None) -> ChainJournal:
         """Begin a chain in an empty file, which the writer makes."""
         path = self._path(origin, incarnation)
         self._removed.discard(path)
         head = ChainHead.at(origin, incarnation, start)
-        chain = self._chains[origin] = _Chain(path, head, start, start, start, Ledger())
-        self._set_head(chain, head)
-        chain.queued.append(_Queued(self._next(), 0, start))
-        self._post(chain, Begin(self._seq, start, reader))
+        chain = self._chains[origin] = ChainJournal(path, head, start, start, start, Ledger())
+        self._heads[origin] = head
+        self._post(chain, Begin(self._queue(chain, 0, start), start, reader))
         return chain
 
-    def _continue(self, origin: int, incarnation: int, path: Path) -> _Chain | None:
-        """Open a chain's file; None when there is none, or nothing of it can be used: then it was set aside.
+    def _continue(self, origin: int, incarnation: int, path: Path) -> ChainJournal | None:
+        """Open a chain's file; None when there is none, or nothing of it can be used.
 
         Raises:
             JournalError: when the machine is at fault, not the file: nothing is thrown away then.
         """
-        if not path.exists():
+        sound, opened = open_file(origin, incarnation, path)
+        if opened is not None:
+            self._note(origin, opened)
+        if sound is None:
             return None
-        notes: list[str] = []
-        try:
-            try:
-                reader, found = self._inspect(origin, incarnation, path)
-            except (sqlite3.Error, TypeError, ValueError) as error:
-                if journal_file.environmental(error):
-                    raise
-                notes += journal_check.salvage(path, origin, incarnation)
-                reader, found = self._inspect(origin, incarnation, path)
-        except (sqlite3.Error, PmgsyncError, OSError, TypeError, ValueError) as error:
-            if journal_file.environmental(error):
-                raise JournalError(
-                    f"the journal of origin {origin} cannot be opened ({error})",
-                    hint=f"look at the file system and the owner of {path}",
-                ) from error
-            aside = journal_check.set_aside(path)
-            notes.append(f"journal of origin {origin}: the file cannot be used ({error}); it was renamed to {aside}")
-            self._note(origin, Opened(lost=True, notes=tuple(notes)))
-            return None
-        self._note(origin, Opened(notes=(*notes, *found.notes)))
-        run = found.run
+        found, run = sound.found, sound.found.run
         # What is found in the own chain's file may be in the cache only, of a process that died before its fsync:
         # it is not durable before the writer has synced it again.
         durable = run.start if origin == self.own else run.head.position
-        chain = _Chain(path, run.head, run.start, run.head.position, durable, run.ledger, reader)
+        chain = ChainJournal(path, run.head, run.start, run.head.position, durable, run.ledger, sound.reader)
         self._chains[origin] = chain
-        self._set_head(chain, run.head)
+        self._heads[origin] = run.head
         if found.notes:
             # The mark may speak of frames that are cut off now: it goes first, or a crash between would leave it.
-            chain.queued.append(_Queued(self._next(), 0, None))
-            self._post(chain, Mark(self._seq, 0))
+            self._post(chain, Mark(self._queue(chain, 0, None), 0))
         # Like the frames, the mark that was found counts when the writer has synced it again.
-        chain.queued.append(_Queued(self._next(), 0, run.head.position, 0 if found.notes else found.mark))
-        self._post(chain, Keep(self._seq, run.head.position, run.start if found.rewrite else None))
+        seq = self._queue(chain, 0, run.head.position, 0 if found.notes else found.mark)
+        self._post(chain, Keep(seq, run.head.position, run.start if found.rewrite else None))
         return chain
-
-    def _inspect(
-        self, origin: int, incarnation: int, path: Path
-    ) -> tuple[sqlite3.Connection, journal_check.Inspection]:
-        if journal_check.suspect_path(path).exists():
-            raise sqlite3.DatabaseError("its writer met damage")
-        connection = journal_file.connect(path, synchronous="FULL")
-        try:
-            return connection, journal_check.inspect(connection, origin, incarnation)
-        except BaseException:
-            connection.close()
-            raise
 
     def _note(self, origin: int, opened: Opened) -> None:
         self._opened[origin] = opened
@@ -505,38 +373,3 @@ class Journals:
         """Have a file removed; until that has happened its name is not to be opened."""
         self._removed.add(path)
         self._writer.post(path, origin, 0, origin == self.own, End(self._next(), reader))
-
-    def _read_disk(self, chain: _Chain, after: Position, max_bytes: int) -> list[Frame]:
-        origin = chain.head.origin
-        found: list[Frame] = []
-        try:
-            if chain.reader is None:
-                chain.reader = journal_file.connect(chain.path, synchronous="FULL")
-            listed = journal_file.rows_between(chain.reader, after, chain.disk, max_bytes)
-            last: journal_file.Row | None = None
-            for row in listed:
-                if last is None or last.here.complete:
-                    joined = row.prev <= (last.here if last else after)
-                else:
-                    joined = row.prev == last.here and row.attempt == last.attempt
-                if not joined:
-                    raise ProtocolError(f"frames are missing in front of {row.here}")
-                found.append(journal_file.load(chain.reader, row))
-                last = row
-            if not found:
-                raise ProtocolError(f"frames are missing up to {chain.disk}")
-        except (ProtocolError, sqlite3.Error, TypeError, ValueError) as error:
-            if not found:
-                if journal_file.environmental(error):
-                    raise JournalError(f"the journal of origin {origin} cannot be read ({error})") from error
-                reason = error.message if isinstance(error, ProtocolError) else error
-                raise JournalDamagedError(
-                    f"the journal of origin {origin} is damaged after {after} ({reason})",
-                    hint="the frames are fetched from another member, or the nodes that need them are resynchronised",
-                ) from error
-        return found
-
-
-def _complete(position: Position) -> Position:
-    """Return the newest complete position at or before this one that needs no knowledge of the chain."""
-    return position if position.complete else Position(position.lsn - 1)

@@ -80,7 +80,11 @@ class Health:
         views = {self._cid: View(self.heartbeat(), 0.0, self._chains.applied, "", 0.0)}
         for link in self._members:
             cid = link.member.cid
-            views[cid] = View(link.heartbeat, link.age_s, self._members.acked(cid), link.problem, link.clock_skew_s)
+            follower = self._chains.follower(cid)
+            received = {"reconnects": link.reconnects, **(follower.counters if follower is not None else {})}
+            views[cid] = View(
+                link.heartbeat, link.age_s, self._members.acked(cid), link.problem, link.clock_skew_s, received
+            )
         now = time.monotonic()
         return status_map(self._document(), views, self._chains.clocks, now=now, down_after_s=DOWN_AFTER_S)
 

@@ -18,14 +18,15 @@ BEHIND_S = 5.0
 @dataclass(frozen=True, slots=True)
 class View:
     """What a broker knows of one member: its newest heartbeat (None: none yet), that heartbeat's age in seconds,
-    its applied vector (may be newer than the heartbeat's), the link's own trouble, and how far its clock seems to be
-    ahead of this node's (None: not known)."""
+    its applied vector (may be newer than the heartbeat's), the link's own trouble, how far its clock seems to be
+    ahead of this node's (None: not known), and what was counted of the frames that it sent (None: this node)."""
 
     heartbeat: Heartbeat | None
     age_s: float
     applied: Mapping[int, Applied]
     problem: str
     clock_skew_s: float | None
+    received: Mapping[str, int] | None = None
 
 
 def status_map(
@@ -102,5 +103,6 @@ def _node(
         "alerts": [dict(alert) for alert in heartbeat.alerts] if heartbeat else [],
         "conflicts": dict(heartbeat.conflicts) if heartbeat else {},
         "clock_skew_s": None if view.clock_skew_s is None else round(view.clock_skew_s, 3),
+        "received": None if view.received is None else dict(view.received),
         "heartbeat_age_s": round(view.age_s, 3) if heartbeat else None,
     }

@@ -222,6 +222,11 @@ def test_a_member_that_does_everything_wrong_loses_doubles_and_reorders_nothing(
     assert receiver.ledger.transactions == transactions
     assert broker.alive
     print(mischief.done, "replays:", len(fake.requests), "begun again:", receiver.ledger.begun_again)
+    counted = broker.status()[1]["received"]
+    done = mischief.done
+    assert bool(counted["gaps"]) >= bool(done.get("dropped", 0)), counted
+    assert bool(counted["damaged"]) >= bool(done.get("body bit", 0)), counted
+    assert broker.status()[2]["received"] is None
 
 
 def small_frames(count: int, *, start: int = START) -> list[Frame]:
