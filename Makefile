@@ -6,10 +6,11 @@ STAMP := $(VENV)/.installed
 DEMO ?= --nodes 3 --seconds 20 --rate 50
 ROUNDS ?= 200
 SEED ?=
+BENCH ?=
 # The tests wait a good part of the time: more processes than the smallest machine has cores.
 PYTEST ?= --numprocesses 4 --dist worksteal
 
-.PHONY: demo test check campaign soak clean
+.PHONY: demo test check campaign soak bench clean
 
 demo: $(STAMP)
 	$(BIN)/pmgcm demo $(DEMO)
@@ -23,6 +24,10 @@ campaign: $(STAMP)
 # Hours of random faults: `make soak ROUNDS=2000`, and SEED=… to repeat a run.
 soak: $(STAMP)
 	PMGSYNC_ROUNDS=$(ROUNDS) PMGSYNC_SEED=$(SEED) $(BIN)/pytest -s -m soak -o addopts= tests
+
+# Beside PostgreSQL's own logical replication; `make bench BENCH="--scale 0.1"` is a first answer.
+bench: $(STAMP)
+	$(BIN)/python -m tests.bench $(BENCH)
 
 check: $(STAMP)
 	$(BIN)/ruff check
