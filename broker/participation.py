@@ -14,6 +14,7 @@ from broker.chains.trimming import Trimming
 from broker.cluster.documents import Documents
 from broker.cluster.door import Door
 from broker.cluster.tokens import Tokens
+from broker.heartbeats.heartbeat import pack_applied
 from broker.inbound import Inbound
 from broker.journal.retention import Limits
 from broker.members.calls import Calls, End
@@ -223,11 +224,10 @@ class Participation:
         if not self._chains.acks_due:
             return
         self._chains.acks_due = False
-        applied = self._chains.applied.items()
         message: dict[str, Any] = {
             "op": "ack",
             "epoch": self._signed.document.epoch,
-            "applied": {origin: [done.incarnation, *done.position] for origin, done in applied},
+            **pack_applied(self._chains.applied),
             "durable": self._chains.durable(),
         }
         self._members.send_all(message)

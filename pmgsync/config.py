@@ -46,6 +46,7 @@ class NodeConfig:
     control_port: int
     join_port: int
     dsn: str
+    synchronous_commit: bool
     config_root: Path | None
     spool_root: Path | None
     journal: JournalLimits
@@ -82,6 +83,12 @@ def _amount(units: dict[str, int]) -> Callable[[Any], int]:
     return read
 
 
+def _on_or_off(value: Any) -> bool:
+    if value not in {"on", "off"}:
+        raise ValueError
+    return bool(value == "on")
+
+
 def _dsn(value: Any) -> str:
     text = as_text(value)
     if "=" not in text and "://" not in text:
@@ -115,6 +122,7 @@ def load_config(path: Path | None = None) -> NodeConfig:
         dsn=postgres.take(
             "dsn", "host=/var/run/postgresql dbname=Proxmox_ruledb user=postgres", "a libpq connection string", _dsn
         ),
+        synchronous_commit=postgres.take("synchronous_commit", True, '"on" or "off"', _on_or_off),
         config_root=files.take("config_root", None, absolute, _path),
         spool_root=files.take("spool_root", None, absolute, _path),
         journal=JournalLimits(

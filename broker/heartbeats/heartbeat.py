@@ -43,8 +43,16 @@ class OwnChain:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
+    """How far a database has applied a chain.
+
+    Attributes:
+        position: up to here no crash takes it back.
+        visible: up to here it can be read; not before `position`.
+    """
+
     incarnation: int
     position: Position
+    visible: Position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +102,7 @@ class Heartbeat:
             }
             if self.own
             else None,
-            "applied": {origin: [done.incarnation, *done.position] for origin, done in self.applied.items()},
+            **pack_applied(self.applied),
             "conflicts": dict(self.conflicts),
         }
         return msgpack.packb(data, use_bin_type=True)  # type: ignore[no-any-return]
@@ -141,7 +149,7 @@ class Heartbeat:
                     snapshot=_typed(own["snapshot"], bool),
                     watermark=_number(own["watermark"]),
                 ),
-                applied=parse_applied(raw["applied"]),
+                applied=parse_applied(raw["applied"], raw.get("visible")),
                 conflicts=read_counters(raw.get("conflicts")),
             )
         except ProtocolError:
@@ -186,13 +194,33 @@ def _held(value: Any) -> HeldChain:
     )
 
 
-def parse_applied(value: Any) -> dict[int, Applied]:
+def pack_applied(applied: Mapping[int, Applied]) -> dict[str, Any]:
+    """Return the keys `applied` and `visible` of a heartbeat or an ack."""
+    ahead = {origin: done for origin, done in applied.items() if done.visible != done.position}
+    return {
+        "applied": {origin: [done.incarnation, *done.position] for origin, done in applied.items()},
+        "visible": {origin: [done.incarnation, *done.visible] for origin, done in ahead.items()},
+    }
+
+
+def parse_applied(value: Any, visible: Any) -> dict[int, Applied]:
     """Return the vector in a heartbeat or an ack.
+
+    Args:
+        value, visible: the keys `applied` and `visible`; what is missing in the latter is as far as it is applied.
 
     Raises:
         ProtocolError, TypeError, ValueError, AttributeError: when it is malformed.
     """
-    return {
-        _cid(key): Applied(_number(incarnation), Position.parse([lsn, part]))
-        for key, (incarnation, lsn, part) in value.items()
-    }
+    ahead = {key: _place(place) for key, place in (visible or {}).items()}
+    found = {}
+    for key, place in value.items():
+        incarnation, position = _place(place)
+        of, beyond = ahead.get(key, (incarnation, position))
+        found[_cid(key)] = Applied(incarnation, position, max(position, beyond) if of == incarnation else position)
+    return found
+
+
+def _place(value: Any) -> tuple[int, Position]:
+    incarnation, lsn, part = value
+    return _number(incarnation), Position.parse([lsn, part])

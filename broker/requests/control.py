@@ -52,7 +52,7 @@ class ControlRequests:
         match message["op"]:
             case "ack":
                 try:
-                    applied = parse_applied(message.get("applied"))
+                    applied = parse_applied(message.get("applied"), message.get("visible"))
                 except (TypeError, ValueError, AttributeError) as error:
                     raise ProtocolError(f"an ack is malformed ({error})") from error
                 self._members.acknowledge(cid, applied)

@@ -44,7 +44,8 @@ class WorkerRequests:
                 self._chains.own.take(attachments[0], attachments[1])
             case "applied":
                 position = Position.parse(message.get("position"))
-                applied = Applied(number(message, "incarnation"), position)
+                visible = Position.parse(message["visible"]) if "visible" in message else position
+                applied = Applied(number(message, "incarnation"), position, max(position, visible))
                 self._chains.applied_moved(number(message, "origin"), applied)
             case "watermark":
                 self._chains.own.watermark(number(message, "lsn"))
@@ -73,7 +74,7 @@ class WorkerRequests:
         request, origin = number(message, "id"), number(message, "origin")
         incarnation, position = self._begin_of_apply(origin, message)
         self._chains.follow(origin, incarnation, position)
-        self._chains.applied_moved(origin, Applied(incarnation, position))
+        self._chains.applied_moved(origin, Applied(incarnation, position, position))
 
         def finish(at: Position, error: PmgsyncError | None) -> None:
             send(error_map(request, error or ResyncRequiredError(f"the stream ended at {at}")), ())

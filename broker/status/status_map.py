@@ -9,7 +9,7 @@ from typing import Any
 from broker.heartbeats.heartbeat import Applied, Heartbeat
 from broker.heartbeats.lag import HeadClock
 from pmgsync.core.membership import ClusterDocument, Member
-from pmgsync.core.positions import format_lsn
+from pmgsync.core.positions import Position, format_lsn
 
 BEHIND_S = 5.0
 """A member that lags more than this is shown as synchronising."""
@@ -64,6 +64,7 @@ def _node(
         error = heartbeat.error
     lag_s, lag_bytes, unknown = 0.0, 0, []
     positions: dict[str, str] = {}
+    visible: dict[str, str] = {}
     for origin, clock in sorted(clocks.items()):
         if origin == member.cid or document.member(origin) is None:
             continue
@@ -71,14 +72,14 @@ def _node(
         if done is None:
             unknown.append(origin)
             continue
-        # A transaction that is half in counts for nothing: it cannot be read there.
-        lsn = done.position.lsn if done.position.complete else done.position.lsn - 1
+        lsn = _complete(done.position)
         positions[str(origin)] = format_lsn(lsn)
+        visible[str(origin)] = format_lsn(max(lsn, _complete(done.visible)))
         lag_s = max(lag_s, clock.lag_s(now, lsn))
         lag_bytes += clock.lag_bytes(lsn)
     head = clocks[member.cid].head if member.cid in clocks else 0
     if head:
-        positions[str(member.cid)] = format_lsn(head)
+        positions[str(member.cid)] = visible[str(member.cid)] = format_lsn(head)
     if error:
         state = "ERROR"
     elif unknown or lag_s > BEHIND_S or (heartbeat is not None and heartbeat.state != "A"):
@@ -95,6 +96,7 @@ def _node(
         "mem_pct": heartbeat.mem_pct if heartbeat else None,
         "disk_pct": heartbeat.disk_pct if heartbeat else None,
         "positions": positions,
+        "visible": visible,
         "head": format_lsn(head) if head else None,
         "watermark": format_lsn(heartbeat.own.watermark) if heartbeat and heartbeat.own else None,
         "lag_bytes": lag_bytes,
@@ -106,3 +108,8 @@ def _node(
         "received": None if view.received is None else dict(view.received),
         "heartbeat_age_s": round(view.age_s, 3) if heartbeat else None,
     }
+
+
+def _complete(position: Position) -> int:
+    """Return the LSN up to which whole transactions are in: one that is half in cannot be read there."""
+    return position.lsn if position.complete else position.lsn - 1

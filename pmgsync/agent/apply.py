@@ -54,6 +54,7 @@ class ApplyWorker(Worker):
             master=self._master,
             members=self._members,
             stale=self._stale,
+            waits=self.config.synchronous_commit,
         )
         try:
             known = applier.connect()
@@ -98,13 +99,13 @@ class ApplyWorker(Worker):
             waiter.wait(REPORT_S)
             for received in link.pending():
                 self._take(thread, stream, *received)
-            position, used = None, 0
+            newest, used = None, 0
             while (applied := thread.next_result()) is not None:
-                position, used = applied.position, used + applied.size
-            if position is not None:
+                newest, used = applied, used + applied.size
+            if newest is not None:
                 self.recovered()
-                place = {"incarnation": incarnation, "position": list(position)}
-                link.send({"op": "applied", "origin": self.origin, **place})
+                place = {"position": list(newest.durable), "visible": list(newest.visible)}
+                link.send({"op": "applied", "origin": self.origin, "incarnation": incarnation, **place})
                 link.send({"op": "credit", "id": stream, "bytes": used})
             elif thread.idle:
                 # Only what was applied ends an error, or that there is nothing to apply: not that it takes long.

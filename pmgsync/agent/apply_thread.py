@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -19,15 +20,25 @@ log = logging.getLogger(__name__)
 
 BATCH_BYTES = 1 << 20
 """Bytes of frames that are applied in one local transaction, when so many are waiting."""
+FLUSH_IDLE_S = 0.05
+"""What is visible is made durable when nothing more has come for so long, and every FLUSH_BUSY_S in any case."""
+FLUSH_BUSY_S = 0.2
 MAINTAIN_S = 2.0
 """So often it is seen whether stale tables can be fetched anew."""
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What was done: a position that is committed, and the bytes of frames that led there."""
+    """What was done.
 
-    position: Position
+    Attributes:
+        visible: the position that is committed and can be read.
+        durable: the position that a crash of PostgreSQL cannot take back; with synchronous_commit the same.
+        size: bytes of frames that led there.
+    """
+
+    visible: Position
+    durable: Position
     size: int
 
 
@@ -90,15 +101,21 @@ class ApplyThread:
 
     def _apply(self) -> None:
         """Apply what is submitted until told to stop; raises whatever ends it early."""
-        maintain_at = time.monotonic() + MAINTAIN_S
+        now = time.monotonic()
+        maintain_at, flush_at, flush_latest = now + MAINTAIN_S, math.inf, math.inf
         while True:
-            if time.monotonic() >= maintain_at:
-                maintain_at = time.monotonic() + MAINTAIN_S
+            now = time.monotonic()
+            if now >= min(flush_at, flush_latest):
+                self._applier.flush()
+                flush_at = flush_latest = math.inf
+                self._report(0)
+            if now >= maintain_at:
+                maintain_at = now + MAINTAIN_S
                 if tables := self._applier.tend():
                     reason = f"tables of node {self._applier.origin} can be kept in step again"
                     raise ResyncRequiredError(reason, tables=tables)
             try:
-                batch = self._next_batch(max(0.0, maintain_at - time.monotonic()))
+                batch = self._next_batch(max(0.0, min(maintain_at, flush_at, flush_latest) - time.monotonic()))
             except queue.Empty:
                 continue
             if batch is None:
@@ -106,8 +123,14 @@ class ApplyThread:
             hop("begun", batch[-1].here.lsn)
             position = self._applier.apply(batch)
             hop("committed", position.lsn)
-            self._results.put(Applied(position, sum(frame.size for frame in batch)))
-            self._wakeup.wake()
+            if position != self._applier.durable:
+                now = time.monotonic()
+                flush_at, flush_latest = now + FLUSH_IDLE_S, min(flush_latest, now + FLUSH_BUSY_S)
+            self._report(sum(frame.size for frame in batch))
+
+    def _report(self, size: int) -> None:
+        self._results.put(Applied(self._applier.position, self._applier.durable, size))
+        self._wakeup.wake()
 
     def _next_batch(self, wait_s: float) -> list[Frame] | None:
         """Return the frames that are there, None when the thread is to end; raises queue.Empty when none came."""

@@ -23,6 +23,7 @@ def test_everything_has_a_default(tmp_path: Path) -> None:
     assert config.broker_socket == Path("/run/pmgsync/broker.sock")
     assert config.profile == "pmg"
     assert config.config_root is None
+    assert config.synchronous_commit is True
     assert config.journal.max_bytes == 4 << 30
     assert config.journal.max_age_s == 7 * 86400
     assert config.name
@@ -43,6 +44,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     join = 3
     [postgres]
     dsn = "dbname=x"
+    synchronous_commit = "off"
     [files]
     config_root = "/c"
     spool_root = "/d"
@@ -53,6 +55,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, text))
     assert (config.name, config.address, config.profile, config.dsn) == ("pmg1", "192.0.2.11", "mirror", "dbname=x")
     assert (config.events_port, config.control_port, config.join_port) == (1, 2, 3)
+    assert config.synchronous_commit is False
     assert (config.config_root, config.spool_root) == (Path("/c"), Path("/d"))
     assert (config.journal.max_bytes, config.journal.max_age_s) == (10 << 20, 36 * 3600.0)
 
@@ -68,6 +71,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         ('[node]\nname = "a b"', ("[node] name", "letters")),
         ('[node]\nrun_dir = "/' + "x" * 107 + '"', ("[node] run_dir", "107 bytes")),
         ('[postgres]\ndsn = "app"', ("[postgres] dsn", "connection string")),
+        ("[postgres]\nsynchronous_commit = true", ("[postgres] synchronous_commit", '"on" or "off"')),
         ('[journal]\nmax_size = "4 apples"', ("[journal] max_size", "4GiB")),
         ('[journal]\nmax_age = "0d"', ("[journal] max_age", "7d")),
         ('[node]\nadress = "x"', ("[node] adress", "did you mean 'address'")),

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.heartbeats.conflicts import MAX_NAME, MAX_NAMES, OTHER, add_up, read_counters
-from broker.heartbeats.heartbeat import MAX_ALERTS, MAX_BYTES, Heartbeat
+from broker.heartbeats.heartbeat import MAX_ALERTS, MAX_BYTES, Applied, Heartbeat, pack_applied, parse_applied
 from broker.heartbeats.skew import SAMPLES, ClockSkew
-from pmgsync.core.positions import MAX_LSN
+from pmgsync.core.positions import MAX_LSN, Position
 
 names = st.one_of(st.sampled_from(["public.a.x", "public.b.y", OTHER]), st.text(min_size=1, max_size=300))
 counters = st.dictionaries(names, st.integers(1, 1000), max_size=150)
@@ -97,3 +97,32 @@ def test_a_clock_that_was_put_right_is_seen_to_be() -> None:
     for ahead_us in [5_000_000] * SAMPLES + [0] * SAMPLES:
         skew.note(ahead_us, 0)
     assert skew.seconds == 0
+
+
+lsns = st.integers(0, MAX_LSN)
+vectors = st.dictionaries(
+    st.integers(1, 2**31 - 1),
+    st.tuples(lsns, lsns, lsns).map(lambda each: Applied(each[0], Position(min(each[1:])), Position(max(each[1:])))),
+)
+
+
+@given(vectors)
+def test_what_is_visible_travels_beside_what_is_durable(applied: dict[int, Applied]) -> None:
+    assert Heartbeat.unpack(heartbeat(applied=applied).pack()).applied == applied
+    keys = pack_applied(applied)
+    assert parse_applied(keys["applied"], keys["visible"]) == applied
+
+
+@given(vectors, vectors)
+def test_what_is_visible_is_never_less_than_what_is_durable(
+    durable: dict[int, Applied], other: dict[int, Applied]
+) -> None:
+    """A member may leave the key out, or send what does not belong together."""
+    told = pack_applied(durable)["applied"]
+    choices: list[Any] = [None, {}, pack_applied(other)["visible"], pack_applied(other)["applied"]]
+    for visible in choices:
+        found = parse_applied(told, visible)
+        assert {cid: done.position for cid, done in found.items()} == {
+            cid: done.position for cid, done in durable.items()
+        }
+        assert all(done.visible >= done.position for done in found.values())

@@ -36,6 +36,7 @@ def node(cid: int = 5, **changes: Any) -> dict[str, Any]:
         "mem_pct": 80.2,
         "disk_pct": 41.0,
         "positions": {},
+        "visible": {},
         "head": None,
         "watermark": None,
         "lag_bytes": 0,

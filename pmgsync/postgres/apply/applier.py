@@ -22,6 +22,7 @@ from pmgsync.core.positions import LAST, Position, format_lsn, parse_lsn
 from pmgsync.core.profile import Profile
 from pmgsync.errors import ApplyError, PmgsyncError, ProtocolError, ResyncRequiredError, TransientApplyError
 from pmgsync.postgres.apply import tending
+from pmgsync.postgres.apply.durability import commit_setting, make_durable
 from pmgsync.postgres.apply.failures import apply_error, is_drift, one_line
 from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlannedTransaction, SchemaItem
 from pmgsync.postgres.apply.planner import Planner
@@ -92,10 +93,12 @@ class Applier:
         master: returns the master's CID, asked at every `apply`.
         members: returns all members' CIDs.
         stale: what is known of stale tables, when it is to outlive this object.
+        waits: True: a commit waits for the disk; False: it is visible before, and `flush` makes it durable.
 
     Attributes:
         stats: counters, of this object's life.
-        position: the newest complete position that is committed here.
+        position: the newest complete position that is committed here, and can be read.
+        durable: the newest that a crash of the server cannot take back.
         origin: CID of the node whose chain it is.
         failures: sentences on changes of the schema that could not be repeated; replaced as a whole.
     """
@@ -110,6 +113,7 @@ class Applier:
         master: Callable[[], int],
         members: Callable[[], Collection[int]],
         stale: StaleTables | None = None,
+        waits: bool = True,
     ) -> None:
         assert origin != own_cid  # a node's own chain comes back to it only by a fault
         self._dsn = dsn
@@ -121,7 +125,9 @@ class Applier:
         self._trimmed = 0
         self._connection: Connection | None = None
         self._incarnation = 0
+        self._waits = waits
         self.position = Position(0, LAST)
+        self._durable = Position(0, LAST)
         self._half: _Half | None = None
         self.failures: list[str] = []
         self._notices = _Notices()
@@ -150,6 +156,7 @@ class Applier:
         try:
             with connection.cursor() as cursor:
                 cursor.execute(_SESSION)
+                cursor.execute(commit_setting(waits=self._waits))
                 # Marks what is written here as not this node's own, so that capture does not send it again. A second
                 # session of the same origin is refused, so there is one applier a chain.
                 take_origin(cursor, self._origin, patience_s=PREDECESSOR_S)
@@ -159,15 +166,19 @@ class Applier:
                     b"SELECT incarnation, lsn::text, part FROM pmgsync.position WHERE origin = %d" % self._origin
                 )
                 found = rows(cursor)
+                # Another session may have committed it an instant ago, without waiting.
+                make_durable(cursor)
         except psycopg2.Error as error:
             self.close()
             raise self._failed(error, "", 0) from error
         if not found:
             self._incarnation, self.position = 0, Position(0, LAST)
+            self._durable = self.position
             return None
         incarnation, lsn, part = found[0]
         assert incarnation is not None and lsn is not None and part is not None
         self._incarnation, self.position = int(incarnation), Position(parse_lsn(lsn.decode()), int(part))
+        self._durable = self.position
         return self._incarnation, self.position
 
     def begin_chain(self, incarnation: int, position: Position) -> None:
@@ -188,6 +199,27 @@ class Applier:
             except psycopg2.Error as error:
                 raise self._failed(error, "", position.lsn) from error
         self._incarnation, self.position = incarnation, position
+        self.flush()
+
+    @property
+    def durable(self) -> Position:
+        """The newest position that a crash of the server cannot take back."""
+        return self.position if self._waits else self._durable
+
+    def flush(self) -> None:
+        """Make what was committed durable; not while a large transaction is half in, whose commit comes later.
+
+        Raises:
+            TransientApplyError: when the server does not answer.
+        """
+        if self.durable == self.position or self._half is not None:
+            return
+        with self._session() as cursor:
+            try:
+                make_durable(cursor)
+            except psycopg2.Error as error:
+                raise self._failed(error, "", self.position.lsn) from error
+        self._durable = self.position
 
     def close(self) -> None:
         """End the session; a half transaction is rolled back by the server."""
