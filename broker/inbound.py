@@ -40,6 +40,7 @@ class Inbound:
         document: Callable[[], ClusterDocument],
         offer_document: Callable[[bytes], None],
         new_id: Callable[[], int],
+        announced: Callable[[int, bytes], None],
     ) -> None:
         """Begin.
 
@@ -47,6 +48,7 @@ class Inbound:
             document: returns the cluster document in force.
             offer_document: takes a packed cluster document; raises PmgsyncError when it is not acceptable.
             new_id: returns a request id.
+            announced: takes what a member says of its trees of files.
         """
         self._members = members
         self._chains = chains
@@ -54,6 +56,7 @@ class Inbound:
         self._document = document
         self._offer_document = offer_document
         self._new_id = new_id
+        self._announced = announced
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -67,6 +70,8 @@ class Inbound:
                     self._heartbeat(link, Heartbeat.unpack(data))
                 case [b"d", data]:
                     self._offer_document(data)
+                case [b"t", data]:
+                    self._announced(link.member.cid, data)
                 case _:
                     raise ProtocolError(f"an event of {len(parts)} parts is not known here")
         except PmgsyncError as error:

@@ -20,7 +20,7 @@ from broker.net.zap import DOOR_DOMAIN, MEMBERS_DOMAIN, ZapHandler
 from broker.participation import Participation, Ports, Resources
 from broker.requests.admin import AdminRequests
 from broker.requests.local import LocalRequests
-from broker.requests.sessions import Session, Sessions
+from broker.requests.sessions import CLIENTS, Session, Sessions
 from broker.requests.workers import WorkerRequests
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, no_cluster
@@ -223,7 +223,7 @@ class Broker:
         return (self._participation.cid, self._documents.signed) if self._participation is not None else (0, None)
 
     def _session_over(self, session: Session) -> None:
-        if session.worker != "cli":
+        if session.worker not in CLIENTS:
             log.warning("action=worker-gone worker=%s", session.worker)
         if self._participation is not None:
             self._participation.session_over(session)

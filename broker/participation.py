@@ -25,7 +25,7 @@ from broker.net.port import Port
 from broker.requests.control import ControlRequests
 from broker.requests.sessions import Session, Sessions
 from broker.requests.shared import SharedRequests
-from broker.requests.workers import WorkerRequests, tell_durable
+from broker.requests.workers import WorkerRequests, tell_announcement, tell_durable
 from broker.status.health import Health
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument
@@ -115,7 +115,15 @@ class Participation:
             sessions,
             document=documents.packed,
         )
-        self.workers = WorkerRequests(self.cid, self._chains, self._members, self._calls, sessions, self._shared)
+        self.workers = WorkerRequests(
+            self.cid,
+            self._chains,
+            self._members,
+            self._calls,
+            sessions,
+            self._shared,
+            announce=lambda data: self.publish(b"t", data),
+        )
         self._control = ControlRequests(self.cid, self._ports.control, self._shared, self._members)
         self._door = Door(self._ports.join, resources.tokens, self)
         self._inbound = Inbound(
@@ -125,6 +133,7 @@ class Participation:
             document=lambda: documents.document,
             offer_document=offer_document,
             new_id=resources.new_id,
+            announced=partial(tell_announcement, sessions),
         )
         self.health = Health(
             self.cid,

@@ -16,6 +16,7 @@ from cli.create import create
 from cli.delete import delete
 from cli.demo.command import demo
 from cli.doctor import doctor
+from cli.files import files
 from cli.join import join
 from cli.join_cmd import join_cmd
 from cli.status import status
@@ -55,6 +56,7 @@ app.command()(status)
 app.command()(wait)
 app.command()(delete)
 app.command()(doctor)
+app.command()(files)
 app.command()(demo)
 
 

@@ -203,12 +203,21 @@ def _file_tree(section: Section) -> FileTree:
     include = section.take("include", (), patterns, each(_below))
     exclude = section.take("exclude", (), patterns, each(_below))
     tree = section.take("tree", "", 'a path below root with "{cid}" in it', _cid_tree)
+    limits = FileTree(kind, root)
+    max_size = section.take("max_size", limits.max_size, "a number of bytes", _count)
+    max_files = section.take("max_files", limits.max_files, "a number of files", _count)
     section.end()
     if (kind == "spool") != bool(tree):
         raise section.fail("tree", f"is {'missing' if not tree else 'given'}, expected for a spool and nothing else")
     if kind == "config" and not include:
         raise section.fail("include", f"is missing, expected {patterns}")
-    return FileTree(kind, root, setting, include, exclude, tree)
+    return FileTree(kind, root, setting, include, exclude, tree, max_size, max_files)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value <= 0:
+        raise ValueError
+    return value
 
 
 def _action(section: Section) -> Action:

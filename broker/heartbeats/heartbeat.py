@@ -11,6 +11,7 @@ import msgpack
 
 from broker.heartbeats.conflicts import read_counters
 from pmgsync.core.positions import MAX_LSN, Position
+from pmgsync.core.trees import read_tree_reports
 from pmgsync.errors import ProtocolError
 
 VERSION = 1
@@ -75,6 +76,7 @@ class Heartbeat:
     own: OwnChain | None
     applied: Mapping[int, Applied]
     conflicts: Mapping[str, int] = field(default_factory=dict)
+    trees: tuple[Mapping[str, Any], ...] = ()
     received: float = field(default_factory=time.monotonic)
 
     def pack(self) -> bytes:
@@ -104,6 +106,7 @@ class Heartbeat:
             else None,
             **pack_applied(self.applied),
             "conflicts": dict(self.conflicts),
+            "trees": [dict(tree) for tree in self.trees],
         }
         return msgpack.packb(data, use_bin_type=True)  # type: ignore[no-any-return]
 
@@ -151,6 +154,7 @@ class Heartbeat:
                 ),
                 applied=parse_applied(raw["applied"], raw.get("visible")),
                 conflicts=read_counters(raw.get("conflicts")),
+                trees=tuple(read_tree_reports(raw.get("trees"))),
             )
         except ProtocolError:
             raise

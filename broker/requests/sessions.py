@@ -12,13 +12,16 @@ import zmq
 
 from broker.heartbeats.conflicts import read_counters
 from broker.net.loop import Socket
+from pmgsync.core.trees import read_tree_reports
 from pmgsync.errors import MembershipError
 from pmgsync.wire.messages import pack
 
 WORKER_GONE_S = 3.0
 """A worker says something at least once a second."""
 CLIENT_GONE_S = 120.0
-"""The command line has no heartbeat; what it left behind is cleared away after this."""
+"""Clients have no heartbeat; what they left behind is cleared away after this."""
+CLIENTS = frozenset({"cli", "fetch"})
+"""The command line, and a worker's sessions beside its own; there may be many of a name."""
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +38,7 @@ class Session:
     error_since: float = 0.0
     alerts: list[dict[str, str]] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=dict)
+    trees: list[dict[str, Any]] = field(default_factory=list)
     methods: frozenset[str] = frozenset()
 
     def report(self, message: Mapping[str, Any]) -> None:
@@ -52,6 +56,7 @@ class Session:
             if isinstance(alert, dict)
         ]
         self.counters = read_counters(message.get("counters"))
+        self.trees = read_tree_reports(message.get("trees"))
 
 
 class Sessions:
@@ -76,7 +81,7 @@ class Sessions:
             MembershipError: when another living process does that work.
         """
         for old in list(self._by_identity.values()):
-            if old.worker == worker and worker != "cli" and old.identity != identity:
+            if old.worker == worker and worker not in CLIENTS and old.identity != identity:
                 if old.pid not in {0, pid} and psutil.pid_exists(old.pid) and not _is_zombie(old.pid):
                     raise MembershipError(
                         f"another process does the work of {worker} here, pid {old.pid}",
@@ -102,7 +107,7 @@ class Sessions:
 
     def workers(self) -> list[Session]:
         """Return the sessions of agent workers."""
-        return [session for session in self._by_identity.values() if session.worker != "cli"]
+        return [session for session in self._by_identity.values() if session.worker not in CLIENTS]
 
     def all(self) -> list[Session]:
         """Return every session."""
@@ -123,7 +128,7 @@ class Sessions:
         """End sessions that have fallen silent."""
         now = time.monotonic()
         for session in self.all():
-            if now - session.heard > (CLIENT_GONE_S if session.worker == "cli" else WORKER_GONE_S):
+            if now - session.heard > (CLIENT_GONE_S if session.worker in CLIENTS else WORKER_GONE_S):
                 self.end(session)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from broker.chains.chains import Chains
 from broker.chains.streams import Stream
@@ -16,20 +16,32 @@ from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError, Unr
 from pmgsync.wire.messages import Message, error_map
 
 CAPTURE = "capture"
+FILES = "files"
+MAX_ANNOUNCEMENT = 64 << 10
 
 
 class WorkerRequests:
     """Serves sessions on the local socket: capture, apply, and whoever calls or answers calls."""
 
     def __init__(
-        self, cid: int, chains: Chains, members: Members, calls: Calls, sessions: Sessions, shared: SharedRequests
+        self,
+        cid: int,
+        chains: Chains,
+        members: Members,
+        calls: Calls,
+        sessions: Sessions,
+        shared: SharedRequests,
+        *,
+        announce: Callable[[bytes], None],
     ) -> None:
+        """Begin; `announce` publishes what the files worker says of this node's trees."""
         self._cid = cid
         self._chains = chains
         self._members = members
         self._calls = calls
         self._sessions = sessions
         self._shared = shared
+        self._announce = announce
 
     def handle(self, session: Session, send: Send, message: Message, attachments: Sequence[bytes]) -> bool:
         """Handle a request; False when it is none of these.
@@ -51,6 +63,10 @@ class WorkerRequests:
                 self._chains.own.watermark(number(message, "lsn"))
             case "data" | "done" | "error":
                 self._calls.from_server(session.identity, message, attachments)
+            case "announce":
+                if len(attachments) != 1 or session.worker != FILES or len(attachments[0]) > MAX_ANNOUNCEMENT:
+                    raise ProtocolError(f"an announcement is one part of at most {MAX_ANNOUNCEMENT} bytes, of trees")
+                self._announce(attachments[0])
             case "chain.open":
                 self._open_chain(send, message)
             case "apply.open":
@@ -114,3 +130,10 @@ def tell_durable(sessions: Sessions, position: Position, watermark: int) -> None
     if capture is not None:
         message = {"op": "durable", "position": list(position), "watermark": watermark}
         sessions.send(capture.identity, message)
+
+
+def tell_announcement(sessions: Sessions, origin: int, data: bytes) -> None:
+    """Hand what a member says of its trees to the files worker, if there is one."""
+    files = sessions.worker(FILES)
+    if files is not None:
+        sessions.send(files.identity, {"op": "announced", "origin": origin}, (data,))

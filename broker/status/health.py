@@ -73,6 +73,7 @@ class Health:
             own=self._chains.own.chain,
             applied=dict(self._chains.applied),
             conflicts=add_up(session.counters for session in self._sessions.workers()),
+            trees=tuple(tree for session in self._sessions.workers() for tree in session.trees),
         )
 
     def status(self) -> dict[str, Any]:

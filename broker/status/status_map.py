@@ -104,6 +104,7 @@ def _node(
         "waiting_for": [f"first position of node {origin}" for origin in unknown],
         "alerts": [dict(alert) for alert in heartbeat.alerts] if heartbeat else [],
         "conflicts": dict(heartbeat.conflicts) if heartbeat else {},
+        "trees": [dict(tree) for tree in heartbeat.trees] if heartbeat else [],
         "clock_skew_s": None if view.clock_skew_s is None else round(view.clock_skew_s, 3),
         "received": None if view.received is None else dict(view.received),
         "heartbeat_age_s": round(view.age_s, 3) if heartbeat else None,

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def make_worker(name: str, config: NodeConfig) -> Worker:
-    """Return the worker of a name: `capture`, `snapshot` or `apply:CID`."""
+    """Return the worker of a name: `capture`, `snapshot`, `files` or `apply:CID`."""
     kind, _, origin = name.partition(":")
     if kind == "apply":
         from pmgsync.agent.apply import ApplyWorker
@@ -27,6 +27,10 @@ def make_worker(name: str, config: NodeConfig) -> Worker:
         from pmgsync.agent.capture import CaptureWorker
 
         return CaptureWorker(config)
+    if kind == "files":
+        from pmgsync.agent.files import FilesWorker
+
+        return FilesWorker(config)
     from pmgsync.agent.snapshot import SnapshotWorker
 
     return SnapshotWorker(config)

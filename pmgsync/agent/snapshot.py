@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from typing import Any
+from collections.abc import Sequence
 
+from pmgsync.agent.serving import Serving
 from pmgsync.agent.worker import REPORT_S, Worker
 from pmgsync.config import NodeConfig
 from pmgsync.errors import PmgsyncError, ProtocolError
@@ -18,61 +14,9 @@ from pmgsync.postgres.setup.facts import read_facts, read_node
 from pmgsync.profile_file import load_profile
 from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message, error_map
-from pmgsync.wire.waiting import Waiter, Wakeup
+from pmgsync.wire.waiting import Waiter
 
 log = logging.getLogger(__name__)
-
-Piece = tuple[Mapping[str, Any], bytes | None]
-QUEUED_PIECES = 8
-"""Pieces of at most 1 MiB that are read ahead of the receiver's credit."""
-WAIT_NOTICE_S = 3.0
-"""The receiver is told that it is waited for something after this much silence."""
-
-
-class _Serving:
-    """One call that is being answered: a thread reads the database, the worker's loop sends."""
-
-    def __init__(self, pieces: Iterator[Piece], credit: int, wakeup: Wakeup) -> None:
-        self.credit = credit
-        self.heard = time.monotonic()
-        self._wakeup = wakeup
-        self._cancelled = threading.Event()
-        self._queue: queue.Queue[Piece | PmgsyncError] = queue.Queue(QUEUED_PIECES)
-        self._thread = threading.Thread(target=self._read, args=(pieces,), name="snapshot", daemon=True)
-        self._thread.start()
-
-    def next(self) -> Piece | PmgsyncError | None:
-        """Return the next piece or the error that ended the reading, None when there is none yet."""
-        try:
-            return self._queue.get_nowait()
-        except queue.Empty:
-            return None
-
-    def cancel(self) -> None:
-        """Stop reading; the transaction and the temporary slot end with their connection."""
-        self._cancelled.set()
-
-    def _read(self, pieces: Iterator[Piece]) -> None:
-        try:
-            with closing(pieces):  # type: ignore[type-var]
-                for piece in pieces:
-                    if not self._put(piece):
-                        return
-        except PmgsyncError as error:
-            self._put(error)
-        except Exception as error:
-            log.exception("action=snapshot-failed")
-            self._put(PmgsyncError(f"the snapshot failed ({type(error).__name__}: {error})"))
-
-    def _put(self, piece: Piece | PmgsyncError) -> bool:
-        while not self._cancelled.is_set():
-            try:
-                self._queue.put(piece, timeout=0.2)
-            except queue.Full:
-                continue
-            self._wakeup.wake()
-            return True
-        return False
 
 
 def _tables(given: object) -> set[tuple[bytes, bytes]] | None:
@@ -91,7 +35,7 @@ class SnapshotWorker(Worker):
     def __init__(self, config: NodeConfig) -> None:
         super().__init__(config, "snapshot")
         self._profile = load_profile(config.profile)
-        self._serving: dict[int, _Serving] = {}
+        self._serving: dict[int, Serving] = {}
 
     def session(self, link: BrokerLink) -> None:
         """Answer calls until something ends the session."""
@@ -125,7 +69,7 @@ class SnapshotWorker(Worker):
                 except PmgsyncError as error:
                     link.send(error_map(request, error))
             case "credit" if request in self._serving:
-                self._serving[request].credit += int(message["bytes"])
+                self._serving[request].add_credit(int(message["bytes"]))
             case "cancel" if request in self._serving:
                 self._serving.pop(request).cancel()
                 log.info("action=snapshot-cancelled id=%d", request)
@@ -157,29 +101,11 @@ class SnapshotWorker(Worker):
             case _:
                 raise ProtocolError(f"a snapshot was asked for with {args!r:.100}")
         log.info("action=snapshot id=%d caller=%s args=%s", request, message.get("caller"), args)
-        self._serving[request] = _Serving(pieces, int(message.get("credit", 0)), self.wakeup)
+        self._serving[request] = Serving(pieces, int(message.get("credit", 0)), self.wakeup)
 
     def _send(self, link: BrokerLink, request: int) -> None:
         serving = self._serving[request]
-        while serving.credit > 0:
-            piece = serving.next()
-            if piece is None:
-                break
-            serving.heard = time.monotonic()
-            if isinstance(piece, PmgsyncError):
-                link.send(error_map(request, piece))
-                del self._serving[request]
-                return
-            described, attachment = piece
-            if described["kind"] == "result":
-                result = {key: value for key, value in described.items() if key != "kind"}
-                link.send({"op": "done", "id": request, "result": result})
-                del self._serving[request]
+        if serving.send(link, request):
+            del self._serving[request]
+            if (result := serving.result) is not None:
                 log.info("action=snapshot-done id=%d rows=%s bytes=%s", request, result["rows"], result["bytes"])
-                return
-            parts = () if attachment is None else (attachment,)
-            link.send({"op": "data", "id": request, "bytes": len(attachment or b""), "piece": described}, *parts)
-            serving.credit -= len(attachment or b"")
-        if serving.credit > 0 and time.monotonic() - serving.heard > WAIT_NOTICE_S:
-            serving.heard = time.monotonic()
-            link.send({"op": "data", "id": request, "bytes": 0, "piece": {"kind": "wait"}})

@@ -17,6 +17,7 @@ from pmgsync.config import NodeConfig, load_config
 from pmgsync.core.backoff import Backoff
 from pmgsync.core.membership import SignedDocument
 from pmgsync.errors import PmgsyncError, UnreachableError
+from pmgsync.profile_file import load_profile
 from pmgsync.service import notify_systemd, set_up_logging
 from pmgsync.wire.link import BrokerLink
 
@@ -87,6 +88,8 @@ class Supervisor:
         if cid and signed:
             others = SignedDocument.unpack(signed[0]).document.cids - {cid}
             names = {"capture", "snapshot"} | {f"apply:{other}" for other in others}
+            if load_profile(self._config.profile).files:
+                names.add("files")
         self._end([name for name in self._children if name not in names])
         for name in names - self._children.keys():
             self._children[name] = _Child()

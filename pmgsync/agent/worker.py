@@ -7,6 +7,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import zmq
 
@@ -34,7 +35,12 @@ class SessionOverError(UnreachableError):
 
 
 class Worker(ABC):
-    """One worker process. A subclass works in `session`, which is begun again whenever it ends with an error."""
+    """One worker process. A subclass works in `session`, which is begun again whenever it ends with an error.
+
+    Attributes:
+        state, alerts, counters, trees: what the next report says (PROTOCOL.md, section 10).
+        standing_error: what is wrong with a part of the work while the rest goes on; None when nothing is.
+    """
 
     def __init__(self, config: NodeConfig, name: str) -> None:
         self.config = config
@@ -46,6 +52,8 @@ class Worker(ABC):
         self.state = "A"
         self.alerts: list[dict[str, str]] = []
         self.counters: dict[str, int] = {}
+        self.trees: list[dict[str, Any]] = []
+        self.standing_error: PmgsyncError | None = None
         self._error: PmgsyncError | None = None
         self._failing_since = 0.0
         self._reported = 0.0
@@ -104,10 +112,12 @@ class Worker(ABC):
         if self.link is None or (not now and time.monotonic() - self._reported < REPORT_S):
             return
         self._reported = time.monotonic()
-        error = self._error
+        error = self._error or self.standing_error
         message: Message = {"op": "report", "state": self.state, "error": "", "hint": "", "alerts": self.alerts}
         if self.counters:
             message["counters"] = self.counters
+        if self.trees:
+            message["trees"] = self.trees
         if error is not None and (not error.recoverable or time.monotonic() - self._failing_since > GRACE_S):
             message |= {"error": error.message, "hint": error.hint}
         elif error is not None:

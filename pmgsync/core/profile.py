@@ -87,6 +87,8 @@ class FileTree:
         include: patterns of names below `root`; a name that ends in "/" is a directory with all that is in it.
         exclude: patterns that are never synchronised; they win over `include`.
         tree: of a spool, the part that a node owns; "{cid}" stands for its CID.
+        max_size: bytes of one file; a larger one is left out, with a finding.
+        max_files: of files and directories; a tree with more stops.
     """
 
     kind: Literal["config", "spool"]
@@ -95,6 +97,8 @@ class FileTree:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     tree: str = ""
+    max_size: int = 16 << 30
+    max_files: int = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)

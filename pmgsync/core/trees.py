@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from pmgsync.core.membership import ClusterDocument
 from pmgsync.core.profile import FileTree, Profile
@@ -86,3 +87,29 @@ def touched_actions(profile: Profile, paths: Iterable[bytes], tables: Iterable[s
         if by_file or named.intersection(action.tables):
             found.setdefault(action.run)
     return list(found)
+
+
+MAX_REPORTED = 64
+"""Trees that a heartbeat has room for; a cluster has at most 64 members."""
+_NUMBERS = ("owner", "files", "bytes", "behind", "findings")
+
+
+def read_tree_reports(value: object) -> list[dict[str, Any]]:
+    """Return what a worker or a member says of its trees; what is not of this shape is left out.
+
+    Each has `tree` (its name), `owner` (CID), `files`, `bytes`, `behind` (names that are not in place here), `behind_s`
+    (for how long), `findings` (what is left out), `error` (text, "" when well).
+    """
+    found = []
+    for each in value[:MAX_REPORTED] if isinstance(value, list) else []:
+        if not isinstance(each, dict) or not isinstance(each.get("tree"), str):
+            continue
+        numbers = {key: each.get(key) for key in _NUMBERS}
+        behind_s = each.get("behind_s")
+        if all(type(number) is int and 0 <= number < 1 << 63 for number in numbers.values()) and type(behind_s) in {
+            int,
+            float,
+        }:
+            error = str(each.get("error", ""))[:500]
+            found.append({"tree": each["tree"][:200], **numbers, "behind_s": behind_s, "error": error})
+    return found

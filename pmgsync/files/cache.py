@@ -118,6 +118,16 @@ class Cache:
             row = self._database.execute("SELECT value FROM fact WHERE tree = ? AND key = ?", (tree, key)).fetchone()
         return str(row[0]) if row else ""
 
+    def facts(self, tree: str) -> list[str]:
+        """Return the keys of all facts about a tree."""
+        with self._lock:
+            return [str(key) for (key,) in self._database.execute("SELECT key FROM fact WHERE tree = ?", (tree,))]
+
+    def forget_fact(self, tree: str, key: str) -> None:
+        """Forget one fact about a tree."""
+        with self._lock:
+            self._database.execute("DELETE FROM fact WHERE tree = ? AND key = ?", (tree, key))
+
     def note(self, tree: str, key: str, value: str) -> None:
         """Note a fact about a tree.
 
@@ -131,9 +141,3 @@ class Cache:
                 raise FilesError(
                     f"cannot write {self._path} ({error})", hint="make room; it goes on by itself"
                 ) from error
-
-    def forget(self, tree: str) -> None:
-        """Forget all about a tree."""
-        with self._lock:
-            self._database.execute("DELETE FROM entry WHERE tree = ?", (tree,))
-            self._database.execute("DELETE FROM fact WHERE tree = ?", (tree,))

@@ -24,6 +24,10 @@ class FilesError(PmgsyncError):
     recoverable = True
 
 
+class RootMissingError(FilesError):
+    """The root of a tree does not exist on this node."""
+
+
 class TreeStoppedError(PmgsyncError):
     """A tree looks as if its disk were gone; it waits for an administrator."""
 
@@ -54,19 +58,24 @@ class Root:
         fd: the descriptor.
     """
 
-    def __init__(self, path: Path, below: str = "") -> None:
-        """Open a tree's directory, and make it when it is not there.
+    def __init__(self, path: Path, below: str = "", *, create: bool = True) -> None:
+        """Open a tree's directory.
 
         Args:
             path: chosen by this node's administrator, so it may lead over links.
-            below: the part of a spool that is one node's; no link is followed there.
+            below: the part of a spool that is one node's, made when it is not there; no link is followed in it.
+            create: make `path` when it is not there.
 
         Raises:
+            RootMissingError: when it is not there, and is not to be made.
             FilesError: when it cannot be opened.
         """
         self.path = path / below
         try:
-            path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+            if create:
+                path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+            elif not path.is_dir():
+                raise RootMissingError(f"there is no directory {path}")
             self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             with self.directory(os.fsencode(below), create=True) as inner:
                 outer, self.fd = self.fd, os.dup(inner)

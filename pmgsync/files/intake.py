@@ -14,10 +14,10 @@ from pmgsync.core.renames import Step, check_shape, plan_pass
 from pmgsync.core.trees import Tree, looks_vanished
 from pmgsync.errors import ProtocolError
 from pmgsync.files.cache import Cache
-from pmgsync.files.directories import FilesError, Root, TreeStoppedError, explain
+from pmgsync.files.directories import FilesError, TreeStoppedError, explain
 from pmgsync.files.hashing import ChangedMeanwhileError, hash_file
 from pmgsync.files.local import LocalTree
-from pmgsync.files.marker import ACCEPT_HINT, check_marker, write_marker
+from pmgsync.files.marker import ACCEPT_HINT, check_marker, open_root, write_marker
 from pmgsync.files.placing import Placer, localised
 from pmgsync.files.scan import Limits
 from pmgsync.files.space import check_room
@@ -55,6 +55,7 @@ class Intake:
         known: `owner` is complete: it was compared with the owner since this was made.
         kept: paths of copies of what was written here against the owner.
         errors: by name, why it is not in place.
+        postponed: names that are left out of the next batches.
     """
 
     def __init__(self, tree: Tree, path: Path, cache: Cache, limits: Limits, cid: int, divergence: Path) -> None:
@@ -77,7 +78,7 @@ class Intake:
         self._limits = limits
         self._selection = Selection(tree.rule.include, tree.rule.exclude)
         self.local = LocalTree(tree, path, cache, limits) if tree.is_config else None
-        self.root = self.local.root if self.local is not None else Root(path, tree.below)
+        self.root = self.local.root if self.local is not None else open_root(tree, path, cache, create=True)
         try:
             check_marker(self.root, cache, tree.name)
             self._staging = Staging(self.root)
@@ -90,6 +91,7 @@ class Intake:
         self._part: Part | None = None
         self._pending: set[bytes] = set()
         self._remaining_at = (b"", 0)
+        self.postponed: set[bytes] = set()
         self._accepted = False
         before = cache.fact(tree.name, "owner")
         # What a node brings with it, or wrote as the master, is not an edit by mistake: it goes to one place.
@@ -117,9 +119,10 @@ class Intake:
         Raises:
             ProtocolError: when they cannot be a tree's, or are more than it may hold.
         """
-        changes = [(name, entry) for name, entry in changes if entry is None or self._selection.selects(name)]
+        changes = list(changes)
         for name, entry in changes:
-            if self.owner.set(name, entry):
+            # What this node's profile does not select is known, for sums are compared, and not put in place.
+            if self.owner.set(name, entry) and self._selection.selects(name):
                 self._pending.add(name)
         if len(self.owner) > self._limits.max_count:
             raise ProtocolError(
@@ -138,7 +141,9 @@ class Intake:
     def compared(self) -> None:
         """Note that `owner` is complete now: what differs from it is to be brought in line."""
         if not self.known:
-            self._pending.update(name for name, entry in self.owner.items() if self.held.get(name) != entry)
+            selects = self._selection.selects
+            different = (name for name, entry in self.owner.items() if self.held.get(name) != entry)
+            self._pending.update(name for name in different if selects(name))
             self._pending.update(name for name in self.held if name not in self.owner)
         self.known = True
 
@@ -185,7 +190,8 @@ class Intake:
             )
         wanted, actual, names = self._configuration() if self.local is not None else self._spool()
         if not names:
-            self._settled()
+            if not self._pending and not self.postponed:
+                self._settled()
             return None
         steps = plan_pass(wanted, actual, self._as_here(self.held, names), names)
         needs = {
@@ -203,17 +209,18 @@ class Intake:
         if self._remaining_at != (actual.digest, self.local.scans):
             # What was in their way may be gone.
             self._placer.remaining.clear()
-        wanted = self._as_here(self.owner, list(self.owner))
+        wanted = self._as_here(self.owner, filter(self._selection.selects, self.owner))
         names = [name for name, entry in wanted.items() if actual.get(name) != entry]
         names += [name for name in actual if name not in wanted and name not in self._placer.remaining]
         if not names and self._pending:
             self._note(list(self._pending))
+        names = [name for name in names if name not in self.postponed]
         return wanted, actual, names
 
     def _spool(self) -> tuple[Manifest, Manifest, list[bytes]]:
         names: list[bytes] = []
         size = 0
-        for name in self._pending:
+        for name in self._pending - self.postponed if self.postponed else self._pending:
             entry = self.owner.get(name)
             size += entry.size if entry is not None else 0
             if names and (len(names) >= BATCH_NAMES or size > BATCH_BYTES):
@@ -308,6 +315,19 @@ class Intake:
             self._part.close()
             self._part = None
 
+    def without(self, batch: Batch, digests: set[bytes]) -> Batch:
+        """Return what is left of a batch when some contents cannot be had now; their names are postponed."""
+        lost = {step.name for step in batch.steps if step.entry is not None and step.entry.digest in digests}
+        self.postponed |= lost
+        if self.tree.is_config:
+            # A set that changed together becomes visible together, or not at all.
+            return Batch([], [], [])
+        return Batch(
+            [step for step in batch.steps if step.name not in lost],
+            [need for need in batch.needs if need.digest not in digests],
+            [name for name in batch.names if name not in lost],
+        )
+
     def place(self, batch: Batch) -> list[bytes]:
         """Do a batch whose needs are staged; return the names whose content changed here.
 
@@ -323,6 +343,7 @@ class Intake:
             self._remaining_at = (self.local.found.manifest.digest, self.local.scans)
         # A name without a step was as wanted already.
         failed = set(self.errors)
+        self.postponed |= failed
         self._note([name for name in batch.names if name not in failed])
         return [step.name for step in batch.steps if step.name in done and step.what in {"put", "remove"}]
 

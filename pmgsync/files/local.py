@@ -11,8 +11,8 @@ from pmgsync.core.filenames import Selection
 from pmgsync.core.manifests import Change
 from pmgsync.core.trees import Tree, looks_vanished
 from pmgsync.files.cache import Cache
-from pmgsync.files.directories import FilesError, Root, TreeStoppedError
-from pmgsync.files.marker import ACCEPT_HINT, check_marker, write_marker
+from pmgsync.files.directories import FilesError, TreeStoppedError
+from pmgsync.files.marker import ACCEPT_HINT, check_marker, open_root, write_marker
 from pmgsync.files.scan import SETTLE_S, Found, Limits, Scanner
 from pmgsync.files.watch import Watch
 
@@ -30,12 +30,20 @@ class LocalTree:
     """
 
     def __init__(
-        self, tree: Tree, path: Path, cache: Cache, limits: Limits, *, pulse: Callable[[], None] = lambda: None
+        self,
+        tree: Tree,
+        path: Path,
+        cache: Cache,
+        limits: Limits,
+        *,
+        create: bool = True,
+        pulse: Callable[[], None] = lambda: None,
     ) -> None:
-        """Open the tree's directory, and make it when this node never had it.
+        """Open the tree's directory; `create`: make it when it is not there.
 
         Raises:
-            TreeStoppedError: when its marker is gone.
+            TreeStoppedError: when its marker is gone, or all of it is.
+            RootMissingError: when it is not there, and was never.
             FilesError: when it cannot be used.
         """
         self.tree = tree
@@ -45,7 +53,7 @@ class LocalTree:
         self._limits = limits
         self._pulse = pulse
         self._selection = Selection(tree.rule.include, tree.rule.exclude)
-        self.root = Root(path, tree.below)
+        self.root = open_root(tree, path, cache, create=create)
         try:
             check_marker(self.root, cache, tree.name)
             self._watch = Watch(self.root)

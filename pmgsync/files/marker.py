@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from pmgsync.core.filenames import OWN_DIRECTORY
+from pmgsync.core.trees import Tree
 from pmgsync.files.cache import Cache
-from pmgsync.files.directories import Root, TreeStoppedError, explain, own_directory
+from pmgsync.files.directories import Root, RootMissingError, TreeStoppedError, explain, own_directory
 
 _MARKER = b"marker"
 ACCEPT_HINT = "mount it; when it is as it should be, say so: pmgcm files --accept {name}"
+
+
+def open_root(tree: Tree, path: Path, cache: Cache, *, create: bool) -> Root:
+    """Open the directory of a tree; `create`: make it when this node never had it.
+
+    Raises:
+        TreeStoppedError: when it is gone.
+        RootMissingError: when it is not there, and is not to be made.
+        FilesError: when it cannot be opened.
+    """
+    known = bool(cache.fact(tree.name, "marked"))
+    try:
+        return Root(path, tree.below, create=create and not known)
+    except RootMissingError as error:
+        if known:
+            raise TreeStoppedError(
+                f"the directory {path} is gone; nothing is done", hint=ACCEPT_HINT.format(name=tree.name)
+            ) from error
+        raise
 
 
 def check_marker(root: Root, cache: Cache, tree: str) -> None:

@@ -106,7 +106,7 @@ control = {ports.get("control", self.control)}
 join = {ports.get("join", self.join)}
 [postgres]
 dsn = "{self.server.dsn(self.dbname)}"
-{self.extra}
+{self.extra.replace("{directory}", str(self.directory))}
 '''
         )
 

@@ -1,0 +1,247 @@
+"""The files worker: a thread for each tree, and between them and the broker announcements, calls and reports."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pmgsync.agent.actions import Actions
+from pmgsync.agent.followed_tree import FollowedTree
+from pmgsync.agent.owned_tree import OwnedTree
+from pmgsync.agent.serving import Serving
+from pmgsync.agent.tree_client import TreeClient
+from pmgsync.agent.tree_server import METHODS, answer
+from pmgsync.agent.tree_thread import Place
+from pmgsync.agent.worker import REPORT_S, Worker
+from pmgsync.config import NodeConfig
+from pmgsync.core.announcements import Announcement
+from pmgsync.core.manifests import Change, Manifest
+from pmgsync.core.trees import Tree, trees_of
+from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError
+from pmgsync.files.cache import Cache
+from pmgsync.files.scan import Limits
+from pmgsync.profile_file import load_profile
+from pmgsync.wire.link import BrokerLink
+from pmgsync.wire.messages import Message, error_map
+from pmgsync.wire.waiting import Waiter
+
+log = logging.getLogger(__name__)
+
+ANNOUNCE_S = 2.0
+"""What was published may be lost: each tree is announced again so often."""
+MAX_ALERTS = 20
+
+
+class FilesWorker(Worker):
+    """Keeps this node's trees as their owners have them, and tells the others of its own."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        super().__init__(config, "files")
+        self._profile = load_profile(config.profile)
+        self._cache = Cache(config.state_dir / "files.db")
+        self._owned: dict[str, OwnedTree] = {}
+        self._followed: dict[str, FollowedTree] = {}
+        self._published: dict[str, Manifest] = {}
+        self._told: dict[str, bytes] = {}
+        self._announce_due = 0.0
+        self._serving: dict[int, Serving] = {}
+        self._applied: dict[int, int] = {}
+        self._actions = Actions(self._profile, self._cache, applied=self._is_applied, changed=self.wakeup.wake)
+
+    # -- the session --------------------------------------------------------------------------------------------------
+
+    def session(self, link: BrokerLink) -> None:
+        """Serve until something ends the session; the trees go on without one."""
+        link.send({"op": "serve", "methods": [*METHODS, "files.accept"]})
+        self._meet_trees()
+        waiter = Waiter(link.socket, wakeup=self.wakeup)
+        try:
+            while True:
+                waiter.wait(REPORT_S)
+                for received in link.pending():
+                    self._take(link, *received)
+                self._tell_changes(link)
+                for request in list(self._serving):
+                    if self._serving[request].send(link, request):
+                        del self._serving[request]
+                self.recovered()
+                self._describe()
+                self.report()
+        finally:
+            for serving in self._serving.values():
+                serving.cancel()
+            self._serving.clear()
+
+    def keeps_session(self, data: bytes) -> bool:
+        """A new member or role is met without a new session, unless this node leaves the cluster."""
+        super().keeps_session(data)
+        if not data or self.document.member(self.cid) is None:
+            self._stop_trees(set())
+            return False
+        self._meet_trees()
+        return True
+
+    def _take(self, link: BrokerLink, message: Message, attachments: Sequence[bytes]) -> None:
+        request = int(message.get("id", 0))
+        match message["op"]:
+            case "call":
+                try:
+                    self._call(link, request, message)
+                except PmgsyncError as error:
+                    link.send(error_map(request, error))
+            case "credit" if request in self._serving:
+                self._serving[request].add_credit(int(message["bytes"]))
+            case "cancel" if request in self._serving:
+                self._serving.pop(request).cancel()
+            case "credit" | "cancel":
+                pass
+            case "announced":
+                self._hear(int(message["origin"]), attachments[0])
+            case _:
+                self.handle(message, attachments)
+
+    # -- trees --------------------------------------------------------------------------------------------------------
+
+    def _meet_trees(self) -> None:
+        """Have a thread for each tree, of the kind that its owner asks for."""
+        trees = trees_of(self._profile, self.document)
+        self._stop_trees(set(trees.values()))
+        for tree in trees.values():
+            if tree.name in self._owned or tree.name in self._followed:
+                continue
+            place = Place(tree, self._path_of(tree), self._cache, _limits(tree))
+            log.info("action=tree tree=%s owner=%d path=%s", tree.name, tree.owner, place.path)
+            if tree.owner == self.cid:
+                self._cache.note(tree.name, "owner", str(self.cid))
+                owned = self._owned[tree.name] = OwnedTree(place, self.wakeup.wake, broker=self.config.broker_socket)
+                owned.start()
+            else:
+                followed = self._followed[tree.name] = FollowedTree(
+                    place,
+                    self.wakeup.wake,
+                    cid=self.cid,
+                    broker=self.config.broker_socket,
+                    divergence=self.config.state_dir / "divergence",
+                    actions=self._actions,
+                )
+                followed.start()
+
+    def _stop_trees(self, kept: set[Tree]) -> None:
+        for threads in (self._owned, self._followed):
+            for name, thread in list(threads.items()):
+                if thread.tree not in kept:
+                    thread.stop()
+                    del threads[name]
+                    self._published.pop(name, None)
+
+    def _path_of(self, tree: Tree) -> Path:
+        settings = {"config_root": self.config.config_root, "spool_root": self.config.spool_root}
+        return settings.get(tree.rule.setting) or Path(tree.rule.root)
+
+    # -- announcements ------------------------------------------------------------------------------------------------
+
+    def _tell_changes(self, link: BrokerLink) -> None:
+        again = time.monotonic() >= self._announce_due
+        if again:
+            self._announce_due = time.monotonic() + ANNOUNCE_S
+        for name, owned in self._owned.items():
+            changes = self._collect(name, owned)
+            manifest = self._published.get(name)
+            if manifest is None or not (again or changes):
+                continue
+            base = self._told.get(name, manifest.digest)
+            self._told[name] = manifest.digest
+            news = Announcement(name, manifest.digest, base, tuple(changes) or None, owned.lsn)
+            link.send({"op": "announce"}, news.pack())
+
+    def _collect(self, name: str, owned: OwnedTree) -> list[Change]:
+        """Take what a tree's thread has found since the last time into the manifest that others are told of."""
+        changes: dict[bytes, Any] = {}
+        while True:
+            try:
+                news = owned.news.get_nowait()
+            except queue.Empty:
+                return list(changes.items())
+            if isinstance(news, Manifest):
+                self._published[name] = news
+                changes.clear()
+            else:
+                manifest = self._published[name]
+                for each, entry in news:
+                    manifest.set(each, entry)
+                changes.update(news)
+
+    def _hear(self, origin: int, data: bytes) -> None:
+        try:
+            news = Announcement.unpack(data)
+        except ProtocolError as error:
+            log.warning("action=refused origin=%d error=%s", origin, error)
+            return
+        followed = self._followed.get(news.tree)
+        # Who may speak for a tree is this node's to know, not the announcement's to say.
+        if followed is not None and followed.tree.owner == origin:
+            followed.hear(news)
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def _call(self, link: BrokerLink, request: int, message: Message) -> None:
+        method, args = message["method"], message.get("args", {})
+        name = args.get("tree") if isinstance(args, Mapping) else None
+        if method == "files.accept":
+            self._accept(link, request, message, name)
+            return
+        owned = self._owned.get(name) if isinstance(name, str) else None
+        if owned is None:
+            raise MembershipError(f"node {self.cid} does not answer for the tree {name!r:.100}")
+        pieces = answer(method, args, owned.place, self._published.get(owned.tree.name))
+        self._serving[request] = Serving(pieces, int(message.get("credit", 0)), self.wakeup)
+
+    def _accept(self, link: BrokerLink, request: int, message: Message, name: object) -> None:
+        if message.get("caller") != self.cid:
+            raise MembershipError("only this node's own administrator can say that a tree is right")
+        thread = self._owned.get(str(name)) or self._followed.get(str(name))
+        if thread is None:
+            known = ", ".join(sorted([*self._owned, *self._followed]))
+            raise ProtocolError(f"there is no tree {name!r:.100}", hint=f"the trees are {known}")
+        thread.accept()
+        log.warning("action=tree-accepted tree=%s", name)
+        link.send({"op": "done", "id": request, "result": {}})
+
+    # -- reports ------------------------------------------------------------------------------------------------------
+
+    def _describe(self) -> None:
+        threads = [*self._owned.values(), *self._followed.values()]
+        self.trees = [thread.status.to_map(thread.tree) for thread in threads]
+        self.alerts, self.standing_error = [], None
+        for thread in threads:
+            status, name = thread.status, thread.tree.name
+            if status.error and not status.recoverable:
+                self.standing_error = PmgsyncError(f"{name}: {status.error}", hint=status.hint)
+            if status.error:
+                kind = "files" if status.recoverable else "files-stopped"
+                self.alerts.append({"kind": kind, "text": f"{name}: {status.error}" + _hint(status.hint)})
+            self.alerts += [{"kind": "files", "text": text} for text in status.alerts]
+        self.alerts += [{"kind": "action", "text": text} for text in self._actions.alerts()]
+        del self.alerts[MAX_ALERTS:]
+
+    def _is_applied(self, origin: int, lsn: int) -> bool:
+        """True when a chain is applied here so far, as the broker has heard from apply."""
+        client = TreeClient(self.config.broker_socket, stopping=lambda: False)
+        try:
+            return client.applied(origin) >= lsn
+        except PmgsyncError:
+            return False
+        finally:
+            client.close()
+
+
+def _hint(hint: str) -> str:
+    return f" ({hint})" if hint else ""
+
+
+def _limits(tree: Tree) -> Limits:
+    return Limits(tree.rule.max_size, tree.rule.max_files)

@@ -1,0 +1,222 @@
+"""A tree that another node answers for: its announcements are taken in, what is missing is fetched and put in place."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pmgsync.agent.actions import Actions
+from pmgsync.agent.tree_client import StoppedError, TreeClient
+from pmgsync.agent.tree_thread import Place, TreeThread
+from pmgsync.core.announcements import Announcement
+from pmgsync.core.backoff import Backoff
+from pmgsync.core.trees import profile_path
+from pmgsync.errors import UnreachableError
+from pmgsync.files.directories import FilesError
+from pmgsync.files.intake import Batch, Intake
+from pmgsync.files.staging import WrongContentError
+from pmgsync.wire.waiting import Waiter
+
+CONFIG_QUIET_S = 0.2
+"""An edit on this node is looked at after this: whoever makes it may not be finished."""
+REST_S = 60.0
+FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
+KEPT_SHOWN = 5
+
+
+class FollowedTree(TreeThread):
+    """Keeps one tree as its owner has it."""
+
+    def __init__(
+        self,
+        place: Place,
+        changed: Callable[[], None],
+        *,
+        cid: int,
+        broker: Path,
+        divergence: Path,
+        actions: Actions,
+    ) -> None:
+        """Begin.
+
+        Args:
+            cid: of this node.
+            broker: the local socket.
+            divergence: where contents go that this node brings to a configuration it begins to follow.
+            actions: what is run after changes.
+        """
+        super().__init__(place, changed)
+        self._cid = cid
+        self._divergence = divergence
+        self._actions = actions
+        self._client = TreeClient(broker, stopping=lambda: self.stopping)
+        self._news: queue.SimpleQueue[Announcement] = queue.SimpleQueue()
+        self._announced = b""
+        self._lsn = 0
+        self._compare_due = True
+        self._retry_at = 0.0
+        self._retries = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
+        self._kept: list[str] = []
+
+    def hear(self, announcement: Announcement) -> None:
+        """Take an announcement of the owner's; may be called from any thread."""
+        self._news.put(announcement)
+        self.wakeup.wake()
+
+    def work(self) -> None:
+        """Follow until the thread is to end."""
+        self._compare_due = True
+        try:
+            if not self.place.path.is_dir() and not self._client.sums(self.tree.owner, self.tree.name)[1].strip(b"\0"):
+                # Nothing there, and nothing here to put it into: no directory is made for it.
+                self.recovered()
+                Waiter(wakeup=self.wakeup).wait(REST_S)
+                return
+            place = self.place
+            intake = Intake(self.tree, place.path, place.cache, place.limits, self._cid, self._divergence)
+        except StoppedError:
+            return
+        try:
+            self._follow(intake)
+        except StoppedError:
+            return
+        finally:
+            intake.close()
+            self._client.close()
+
+    def _follow(self, intake: Intake) -> None:
+        local = intake.local
+        waiter = Waiter(wakeup=self.wakeup) if local is None else Waiter(local.fileno(), wakeup=self.wakeup)
+        if self.take_acceptance():
+            intake.accept()
+        while not self.stopping:
+            try:
+                self._bring_in_line(intake)
+            except (UnreachableError, FilesError) as error:
+                # The tree stays open: what is known of it took a while to read.
+                self._compare_due = True
+                self._count(intake)
+                self.trouble(error)
+                self._pause(self._backoff.failed())
+                continue
+            waiter.wait(self._rest_s(intake))
+            if self.take_acceptance():
+                intake.accept()
+            if local is not None and self._news.empty():
+                waiter.wait(CONFIG_QUIET_S)
+
+    def _bring_in_line(self, intake: Intake) -> None:
+        self._hear(intake)
+        if self._retry_at and time.monotonic() >= self._retry_at:
+            self._retry_at, self._compare_due = 0.0, True
+            intake.postponed.clear()
+        if self._compare_due:
+            self._compare(intake)
+        while not self.stopping and (batch := intake.batch()) is not None:
+            self._take_in(intake, batch)
+            self._note(intake)
+            self._hear(intake)
+        self._note(intake)
+
+    def _rest_s(self, intake: Intake) -> float:
+        rest = REST_S if intake.local is None else min(REST_S, intake.local.due_s())
+        if self._compare_due:
+            return 0.0
+        return min(rest, max(0.0, self._retry_at - time.monotonic())) if self._retry_at else rest
+
+    # -- what the owner says ------------------------------------------------------------------------------------------
+
+    def _hear(self, intake: Intake) -> None:
+        """Take in what was announced; what does not follow from what is known is asked for."""
+        while True:
+            try:
+                news = self._news.get_nowait()
+            except queue.Empty:
+                return
+            self._announced = news.digest
+            self._lsn = max(self._lsn, news.lsn)
+            if intake.owner.digest == news.digest:
+                continue
+            if news.changes is not None and intake.owner.digest == news.base and intake.known:
+                intake.offer(news.changes)
+            # Names that this node does not have synchronised make a difference that stays; entries tell.
+            self._compare_due = self._compare_due or intake.owner.digest != news.digest
+
+    def _compare(self, intake: Intake) -> None:
+        owner, name = self.tree.owner, self.tree.name
+        digest, sums = self._client.sums(owner, name)
+        if digest != intake.owner.digest:
+            for buckets, changes in self._client.entries(owner, name, intake.owner.differing(sums)):
+                entries = {each: entry for each, entry in changes if entry is not None}
+                intake.compare(buckets, entries)
+        intake.compared()
+        self._announced = digest
+        self._compare_due = False
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def _take_in(self, intake: Intake, batch: Batch) -> None:
+        lost = self._fetch(intake, batch)
+        if lost:
+            batch = intake.without(batch, lost)
+            self._retry_later()
+        if not batch.steps and not batch.names:
+            return
+        paths = [profile_path(self.tree, step.name) for step in batch.steps]
+        commands = self._actions.expect(paths)
+        intake.place(batch)
+        self._actions.request(commands, self.tree.owner, self._lsn)
+        if intake.errors:
+            self._retry_later()
+        if intake.kept:
+            self._kept = [*self._kept, *intake.kept][-KEPT_SHOWN:]
+            intake.kept.clear()
+
+    def _retry_later(self) -> None:
+        if not self._retry_at:
+            self._retry_at = time.monotonic() + self._retries.failed()
+
+    def _fetch(self, intake: Intake, batch: Batch) -> set[bytes]:
+        """Stage what a batch needs; return the digests of what could not be had."""
+        missing = intake.missing(batch)
+        wanted = [(need.name, need.digest, offset) for need, offset in missing]
+        lost: set[bytes] = set()
+        try:
+            for parts, data in self._client.contents(self.tree.owner, self.tree.name, wanted):
+                at = 0
+                for number, offset, size, last in parts:
+                    need = missing[number][0]
+                    piece, at = data[at : at + size], at + size
+                    if offset < 0:
+                        lost.add(need.digest)
+                    if need.digest in lost:
+                        continue
+                    try:
+                        intake.stage(need, offset, piece, last=last)
+                    except WrongContentError:
+                        # It was written while it was read; the owner will announce what it is now.
+                        lost.add(need.digest)
+        finally:
+            intake.let_go()
+        return lost
+
+    def _count(self, intake: Intake) -> None:
+        status = self.status
+        status.files, status.size = intake.held.files, intake.held.bytes
+        behind = intake.behind or len(intake.postponed)
+        status.note_behind(behind or int(self._compare_due))
+        status.note_findings(intake.local.found.findings if intake.local is not None else {})
+        status.alerts += [f"changed on this node, put back as its owner has it; kept in {path}" for path in self._kept]
+
+    def _note(self, intake: Intake) -> None:
+        self._count(intake)
+        if intake.errors:
+            first = next(iter(intake.errors.values()))
+            more = len(intake.errors) - 1
+            self.trouble(FilesError(first.message + (f", and {more} more" if more else ""), hint=first.hint))
+        elif not intake.postponed:
+            self._retries.succeeded()
+            self.recovered()
+        self._changed()

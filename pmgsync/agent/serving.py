@@ -1,0 +1,99 @@
+"""A call that is being answered: a thread makes the pieces, the worker's loop sends them as far as credit reaches."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from typing import Any
+
+from pmgsync.errors import PmgsyncError
+from pmgsync.wire.link import BrokerLink
+from pmgsync.wire.messages import Message, error_map
+from pmgsync.wire.waiting import Wakeup
+
+log = logging.getLogger(__name__)
+
+Piece = tuple[Mapping[str, Any], bytes | None]
+"""What a `data` message says of itself, and its attachment; the last one has the kind `result`."""
+QUEUED_PIECES = 8
+"""Pieces of at most 1 MiB that are made ahead of the receiver's credit."""
+WAIT_NOTICE_S = 3.0
+"""The receiver is told that it is waited for something after this much silence."""
+
+
+class Serving:
+    """One call. `pieces` runs in a thread of its own.
+
+    Attributes:
+        result: of the call once it is over, None before and after an error.
+    """
+
+    def __init__(self, pieces: Iterator[Piece], credit: int, wakeup: Wakeup) -> None:
+        self.result: Mapping[str, Any] | None = None
+        self._credit = credit
+        self._heard = time.monotonic()
+        self._wakeup = wakeup
+        self._cancelled = threading.Event()
+        self._queue: queue.Queue[Piece | PmgsyncError] = queue.Queue(QUEUED_PIECES)
+        self._thread = threading.Thread(target=self._make, args=(pieces,), name="serving", daemon=True)
+        self._thread.start()
+
+    def add_credit(self, size: int) -> None:
+        """Note that the receiver takes so many bytes more."""
+        self._credit += size
+
+    def cancel(self) -> None:
+        """Stop making pieces; what the thread holds is let go of with it."""
+        self._cancelled.set()
+
+    def send(self, link: BrokerLink, request: int) -> bool:
+        """Send what is ready and may be sent; True when the call is over."""
+        while self._credit > 0:
+            try:
+                piece = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            self._heard = time.monotonic()
+            if isinstance(piece, PmgsyncError):
+                link.send(error_map(request, piece))
+                return True
+            described, attachment = piece
+            if described["kind"] == "result":
+                self.result = {key: value for key, value in described.items() if key != "kind"}
+                link.send({"op": "done", "id": request, "result": self.result})
+                return True
+            parts = () if attachment is None else (attachment,)
+            size = len(attachment or b"")
+            message: Message = {"op": "data", "id": request, "bytes": size, "piece": described}
+            link.send(message, *parts)
+            self._credit -= size
+        if self._credit > 0 and time.monotonic() - self._heard > WAIT_NOTICE_S:
+            self._heard = time.monotonic()
+            link.send({"op": "data", "id": request, "bytes": 0, "piece": {"kind": "wait"}})
+        return False
+
+    def _make(self, pieces: Iterator[Piece]) -> None:
+        try:
+            with closing(pieces):  # type: ignore[type-var]
+                for piece in pieces:
+                    if not self._put(piece):
+                        return
+        except PmgsyncError as error:
+            self._put(error)
+        except Exception as error:
+            log.exception("action=call-failed")
+            self._put(PmgsyncError(f"the call failed ({type(error).__name__}: {error})"))
+
+    def _put(self, piece: Piece | PmgsyncError) -> bool:
+        while not self._cancelled.is_set():
+            try:
+                self._queue.put(piece, timeout=0.2)
+            except queue.Full:
+                continue
+            self._wakeup.wake()
+            return True
+        return False
