@@ -16,7 +16,7 @@ from broker.members.calls import Calls
 from broker.members.link import MemberLink
 from broker.members.members import Members, peer
 from broker.requests.shared import check_id
-from pmgsync.core.frames import Frame, read_frame
+from pmgsync.core.frames import Frame, read_frame, read_frames
 from pmgsync.core.membership import ClusterDocument
 from pmgsync.errors import (
     FrameDamagedError,
@@ -77,6 +77,13 @@ class Inbound:
         except PmgsyncError as error:
             self._members.refuse(link.member.cid, error)
 
+    def _replayed(self, link: MemberLink, request: int, parts: Sequence[bytes]) -> None:
+        try:
+            self._chains.replayed(request, read_frames(parts))
+        except FrameDamagedError:
+            self._chains.damaged_frame(link.member.cid)
+            raise
+
     def _frame(self, link: MemberLink, header: bytes, body: bytes) -> Frame:
         try:
             return read_frame(header, body)
@@ -108,9 +115,7 @@ class Inbound:
         request, owner = message.get("id", 0), peer(link.member.cid)
         match message["op"]:
             case "frame":
-                if len(parts) != 3:
-                    raise ProtocolError("a frame is a header and a body")
-                self._chains.replayed(request, self._frame(link, parts[1], parts[2]))
+                self._replayed(link, request, parts[1:])
             case "pong":
                 pass
             case "end":

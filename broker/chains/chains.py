@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -142,11 +142,17 @@ class Chains:
         if follower is not None:
             follower.count_damaged()
 
-    def replayed(self, request: int, frame: Frame) -> None:
-        """Take a frame of a replay."""
-        follower = self._followers.get(frame.header.origin)
-        if follower is not None and frame.header.cluster == self._cluster:
-            follower.replayed(request, frame)
+    def replayed(self, request: int, frames: Iterable[Frame]) -> None:
+        """Take frames of a replay.
+
+        Raises:
+            ProtocolError: what reading a frame raises; those before it are taken.
+        """
+        with self.streams.gathered():
+            for frame in frames:
+                follower = self._followers.get(frame.header.origin)
+                if follower is not None and frame.header.cluster == self._cluster:
+                    follower.replayed(request, frame)
 
     def replay_ended(self, request: int) -> None:
         """A member has sent all it had."""

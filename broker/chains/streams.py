@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from broker.journal.journals import Journals
@@ -14,6 +15,8 @@ from pmgsync.trace import hop
 
 READ_BYTES = 1 << 20
 """Bytes read from the journal at a time."""
+MESSAGE_BYTES, MESSAGE_FRAMES = 256 << 10, 500
+"""Frames that wait go out together, as many as fit: a small one costs less than its message."""
 STALLED_S = 60.0
 """A finite stream that was given no credit for so long is closed."""
 
@@ -24,7 +27,7 @@ class Stream:
 
     Attributes:
         live: True for apply workers, whose stream has no end; False for a replay, which ends at the head.
-        send: sends a frame; returns False when the receiver is gone.
+        send: sends frames in one message; returns False when the receiver is gone.
         finish: called with the last position, or the error, when the stream is over.
     """
 
@@ -32,7 +35,7 @@ class Stream:
     position: Position
     credit: int
     live: bool
-    send: Callable[[Frame], bool]
+    send: Callable[[Sequence[Frame]], bool]
     finish: Callable[[Position, PmgsyncError | None], None]
     touched: float = field(default_factory=time.monotonic)
 
@@ -45,6 +48,7 @@ class Streams:
         self._journals = journals
         self._damaged = damaged
         self._by_owner: dict[tuple[object, int], Stream] = {}
+        self._gathered: set[int] | None = None
 
     def open(self, owner: object, request: int, stream: Stream) -> None:
         """Begin a stream; one of the same owner and id is replaced."""
@@ -72,13 +76,29 @@ class Streams:
         """Return how many streams an owner has open."""
         return sum(key[0] == owner for key in self._by_owner)
 
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Send what is offered meanwhile at the end, together."""
+        offered: set[int] = set()
+        self._gathered = offered
+        try:
+            yield
+        finally:
+            self._gathered = None
+            for stream in list(self._by_owner.values()):
+                if stream.origin in offered:
+                    self.pump(stream)
+
     def offer(self, frame: Frame) -> None:
         """Send a frame that the journal has just taken to every stream that waits for it."""
+        if self._gathered is not None:
+            self._gathered.add(frame.header.origin)
+            return
         for stream in list(self._by_owner.values()):
             if stream.origin != frame.header.origin or stream.credit <= 0:
                 continue
             if stream.position == frame.prev:
-                self._send(stream, frame)
+                self._send(stream, [frame])
             else:
                 self.pump(stream)
 
@@ -103,9 +123,8 @@ class Streams:
                     self._damaged(stream.origin, stream.position, error)
                 self._finish(stream, error)
                 return
-            for frame in frames:
-                if not self._send(stream, frame):
-                    return
+            if frames and not self._send(stream, frames):
+                return
             if not frames:
                 if not stream.live:
                     self._finish(stream, None)
@@ -118,14 +137,15 @@ class Streams:
             if not stream.live and stream.credit <= 0 and stream.touched < horizon:
                 del self._by_owner[key]
 
-    def _send(self, stream: Stream, frame: Frame) -> bool:
-        hop("offered", frame.here.lsn)
-        if not stream.send(frame):
-            self._forget(stream)
-            return False
-        stream.credit -= frame.size
-        stream.position = frame.here
-        stream.touched = time.monotonic()
+    def _send(self, stream: Stream, frames: Sequence[Frame]) -> bool:
+        for together in messages(frames):
+            hop("offered", together[-1].here.lsn)
+            if not stream.send(together):
+                self._forget(stream)
+                return False
+            stream.credit -= sum(frame.size for frame in together)
+            stream.position = together[-1].here
+            stream.touched = time.monotonic()
         return True
 
     def _finish(self, stream: Stream, error: PmgsyncError | None) -> None:
@@ -135,3 +155,15 @@ class Streams:
     def _forget(self, stream: Stream) -> None:
         for key in [key for key, value in self._by_owner.items() if value is stream]:
             del self._by_owner[key]
+
+
+def messages(frames: Sequence[Frame]) -> Iterator[Sequence[Frame]]:
+    """Yield frames in order, in groups that fit into a message; a frame that is larger goes alone."""
+    begun, size = 0, 0
+    for number, frame in enumerate(frames):
+        if number > begun and (size + frame.size > MESSAGE_BYTES or number - begun == MESSAGE_FRAMES):
+            yield frames[begun:number]
+            begun, size = number, 0
+        size += frame.size
+    if frames:
+        yield frames[begun:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from broker.chains.chains import Chains
@@ -43,10 +43,10 @@ def check_id(message: Mapping[str, Any]) -> None:
         raise ProtocolError(f"{message['op']!r:.20} has an id that is not an int")
 
 
-def frame_sender(send: Send, request: int) -> Callable[[Frame], bool]:
+def frame_sender(send: Send, request: int) -> Callable[[Sequence[Frame]], bool]:
     """Return the function that sends frames of a stream to somebody."""
     first = {"op": "frame", "id": request}
-    return lambda frame: send(first, (frame.header_bytes, frame.body))
+    return lambda frames: send(first, [part for frame in frames for part in (frame.header_bytes, frame.body)])
 
 
 def answer_error(send: Send, message: Message | None, error: PmgsyncError) -> None:

@@ -11,7 +11,7 @@ from pmgsync.agent.apply_thread import ApplyThread
 from pmgsync.agent.resync import Resync
 from pmgsync.agent.worker import REPORT_S, SessionOverError, Worker
 from pmgsync.config import NodeConfig
-from pmgsync.core.frames import read_frame
+from pmgsync.core.frames import read_frames
 from pmgsync.core.positions import Position
 from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
 from pmgsync.postgres.apply import Applier
@@ -119,9 +119,9 @@ class ApplyWorker(Worker):
 
     def _take(self, thread: ApplyThread, stream: int, message: Message, attachments: Sequence[bytes]) -> None:
         if message["op"] == "frame" and message.get("id") == stream:
-            frame = read_frame(attachments[0], attachments[1])
-            hop("received", frame.here.lsn)
-            thread.submit(frame)
+            for frame in read_frames(attachments):
+                hop("received", frame.here.lsn)
+                thread.submit(frame)
         elif message["op"] != "frame":
             self.handle(message, attachments)
 

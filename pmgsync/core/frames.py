@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import msgpack
@@ -152,6 +152,17 @@ def read_frame(header_bytes: bytes, body: bytes) -> Frame:
     if zlib.crc32(body, zlib.crc32(header_bytes[:-_CHECKSUM_BYTES])) != expected:
         raise FrameDamagedError(f"the frame of origin {header.origin} that ends at {header.here} is damaged")
     return Frame(header, header_bytes, body)
+
+
+def read_frames(parts: Sequence[bytes]) -> Iterator[Frame]:
+    """Yield the frames of a message, header and body in turn; each is read when it is asked for.
+
+    Raises:
+        ProtocolError: as `read_frame`, or when there is none, or a body is missing.
+    """
+    if not parts or len(parts) % 2:
+        raise ProtocolError(f"a message of {len(parts)} parts does not hold frames, each a header and a body")
+    return map(read_frame, parts[::2], parts[1::2])
 
 
 def is_part(header: Header) -> bool:

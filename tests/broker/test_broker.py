@@ -22,7 +22,7 @@ import pytest
 from broker import node
 from broker.cluster.state_directory import StateDirectory
 from pmgsync.config import load_config
-from pmgsync.core.frames import Frame, Header, make_frame, read_frame
+from pmgsync.core.frames import Frame, Header, make_frame, read_frames
 from pmgsync.core.membership import Member, SignedDocument, found_cluster, sign, with_member, without_member
 from pmgsync.core.positions import LAST, ZERO, Position
 from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
@@ -184,7 +184,7 @@ class Apply:
                 message, parts = received
                 assert message["op"] != "error", message
                 if message["op"] == "frame":
-                    self.frames.append(read_frame(parts[0], parts[1]))
+                    self.frames.extend(read_frames(parts))
             self.link.send({"op": "report", "state": "A", "error": ""})
             return bool(self.frames) and self.frames[-1].here >= until
 

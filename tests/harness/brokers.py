@@ -16,7 +16,7 @@ import psutil
 
 from broker.cluster.state_directory import StateDirectory
 from pmgsync.core.chains import ChainHead, Verdict
-from pmgsync.core.frames import Frame, Header, make_frame, read_frame, unpack_body
+from pmgsync.core.frames import Frame, Header, make_frame, read_frames, unpack_body
 from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, found_cluster, sign, with_member
 from pmgsync.core.positions import LAST, Position
 from pmgsync.errors import PmgsyncError, ResyncRequiredError
@@ -282,10 +282,12 @@ class Receiver:
             raise ResyncRequiredError(message["message"]) if message["error"] == "resync_required" else error
         if message["op"] != "frame" or message["id"] != self._stream:
             return
-        frame = read_frame(parts[0], parts[1])
-        self.ledger.take(frame)
+        size = 0
+        for frame in read_frames(parts):
+            self.ledger.take(frame)
+            size += frame.size
         if self.credit:
-            self._link.send({"op": "credit", "id": self._stream, "bytes": frame.size})
+            self._link.send({"op": "credit", "id": self._stream, "bytes": size})
         if self.confirms and self.ledger.head.position.complete:
             position = list(self.ledger.head.position)
             self._link.send({"op": "applied", "origin": 1, "incarnation": INCARNATION, "position": position})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmgsync.core.frames import Header, make_frame, read_frame, read_header, unpack_body
+from broker.chains.streams import MESSAGE_BYTES, MESSAGE_FRAMES, messages
+from pmgsync.core.frames import Frame, Header, make_frame, read_frame, read_frames, read_header, unpack_body
 from pmgsync.core.positions import LAST, MAX_LSN, Position, format_lsn, parse_lsn
 from pmgsync.errors import FrameDamagedError, ProtocolError
 
@@ -88,3 +91,38 @@ def test_positions_order_by_lsn_then_part(pair: list[tuple[int, int]]) -> None:
     left, right = (Position(*one) for one in pair)
     assert (left < right) == (pair[0] < pair[1])
     assert Position.parse(list(left)) == left
+
+
+def frames_of(sizes: list[int]) -> list[Frame]:
+    header = Header(b"c" * 16, 1, 1, 1, Position(1), Position(2), 0, 1, 1)
+    body = make_frame(header, [b"x"]).body
+    return [Frame(header, b"h%d" % number, body.ljust(size)) for number, size in enumerate(sizes)]
+
+
+@given(st.lists(st.sampled_from([1, 500, 1000, 65_000, MESSAGE_BYTES - 10, MESSAGE_BYTES + 1]), max_size=1500))
+def test_frames_that_wait_share_messages(sizes: list[int]) -> None:
+    frames = frames_of(sizes)
+    groups = list(messages(frames))
+    assert [frame for group in groups for frame in group] == frames
+    for group in groups:
+        assert len(group) == 1 or sum(frame.size for frame in group) <= MESSAGE_BYTES
+        assert 1 <= len(group) <= MESSAGE_FRAMES
+    for one, other in itertools.pairwise(groups):
+        full = len(one) == MESSAGE_FRAMES or sum(frame.size for frame in [*one, other[0]]) > MESSAGE_BYTES
+        assert full, "a message that had room was sent"
+
+
+@given(st.lists(st.tuples(headers(), st.binary(max_size=40)), min_size=1, max_size=5), st.data())
+def test_several_frames_in_a_message(given_frames: list[tuple[Header, bytes]], data: st.DataObject) -> None:
+    frames = [make_frame(header, [body]) for header, body in given_frames]
+    parts = [part for frame in frames for part in (frame.header_bytes, frame.body)]
+    assert list(read_frames(parts)) == frames
+    damaged = data.draw(st.integers(0, len(frames) - 1))
+    parts[2 * damaged + 1] += b"x"
+    found: list[Frame] = []
+    with pytest.raises(FrameDamagedError):
+        found.extend(read_frames(parts))
+    assert found == frames[:damaged], "what came before it is taken"
+    for wrong in ([], parts[:-1]):
+        with pytest.raises(ProtocolError):
+            read_frames(wrong)
