@@ -24,7 +24,7 @@ _LARGEST = 2**62
 
 
 class Fork(NamedTuple):
-    """Where a new epoch leaves the chain of the master before it: what is after `lsn` there does not count."""
+    """A place on one life of a chain: as an epoch's fork, what is after `lsn` does not count."""
 
     incarnation: int
     lsn: int
@@ -45,6 +45,7 @@ class Epoch:
         when: µs since 1970 by the new master's clock.
         reason: for people.
         over: (epoch, master) of forced epochs elsewhere that this one was decided to replace.
+        start: on the new master's own chain, where its time as master begins; None: with the chain.
         extra: keys of a later version; kept, so that the entry stays what it was signed as.
     """
 
@@ -56,6 +57,7 @@ class Epoch:
     when: int = 0
     reason: str = ""
     over: tuple[tuple[int, int], ...] = ()
+    start: Fork | None = None
     extra: tuple[tuple[str, Any], ...] = ()
 
     def to_map(self) -> dict[str, Any]:
@@ -63,12 +65,13 @@ class Epoch:
             **dict(self.extra),
             "epoch": self.epoch,
             "master": self.master,
-            "fork": None if self.fork is None else {"incarnation": self.fork.incarnation, "lsn": self.fork.lsn},
+            "fork": _fork_map(self.fork),
             "forced": self.forced,
             "votes": [vote.to_map() for vote in self.votes],
             "when": self.when,
             "reason": self.reason,
             "over": [list(one) for one in self.over],
+            "start": _fork_map(self.start),
         }
 
     @classmethod
@@ -80,7 +83,7 @@ class Epoch:
         """
         if not isinstance(data, Mapping):
             raise ProtocolError("a cluster document's history is not a list of maps")
-        known = {"epoch", "master", "fork", "forced", "votes", "when", "reason", "over"}
+        known = {"epoch", "master", "fork", "forced", "votes", "when", "reason", "over", "start"}
         epoch, master, when = data.get("epoch"), data.get("master"), data.get("when", 0)
         forced, reason, votes = data.get("forced", False), data.get("reason", ""), data.get("votes", [])
         if type(epoch) is not int or type(master) is not int or not (_positive(epoch) and _positive(master)):
@@ -100,6 +103,7 @@ class Epoch:
             when,
             reason,
             _read_over(epoch, data.get("over", [])),
+            _read_fork(epoch, data.get("start")),
             tuple(sorted((key, value) for key, value in data.items() if key not in known)),
         )
 
@@ -108,13 +112,17 @@ def _positive(value: object) -> bool:
     return type(value) is int and 0 < value < _LARGEST
 
 
+def _fork_map(fork: Fork | None) -> dict[str, int] | None:
+    return None if fork is None else {"incarnation": fork.incarnation, "lsn": fork.lsn}
+
+
 def _read_fork(epoch: int, value: object) -> Fork | None:
     match value:
         case None:
             return None
         case {"incarnation": int(incarnation), "lsn": int(lsn)} if 0 <= incarnation < 2**63 and 0 <= lsn <= MAX_LSN:
             return Fork(incarnation, lsn)
-    raise ProtocolError(f"the fork of epoch {epoch} is {value!r:.80}")
+    raise ProtocolError(f"a place on a chain in epoch {epoch} is {value!r:.80}")
 
 
 def _read_over(epoch: int, value: object) -> tuple[tuple[int, int], ...]:

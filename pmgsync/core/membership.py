@@ -172,11 +172,13 @@ def new_epoch(
     votes: Iterable[Vote] = (),
     forced: bool = False,
     over: Iterable[tuple[int, int]] = (),
+    start: Fork | None = None,
 ) -> ClusterDocument:
     """Return the first document of a new epoch, made from the one that its votes name.
 
     When it is forced, CIDs are left out: the side that is not heard may have given out the next ones, and so may
-    another member that is forced at the same time. Each has `FORCED_CIDS` to itself.
+    another member that is forced at the same time. Each has `FORCED_CIDS` to itself. And it is not fenced, for a
+    majority is what it lacks; the fence comes back with `lease.fence_due`.
 
     Args:
         master: CID of the new master; the one before becomes a slave.
@@ -184,6 +186,7 @@ def new_epoch(
         when: µs since 1970.
         votes: of the members; whether they are a majority is checked by whoever takes the document.
         over: (epoch, master) of forced epochs elsewhere that are to give way to this one.
+        start: the end of the new master's own chain, before it writes as master.
 
     Raises:
         MembershipError: when that node cannot be master.
@@ -206,8 +209,9 @@ def new_epoch(
         master=master,
         max_cid=document.max_cid + (FORCED_CIDS * rank if forced else 0),
         members=tuple(replace(one, role=role(one)) for one in document.members),
+        fence="none" if forced else document.fence,
         history=(
             *document.history,
-            Epoch(epoch, master, fork, forced, tuple(votes), when, reason[:MAX_REASON], tuple(over)),
+            Epoch(epoch, master, fork, forced, tuple(votes), when, reason[:MAX_REASON], tuple(over), start),
         ),
     )

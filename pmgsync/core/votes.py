@@ -62,15 +62,32 @@ class Ballot:
 
     def to_bytes(self, voter: int) -> bytes:
         """Return what a voter signs: JSON text (UTF-8, keys sorted, no white space)."""
-        text = {
+        text = {**self.to_map(), "kind": "vote", "voter": voter}
+        return json.dumps(text, sort_keys=True, separators=(",", ":")).encode()
+
+    def to_map(self) -> dict[str, Any]:
+        return {
             "base": self.base.hex(),
             "candidate": self.candidate,
             "cluster": self.cluster.hex(),
             "epoch": self.epoch,
-            "kind": "vote",
-            "voter": voter,
         }
-        return json.dumps(text, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_map(cls, data: Mapping[str, Any]) -> Ballot:
+        """Return the ballot a map describes.
+
+        Raises:
+            ProtocolError: when it is malformed.
+        """
+        try:
+            cluster, base = bytes.fromhex(data["cluster"]), bytes.fromhex(data["base"])
+            epoch, candidate = data["epoch"], data["candidate"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"a ballot cannot be read ({type(error).__name__}: {error})") from error
+        if type(epoch) is not int or type(candidate) is not int or not 0 < epoch < 2**62 or candidate < 1:
+            raise ProtocolError(f"a ballot's epoch or candidate is {epoch!r:.40}, {candidate!r:.40}")
+        return cls(cluster, epoch, candidate, base)
 
     def sign(self, voter: int, key: Ed25519PrivateKey) -> Vote:
         """Return a member's vote. It must be on the voter's disk before it is sent."""
