@@ -9,6 +9,7 @@ from typing import Any
 
 import zmq
 
+from broker.cluster.conf_file import ConfFile
 from broker.cluster.documents import Documents
 from broker.cluster.identity import own_member
 from broker.cluster.state_directory import StateDirectory
@@ -65,6 +66,7 @@ class Broker:
             sessions=self._sessions,
             tokens=tokens,
             documents=self._documents,
+            conf_file=ConfFile(config),
             new_id=itertools.count(1).__next__,
         )
         self._participation: Participation | None = None
@@ -143,6 +145,7 @@ class Broker:
             part = None
         if signed is not None and cid:
             log.info("action=document cid=%d epoch=%d serial=%d", cid, *signed.document.version)
+            self._resources.conf_file.follow(signed.document)
             if part is None:
                 before = None
                 part = self._participation = Participation(
@@ -175,6 +178,7 @@ class Broker:
         self._failed = True
 
     def _retry(self) -> None:
+        self._resources.conf_file.retry()
         if self._failed:
             try:
                 self._put_in_force(self._state.document())

@@ -11,6 +11,7 @@ import zmq
 
 from broker.chains.chains import Chains
 from broker.chains.trimming import Trimming
+from broker.cluster.conf_file import ConfFile
 from broker.cluster.documents import Documents
 from broker.cluster.door import Door
 from broker.cluster.tokens import Tokens
@@ -56,6 +57,7 @@ class Resources:
     sessions: Sessions
     tokens: Tokens
     documents: Documents
+    conf_file: ConfFile
     new_id: Callable[[], int]
 
 
@@ -143,6 +145,7 @@ class Participation:
             self._trimming,
             sessions,
             document=lambda: documents.document,
+            conf_problem=lambda: resources.conf_file.problem,
         )
 
     @property

@@ -8,13 +8,14 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pmgsync.errors import ConfigError
-from pmgsync.toml_section import as_absolute, as_text, read_toml
+from pmgsync.toml_section import Section, as_absolute, as_list, as_text, one_of, read_toml
 
 DEFAULT_PATH = Path("/etc/pmgsync/node.toml")
 PATH_VARIABLE = "PMGCM_CONFIG"
+SECTIONS = ("node", "ports", "postgres", "files", "journal", "subscription", "join")
 SOCKET_NAME = "broker.sock"
 SOCKET_PATH_BYTES = 107
 """The kernel's limit for the path of a unix socket."""
@@ -30,6 +31,25 @@ class JournalLimits:
 
     max_bytes: int = 4 << 30
     max_age_s: float = 7 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """Where this node's subscription level is found, and what a difference between nodes means.
+
+    Attributes:
+        level: the level itself, "" to look for it.
+        file: a file that has it, "" for none.
+        command: a program that prints it, and its arguments.
+        pattern: a regular expression whose first group is the level; "" for the whole first line.
+        differing: whether a node of another level is warned of or refused when it joins.
+    """
+
+    level: str = ""
+    file: str = ""
+    command: tuple[str, ...] = ()
+    pattern: str = ""
+    differing: Literal["warn", "refuse"] = "warn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +70,11 @@ class NodeConfig:
     config_root: Path | None
     spool_root: Path | None
     journal: JournalLimits
+    cluster_conf: str | None = None
+    """The gateway's cluster.conf: a path, "" for none, None for the profile's."""
+    subscription: Subscription = Subscription()
+    pam_service: str = "login"
+    """Of the master, for the root password of whoever joins; "" when only tokens open the door."""
 
     @property
     def broker_socket(self) -> Path:
@@ -104,9 +129,9 @@ def load_config(path: Path | None = None) -> NodeConfig:
     """
     path = path or Path(os.environ.get(PATH_VARIABLE) or DEFAULT_PATH)
     top = read_toml(path, "the configuration", hint=f"name another file with --config or ${PATH_VARIABLE}")
-    sections = [top.section(name) for name in ("node", "ports", "postgres", "files", "journal")]
+    sections = [top.section(name) for name in SECTIONS]
     top.end()
-    node, ports, postgres, files, journal = sections
+    node, ports, postgres, files, journal, subscription, join = sections
     absolute, port = "an absolute path", "a port number, 1 to 65535"
     limits = JournalLimits()
     config = NodeConfig(
@@ -129,6 +154,9 @@ def load_config(path: Path | None = None) -> NodeConfig:
             journal.take("max_size", limits.max_bytes, 'a size such as "4GiB"', _amount(_SIZES)),
             float(journal.take("max_age", limits.max_age_s, 'a time such as "7d"', _amount(_TIMES))),
         ),
+        cluster_conf=files.take("cluster_conf", None, f'{absolute}, or "" for none', _none_or(as_absolute)),
+        subscription=_subscription(subscription),
+        pam_service=join.take("pam_service", "login", 'the name of a PAM service, or "" for none', _none_or(_name)),
     )
     for section in sections:
         section.end()
@@ -140,6 +168,41 @@ def load_config(path: Path | None = None) -> NodeConfig:
             hint="choose a shorter one, such as /run/pmgsync",
         )
     return config
+
+
+def _none_or(read: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda value: "" if value == "" else read(value)
+
+
+def _pattern(value: Any) -> str:
+    try:
+        if re.compile(as_text(value)).groups < 1:
+            raise ValueError
+    except re.error as error:
+        raise ValueError from error
+    return str(value)
+
+
+def _command(value: Any) -> tuple[str, ...]:
+    words = tuple(map(as_text, as_list(value)))
+    if not words:
+        raise ValueError
+    return words
+
+
+def _subscription(section: Section) -> Subscription:
+    allowed: tuple[Literal["warn", "refuse"], ...] = ("warn", "refuse")
+    found = Subscription(
+        level=section.take("level", "", "a word", as_text),
+        file=section.take("file", "", "an absolute path", as_absolute),
+        command=section.take("command", (), "a list: a program and its arguments", _command),
+        pattern=section.take("pattern", "", "a regular expression with a group in it", _pattern),
+        differing=section.take("differing", "warn", 'one of "warn", "refuse"', one_of(*allowed)),
+    )
+    given = [key for key in ("level", "file", "command") if getattr(found, key)]
+    if len(given) > 1:
+        raise section.fail(given[1], f"has no meaning beside {given[0]}: one of them says where the level is found")
+    return found
 
 
 def _own_address() -> str:

@@ -13,6 +13,7 @@ from pmgsync.core.profile import (
     RULE_KINDS,
     Action,
     FileTree,
+    Gateway,
     MergeRule,
     Policy,
     Profile,
@@ -69,6 +70,7 @@ def _profile(top: Section) -> Profile:
     cid0 = top.take("cid0", (), 'a list of "table.column"', _table_columns)
     services = top.take("services", (), "a list of different names", as_texts)
     raw_tables = top.take("tables", {}, "tables [tables.NAME]", as_table)
+    gateway = _gateway(top.section("gateway"))
     files, actions = top.sections("files"), top.sections("actions")
     top.end()
     tables = tuple(_table_rule(top.path, key, value) for key, value in raw_tables.items())
@@ -93,6 +95,7 @@ def _profile(top: Section) -> Profile:
         files=tuple(map(_file_tree, files)),
         actions=tuple(map(_action, actions)),
         digest=_digest(name, top.values),
+        gateway=gateway,
     )
     for action in profile.actions:
         for table in action.tables:
@@ -193,6 +196,15 @@ def _merge_rule(path: Path, where: str, value: object) -> MergeRule:
     if tie is not None and kind != "latest":
         raise section.fail("tie", f"has no meaning with the rule {kind!r}")
     return MergeRule(kind, by, order, tie)
+
+
+def _gateway(section: Section) -> Gateway:
+    paths = {
+        key: section.take(key, "", "an absolute path", as_absolute)
+        for key in ("cluster_conf", "certificate", "host_key", "root_key")
+    }
+    section.end()
+    return Gateway(**paths)
 
 
 def _file_tree(section: Section) -> FileTree:

@@ -125,5 +125,6 @@ def _newcomer(message: Message, client_key: bytes) -> Member:
             "cid": 1,
             "role": "node",
             "level": str(message.get("level", ""))[:64],
+            "host_keys": message.get("host_keys", {}),
         }
     )

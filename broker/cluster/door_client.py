@@ -161,6 +161,7 @@ class DoorClient:
             "control": member.control,
             "join": member.join,
             "level": member.level,
+            "host_keys": dict(member.host_keys),
             "curve_key": member.curve_key,
             "sign_key": member.sign_key,
         }

@@ -5,6 +5,9 @@ from __future__ import annotations
 from broker.net.keys import NodeKeys
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import Member
+from pmgsync.gateway import read_host_keys
+from pmgsync.profile_file import load_profile
+from pmgsync.subscription import read_level
 
 FIRST_CID = 1
 """Of the node that creates a cluster; the master gives all others theirs."""
@@ -15,7 +18,9 @@ def own_member(config: NodeConfig, keys: NodeKeys) -> Member:
 
     Raises:
         ProtocolError: when its name or address cannot stand in a document.
+        ConfigError: when its subscription level or one of its host's keys cannot be read.
     """
+    profile = load_profile(config.profile)
     member = Member(
         cid=FIRST_CID,
         name=config.name,
@@ -25,5 +30,7 @@ def own_member(config: NodeConfig, keys: NodeKeys) -> Member:
         join=config.join_port,
         curve_key=keys.curve_public,
         sign_key=keys.sign_public,
+        level=read_level(config.subscription),
+        host_keys=read_host_keys(config, profile),
     )
     return Member.from_map(member.to_map())

@@ -38,8 +38,9 @@ class Health:
         sessions: Sessions,
         *,
         document: Callable[[], ClusterDocument],
+        conf_problem: Callable[[], str],
     ) -> None:
-        """Begin; `document` returns the cluster document in force."""
+        """Begin; `document` returns the cluster document in force, `conf_problem` what is wrong with cluster.conf."""
         self._cid = cid
         self._config = config
         self._members = members
@@ -47,6 +48,7 @@ class Health:
         self._trimming = trimming
         self._sessions = sessions
         self._document = document
+        self._conf_problem = conf_problem
         self._since = time.monotonic()
 
     def heartbeat(self) -> Heartbeat:
@@ -98,6 +100,8 @@ class Health:
     def _judge(self, document: ClusterDocument) -> tuple[str, str, Alerts]:
         """Return the state (`A` or `S`), what is wrong ("" when nothing), and the alerts."""
         alerts = [*self._trimming.alerts(), *({"kind": "journal", "text": text} for text in self._chains.damage)]
+        if problem := self._conf_problem():
+            alerts.append({"kind": "cluster.conf", "text": problem})
         synchronising, error = self._judge_workers(alerts)
         for link in self._members:
             self._judge_member(link, alerts)

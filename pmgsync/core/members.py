@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pmgsync.core.cluster_conf import HOST_KEYS
 from pmgsync.errors import MembershipError, ProtocolError
 
 MAX_CID = 2**31 - 1
@@ -15,6 +16,7 @@ ROLES = frozenset({"master", "node", "witness"})
 STATES = frozenset({"member", "joining"})
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?")
+_HOST_KEY = re.compile(r"[0-9A-Za-z+/=:]{1,2000}")
 _ADDRESS = re.compile(r"[0-9A-Za-z.:%_-]{1,255}")
 
 
@@ -46,6 +48,7 @@ class Member:
         role: `master`, `node` (a slave), or `witness`: a broker without a database, that votes and is never master.
         state: `joining` until the node has said that its copy is complete; it holds no vote so long. Then `member`.
         level: of the subscription, as the node said it.
+        host_keys: names and values of `HOST_KEYS`, for the gateway's own daemons.
     """
 
     cid: int
@@ -59,6 +62,7 @@ class Member:
     role: str = "node"
     level: str = ""
     state: str = "member"
+    host_keys: tuple[tuple[str, str], ...] = ()
 
     @property
     def votes(self) -> bool:
@@ -82,6 +86,7 @@ class Member:
             "role": self.role,
             "level": self.level,
             "state": self.state,
+            "host_keys": dict(self.host_keys),
         }
 
     @classmethod
@@ -104,6 +109,12 @@ class Member:
         def a_key(value: Any) -> bool:
             return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
+        def a_host(value: Any) -> bool:
+            return isinstance(value, dict) and all(
+                key in HOST_KEYS and isinstance(text, str) and _HOST_KEY.fullmatch(text) is not None
+                for key, text in value.items()
+            )
+
         return cls(
             take("cid", lambda value: type(value) is int and 0 < value <= MAX_CID),
             take("name", lambda value: isinstance(value, str) and _NAME.fullmatch(value) is not None),
@@ -116,4 +127,5 @@ class Member:
             take("role", lambda value: isinstance(value, str) and value in ROLES),
             take("level", lambda value: isinstance(value, str) and len(value) <= 64),
             take("state", lambda value: isinstance(value, str) and value in STATES) if "state" in data else "member",
+            tuple(sorted(take("host_keys", a_host).items())) if "host_keys" in data else (),
         )

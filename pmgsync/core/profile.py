@@ -119,6 +119,22 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True)
+class Gateway:
+    """Where the gateway's own daemons have their files; "" for one that there is not.
+
+    Attributes:
+        cluster_conf: written for them, with the members and their keys in it.
+        certificate: of the API, PEM.
+        host_key, root_key: public RSA keys in OpenSSH's format.
+    """
+
+    cluster_conf: str = ""
+    certificate: str = ""
+    host_key: str = ""
+    root_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """A whole profile.
 
@@ -141,6 +157,7 @@ class Profile:
     files: tuple[FileTree, ...]
     actions: tuple[Action, ...]
     digest: str
+    gateway: Gateway = Gateway()
 
     @property
     def compares_times(self) -> bool:
