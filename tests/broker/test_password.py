@@ -1,0 +1,120 @@
+"""The root password over PAM: a service made for the test, real processes, and a loop that goes on meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from broker.cluster.password import MAX_OPEN, PamPassword
+from broker.net.loop import Loop
+from pmgsync.errors import MembershipError, TooManyAttemptsError
+
+PAM = Path("/etc/pam.d")
+SECRET = "korrekt Pferd ☂ 'battery'"
+SCRIPT = """#!/bin/sh
+# pam_exec writes the password and a NUL byte to standard input.
+given="$(tr -d '\\000')"
+{before}
+[ "$given" = "$(cat {secret})" ]
+"""
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not PAM.is_dir(), reason="a PAM service can be made by root only, on a machine with PAM"
+)
+Make = Callable[[str], str]
+
+
+@pytest.fixture
+def make_service(tmp_path: Path) -> Iterator[Make]:
+    """Make PAM services that know one password; `before` is shell that runs before it is looked at."""
+    made: list[Path] = []
+    (tmp_path / "secret").write_text(SECRET)
+
+    def make(before: str = ":") -> str:
+        script = tmp_path / f"check{len(made)}"
+        script.write_text(SCRIPT.format(before=before, secret=tmp_path / "secret"))
+        script.chmod(stat.S_IRWXU)
+        service = PAM / f"pmgsync-test-{secrets.token_hex(4)}"
+        made.append(service)
+        service.write_text(f"auth required pam_exec.so quiet expose_authtok {script}\naccount required pam_permit.so\n")
+        return service.name
+
+    yield make
+    for service in made:
+        service.unlink()
+
+
+def ask(service: str, *passwords: str, within_s: float = 30.0) -> tuple[list[bool], int]:
+    """Return the outcomes, and how often a timer of the loop ran meanwhile."""
+    loop, outcomes, ticks = Loop(), list[bool](), list[float]()
+    check = PamPassword(loop, service)
+    begun = time.monotonic()
+
+    def tick() -> None:
+        ticks.append(time.monotonic())
+        if len(outcomes) == len(passwords) or time.monotonic() - begun > within_s:
+            loop.stop()
+
+    loop.every(0.02, tick)
+    for password in passwords:
+        check.start(password, outcomes.append)
+    loop.run()
+    check.close()
+    assert not psutil.Process().children(), "no process is left"
+    return outcomes, len(ticks)
+
+
+def test_the_right_password_and_wrong_ones(make_service: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    service = make_service(":")
+    assert ask(service, SECRET)[0] == [True]
+    for wrong in (SECRET + " ", "x", "ä" * 500):
+        assert ask(service, wrong)[0] == [False]
+        assert wrong not in caplog.text
+    assert f"service={service}" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_service_that_is_not_there_lets_nobody_in() -> None:
+    assert ask("pmgsync-not-there", SECRET)[0] == [False]
+
+
+def test_the_loop_goes_on_while_a_module_takes_its_time(make_service: Make) -> None:
+    outcomes, ticks = ask(make_service("sleep 1"), SECRET)
+    assert outcomes == [True]
+    assert ticks > 10
+
+
+def test_a_password_is_in_no_argument_list(make_service: Make, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    listing = f'for each in /proc/[0-9]*; do cat "$each/cmdline" "$each/environ"; done > {seen} 2>/dev/null'
+    assert ask(make_service(listing), SECRET)[0] == [True]
+    assert b"password_process" in seen.read_bytes()
+    assert SECRET.encode() not in seen.read_bytes()
+
+
+def test_checks_are_few_at_a_time_and_end_with_the_broker(make_service: Make) -> None:
+    check = PamPassword(Loop(), make_service("sleep 60"))
+    for _ in range(MAX_OPEN):
+        check.start(SECRET, lambda good: None)
+    with pytest.raises(TooManyAttemptsError):
+        check.start(SECRET, lambda good: None)
+    check.close()
+    assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_what_cannot_be_a_password() -> None:
+    check = PamPassword(Loop(), "login")
+    for password in ("", "a\0b", "x" * 1025):
+        with pytest.raises(MembershipError, match="a password has"):
+            check.start(password, lambda good: None)
+    with pytest.raises(MembershipError, match="takes no password"):
+        PamPassword(Loop(), "").start("x", lambda good: None)
