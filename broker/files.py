@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from pmgsync.errors import ConfigError
+
+FOR_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+PRIVATE_UMASK = 0o077
+"""Whatever a process of the node makes is for its user only."""
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -37,3 +42,38 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_open_files(directory: Path) -> None:
+    """Refuse a state directory that other users can get into, or a file in it that they can read or write.
+
+    What is in it are the node's keys, and a journal of everything that is written to the database.
+
+    Raises:
+        ConfigError: names all of it, and the command that puts it right.
+    """
+    if not directory.exists():
+        return
+    try:
+        found = [path for path in (directory, *directory.rglob("*")) if is_open(path)]
+    except OSError as error:
+        raise ConfigError(
+            f"the state directory {directory} cannot be looked through ({error.strerror})",
+            hint="run it as the user who owns the directory",
+        ) from error
+    if found:
+        shown = ", ".join(map(str, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        raise ConfigError(
+            f"other users can get at {shown}",
+            hint=f"this node's keys may be known to them. To close it: chmod -R go= {directory}; if they were open for "
+            "others to read, make new ones: `pmgcm update-fingerprints`",
+        )
+
+
+def is_open(path: Path) -> bool:
+    """Return True when other users may do something with a file or directory."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return False  # the journal's files come and go
+    return not stat.S_ISLNK(mode) and bool(mode & FOR_OTHERS)

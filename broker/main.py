@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -23,9 +24,13 @@ def run() -> None:
     arguments = parser.parse_args()
     set_up_logging(verbose=arguments.verbose)
     try:
+        from broker.files import PRIVATE_UMASK, refuse_open_files
         from broker.node import Broker
 
-        broker = Broker(load_config(arguments.config))
+        os.umask(PRIVATE_UMASK)
+        config = load_config(arguments.config)
+        refuse_open_files(config.state_dir)
+        broker = Broker(config)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: broker.stop())
         notify_systemd("READY=1")

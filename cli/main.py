@@ -64,6 +64,8 @@ def run() -> None:
     """Entry point of `pmgcm`: 0 done, 1 failed, 2 wrong usage, 128 and the number when a signal ended it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    # What is made in the state directory is for this user only.
+    os.umask(0o077)
     try:
         app()
     except CommandFailedError:

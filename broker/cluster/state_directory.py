@@ -15,7 +15,7 @@ import zmq
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from zmq.utils import z85
 
-from broker.files import write_private
+from broker.files import is_open, write_private
 from broker.net.keys import NodeKeys
 from pmgsync.core.membership import SignedDocument
 from pmgsync.errors import ConfigError, ProtocolError, UnreachableError
@@ -77,6 +77,11 @@ class StateDirectory:
                 signing = Ed25519PrivateKey.generate()
                 write_private(
                     path, msgpack.packb([1, z85.decode(public), z85.decode(secret), signing.private_bytes_raw()])
+                )
+            if is_open(path):
+                raise ConfigError(
+                    f"other users can get at {path}",
+                    hint=f"chmod 0600 {path}; if they could read it, make new keys: `pmgcm update-fingerprints`",
                 )
             try:
                 version, curve_public, curve_secret, sign_private = msgpack.unpackb(path.read_bytes())
