@@ -209,6 +209,12 @@ class Broker:
         """Take the place that a master has given this node."""
         self._put_in_force(self._documents.enter(signed))
 
+    def leave_cluster(self) -> None:
+        """Forget the cluster."""
+        self._documents.refuse_to_leave()
+        self._put_in_force(None)
+        self._documents.leave()
+
     def delete_member(self, cid: int) -> None:
         """Remove a member, on the master only."""
         self._put_in_force(self._documents.delete(cid))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.console import confirm, say
+from cli.console import confirm, note, say
 
 
 def delete(
@@ -34,3 +34,4 @@ def delete(
         done=lambda documents: cid not in documents.document.cids,
     )
     say(f"node {member.name} ({cid}) was removed")
+    note("what the cluster has made on it goes with `pmgcm leave`, on that node")

@@ -16,7 +16,7 @@ from cli.console import ask, confirm, note, say
 from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from broker.net.keys import NodeKeys
     from pmgsync.config import NodeConfig
@@ -60,9 +60,11 @@ def join(
     token = token or ask("token", without_terminal=JOIN_CMD)
     keys = state.keys()
     with DoorClient(master_ip, port, server_key, keys) as door:
+        asked = time.time()
         facts = door.check(token)
-        check_there(profile, here, facts)
-    note(announcement(config, here, facts))
+        clock_ahead_s = _clock_ahead_s(facts, asked, time.time())
+        check_there(config, profile, here, facts)
+    note(announcement(config, here, facts, clock_ahead_s=clock_ahead_s))
     if not yes:
         confirm("Go on?")
     with _restore(config, facts) as restore:
@@ -71,7 +73,7 @@ def join(
             cid, signed = door.admit(token, own_member(config, keys))
         _copy(restore, signed.document, keys)
         with stopped(profile.services):
-            _take_place(config, profile, restore, signed, cid, had_node=here.was_member)
+            _take_place(config, profile, restore, signed, cid, had_node=here.server.was_member)
             change_cluster(
                 config,
                 {"op": "cluster.enter"},
@@ -80,6 +82,15 @@ def join(
                 done=lambda documents: documents.is_member_of(signed.document.cluster),
             )
     say(f"this node is {config.name}({cid}) in the cluster {signed.document.name!r}")
+
+
+def _clock_ahead_s(facts: Mapping[str, object], asked: float, answered: float) -> float | None:
+    """Return by how much the master's clock is ahead, at least, given when it was asked and had answered here."""
+    told = facts.get("time")
+    if type(told) is not int:
+        return None
+    ahead, behind = told / 1e6 - answered, asked - told / 1e6
+    return ahead if ahead > 0 else -behind if behind > 0 else 0.0
 
 
 @contextlib.contextmanager

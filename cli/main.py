@@ -19,6 +19,7 @@ from cli.doctor import doctor
 from cli.files import files
 from cli.join import join
 from cli.join_cmd import join_cmd
+from cli.leave import leave
 from cli.status import status
 from cli.wait import wait
 from pmgsync.errors import PmgsyncError
@@ -55,6 +56,7 @@ app.command()(join)
 app.command()(status)
 app.command()(wait)
 app.command()(delete)
+app.command()(leave)
 app.command()(doctor)
 app.command()(files)
 app.command()(demo)

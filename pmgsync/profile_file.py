@@ -145,6 +145,7 @@ def _table_rule(path: Path, key: str, value: object) -> TableRule:
     owner = section.take("owner", None, "a column's name", as_text)
     deletes = section.take("deletes", True, _FLAG, as_flag)
     inserts_by = section.take("inserts_by_owner", None, "a column's name", as_text)
+    dated_by = section.take("dated_by", None, "a column's name", as_text)
     raw_rules = section.take("merge", {}, "a table of rules", as_table)
     section.end()
     rules = {column: _merge_rule(path, f"{where} merge.{column}", rule) for column, rule in raw_rules.items()}
@@ -156,14 +157,14 @@ def _table_rule(path: Path, key: str, value: object) -> TableRule:
         if column in {*key_columns, *rules, owner, inserts_by}:
             raise section.fail("local_columns", f"names {column}, which the other keys rely on")
     return TableRule(
-        schema, name, policy, key_columns, owner, frozenset(local_columns), rules, deletes, inserts_by
+        schema, name, policy, key_columns, owner, frozenset(local_columns), rules, deletes, inserts_by, dated_by
     )  # fmt: skip
 
 
 _NEEDED = {Policy.OWNED: ("owner",), Policy.MERGE: ("merge",)}
 _ALLOWED = {
     Policy.MIRROR: {"key", "local_columns"},
-    Policy.OWNED: {"key", "local_columns", "owner"},
+    Policy.OWNED: {"key", "local_columns", "owner", "dated_by"},
     Policy.MERGE: {"key", "local_columns", "merge", "deletes", "inserts_by_owner"},
     Policy.LOCAL: set(),
 }

@@ -141,6 +141,30 @@ class Documents:
         """
         return self.change(without_member(self.master_document(), cid))
 
+    def refuse_to_leave(self) -> None:
+        """Refuse when others need this node: it is their master.
+
+        Raises:
+            MembershipError: when it is.
+        """
+        document = self.signed.document if self.signed is not None else None
+        if document is not None and self.cid == document.master and len(document.members) > 1:
+            raise MembershipError(
+                "this node is the master, and others are in the cluster",
+                hint="promote another node first, or `pmgcm delete` the others",
+            )
+
+    def leave(self) -> None:
+        """Forget the cluster, whether it still counts this node in or not; without one nothing happens.
+
+        Raises:
+            MembershipError: when others need this node.
+            ConfigError: when the document cannot be removed.
+        """
+        self.refuse_to_leave()
+        self._state.forget_cluster()
+        self.put_in_force(None)
+
     def change(self, document: ClusterDocument) -> SignedDocument:
         """Sign a new document and store it.
 

@@ -73,6 +73,7 @@ class Door:
                     "protocol": PROTOCOL_VERSION,
                     "cluster": document.name,
                     "profile": document.profile,
+                    "level": _level(document),
                     "members": [[member.cid, member.name, member.address] for member in document.members],
                 }
                 return self._send(identity, facts)
@@ -104,6 +105,12 @@ class Door:
 
     def _send(self, identity: bytes, message: Mapping[str, Any], *attachments: bytes) -> bool:
         return self._port.send([identity, pack(message), *attachments])
+
+
+def _level(document: ClusterDocument) -> str:
+    """Return the master's subscription level, which the others' is to be."""
+    master = document.member(document.master)
+    return master.level if master is not None else ""
 
 
 def _newcomer(message: Message, client_key: bytes) -> Member:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import zmq
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from zmq.utils import z85
 
-from broker.files import is_open, write_private
+from broker.files import is_open, sync_directory, write_private
 from broker.net.keys import NodeKeys
 from pmgsync.core.membership import SignedDocument
 from pmgsync.errors import ConfigError, ProtocolError, UnreachableError
@@ -125,6 +126,25 @@ class StateDirectory:
             ConfigError: when it cannot be written; the old one stays.
         """
         write_private(self.document_path, signed.pack())
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal"
+
+    def forget_cluster(self) -> None:
+        """Remove the cluster document and the journals; the keys stay.
+
+        Raises:
+            ConfigError: when they cannot be removed.
+        """
+        try:
+            # The document last: as long as it is there, the same step can be done again.
+            if self.journal.exists():
+                shutil.rmtree(self.journal)
+            self.document_path.unlink(missing_ok=True)
+            sync_directory(self.path)
+        except OSError as error:
+            raise ConfigError(f"{error.filename or self.path} cannot be removed ({error.strerror})") from error
 
     def hold(self, *, timeout_s: float = HOLD_S) -> Hold:
         """Be the one process that writes the cluster document, until `close`.

@@ -31,6 +31,9 @@ class Node(Protocol):
     def enter_cluster(self, signed: SignedDocument) -> None:
         """Take the place that a master has given this node."""
 
+    def leave_cluster(self) -> None:
+        """Forget the cluster; not on a master that others need."""
+
     def delete_member(self, cid: int) -> None:
         """Remove a member, on the master only."""
 
@@ -67,6 +70,8 @@ class AdminRequests:
                 if len(attachments) != 1:
                     raise ProtocolError("the cluster document is missing")
                 self._node.enter_cluster(SignedDocument.unpack(attachments[0]))
+            case "cluster.leave":
+                self._node.leave_cluster()
             case "member.delete":
                 self._node.delete_member(number(message, "cid"))
             case _:

@@ -57,6 +57,7 @@ class TableRule:
         rules: merge tables: the rule of each column; a column without one keeps the value it was inserted with.
         deletes: merge tables: True when deletes travel; with `inserts_by_owner` only those of the owner do.
         inserts_by_owner: merge tables: rows are inserted (and deleted) by the node whose CID this column has.
+        dated_by: owned tables: the column with a row's date, a timestamp or seconds since 1970; for messages only.
     """
 
     schema: str
@@ -68,6 +69,7 @@ class TableRule:
     rules: Mapping[str, MergeRule] = field(default_factory=dict)
     deletes: bool = True
     inserts_by_owner: str | None = None
+    dated_by: str | None = None
 
     @property
     def columns(self) -> frozenset[str]:

@@ -52,6 +52,11 @@ def make_service(tmp_path: Path) -> Iterator[Make]:
         service.unlink()
 
 
+def checking() -> list[psutil.Process]:
+    """Return the processes that check passwords; other tests' servers are children of this process, too."""
+    return [child for child in psutil.Process().children() if "broker.cluster.password_process" in child.cmdline()]
+
+
 def ask(service: str, *passwords: str, within_s: float = 30.0) -> tuple[list[bool], int]:
     """Return the outcomes, and how often a timer of the loop ran meanwhile."""
     loop, outcomes, ticks = Loop(), list[bool](), list[float]()
@@ -68,7 +73,7 @@ def ask(service: str, *passwords: str, within_s: float = 30.0) -> tuple[list[boo
         check.start(password, outcomes.append)
     loop.run()
     check.close()
-    assert not psutil.Process().children(), "no process is left"
+    assert not checking(), "no process is left"
     return outcomes, len(ticks)
 
 
@@ -105,10 +110,11 @@ def test_checks_are_few_at_a_time_and_end_with_the_broker(make_service: Make) ->
     check = PamPassword(Loop(), make_service("sleep 60"))
     for _ in range(MAX_OPEN):
         check.start(SECRET, lambda good: None)
+    assert len(checking()) == MAX_OPEN
     with pytest.raises(TooManyAttemptsError):
         check.start(SECRET, lambda good: None)
     check.close()
-    assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    assert not checking()
 
 
 def test_what_cannot_be_a_password() -> None:

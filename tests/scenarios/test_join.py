@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 
+import psycopg2
 import pytest
 
+from broker.cluster.state_directory import StateDirectory
+from pmgsync.core.membership import Member
 from pmgsync.postgres.pg_dump import installed_pg_dumps
 from pmgsync.postgres.programs import BINDIR_VARIABLE, find_binaries
 from tests.harness.cluster import Cluster, Node, eventually, free_ports
@@ -97,6 +102,54 @@ def test_a_join_that_is_killed_can_be_repeated(new_cluster: NewCluster, after_s:
     cluster.wait()
     cluster.assert_equal(["big"], "count(*), sum(id), min(v), max(v)")
     assert [node["cid"] for node in cluster.master.status()["nodes"]] == [1, 2], "one node, one CID"
+
+
+def test_what_is_going_to_be_lost_is_said_in_numbers_before_it_is(new_cluster: NewCluster) -> None:
+    schema = resources.files("cli.demo").joinpath("pmg_schema.sql").read_text()
+    options = {"profile": "pmg", "dbname": "ruledb", "encoding": "SQL_ASCII"}
+    cluster = new_cluster(nodes=1, schema=schema, extra='[subscription]\nlevel = "premium"', **options)
+    newcomer = cluster.add_node("newcomer")
+    newcomer.extra = '[subscription]\nlevel = "basic"\ndiffering = "refuse"'
+    newcomer.write_config()
+    newcomer.sql(schema)
+    newcomer.sql(
+        "INSERT INTO cstatistic (cid, rid, time, bytes, direction, spamlevel, ptime, sender) "
+        "SELECT 0, g, 1262347200 + g, 1, true, 0, 1, 'x' FROM generate_series(0, 1233) AS g; "
+        "INSERT INTO creceivers VALUES (0, 1, 'x', false); ALTER TABLE userprefs ADD COLUMN extra int"
+    )
+    newcomer.start()
+    arguments = [word for word in cluster.join_arguments() if word != "--yes"]
+    with contextlib.closing(psycopg2.connect(newcomer.server.dsn("ruledb", application_name="pmg-filter"))):
+        refused = newcomer.pmgcm(*arguments, check=False)
+        assert refused.returncode == 1
+        assert "the subscription level of this node is 'basic', the cluster's is 'premium'" in refused.stderr
+        newcomer.extra = '[subscription]\nlevel = "basic"'
+        newcomer.write_config()
+        done = newcomer.pmgcm(*arguments, check=False)
+    assert done.returncode == 1, "nobody said yes"
+    for line in (
+        "What this node has of its own is in no copy, and will be GONE:",
+        "  cstatistic: 1,234 rows, the oldest of 2010-01-01",
+        "  creceivers: 1 row\n",
+        "these sessions will be ended: pmg-filter (1).",
+        "Free where the server keeps its data:",
+        "Clocks: the master's and this node's differ by less than",
+        "Tables: this node's are not the same as the master's.",
+        "Subscription: the subscription level of this node is 'basic'",
+    ):
+        assert line in done.stderr, done.stderr
+    assert newcomer.sql("SELECT count(*) FROM cstatistic") == [(1234,)]
+    newcomer.pmgcm(*arguments, "--yes")
+    assert newcomer.sql("SELECT count(*) FROM cstatistic") == [(0,)]
+    levels = {member.cid: member.level for member in held_members(newcomer)}
+    assert levels == {1: "premium", 2: "basic"}
+
+
+def held_members(node: Node) -> Sequence[Member]:
+    """Return the members in the document that a node holds."""
+    signed = StateDirectory(node.directory / "state").document()
+    assert signed is not None
+    return signed.document.members
 
 
 def test_a_master_that_can_give_no_snapshot_says_so_before_anybody_joins(

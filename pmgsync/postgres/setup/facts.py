@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
 import psycopg2.extensions
 
+from pmgsync import __version__
 from pmgsync.core.profile import Profile
 from pmgsync.errors import ChainBrokenError, ConfigError, MembershipError, UnreachableError
 from pmgsync.postgres.catalog import as_text
 from pmgsync.postgres.pg_dump import find_pg_dump
 from pmgsync.postgres.session import connect
+from pmgsync.postgres.setup.inventory import schema_digest
 from pmgsync.postgres.setup.node_row import NodeFacts, node_facts
 from pmgsync.postgres.wal.slot import create_slot
 from pmgsync.postgres.wal.slot_reader import SlotState, read_slot_state
@@ -55,13 +58,23 @@ def read_facts(dsn: str, profile: Profile) -> dict[str, Any]:
     connection = connect(dsn, application_name="pmgsync facts")
     try:
         connection.autocommit = True
-        facts = {**database_facts(connection), "profile_digest": profile.digest}
+        facts = {
+            **database_facts(connection),
+            "profile_digest": profile.digest,
+            "schema_digest": schema_digest(connection, profile),
+        }
     except psycopg2.Error as error:
         raise UnreachableError(f"the database did not answer ({str(error).strip()})") from error
     finally:
         connection.close()
     problem, hint = _snapshot_problem(facts["server_version"] // 10000)
-    return {**facts, "snapshot_problem": problem, "snapshot_hint": hint}
+    return {
+        **facts,
+        "snapshot_problem": problem,
+        "snapshot_hint": hint,
+        "product": __version__,
+        "time": time.time_ns() // 1000,
+    }
 
 
 def _snapshot_problem(server_major: int) -> tuple[str, str]:
