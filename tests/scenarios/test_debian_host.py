@@ -56,9 +56,7 @@ def follow_readme(machine: Machine, programs: Path) -> None:
     assert machine.sh("cat /etc/postgresql/15/main/pg_hba.conf").stdout == hba
     machine.sh("createdb -T template0 -E SQL_ASCII -l C Proxmox_ruledb")
     machine.sh("psql -qX -d Proxmox_ruledb -f -", given=(resources.files("cli.demo") / "pmg_schema.sql").read_text())
-    machine.sh(
-        "mkdir -p /etc/pmg; touch /etc/pmg/cluster.conf; chgrp www-data /etc/pmg/cluster.conf; chmod 640 /etc/pmg/cluster.conf"
-    )
+    machine.sh("install -D -m 0640 -g www-data /dev/null /etc/pmg/cluster.conf")
 
 
 def test_three_debian_hosts_become_a_cluster(programs: Path) -> None:
