@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -65,10 +65,16 @@ def missing() -> str:
 class Machine:
     """One machine; `with` starts it and ends everything in it."""
 
-    def __init__(self, name: str, number: int) -> None:
+    def __init__(self, name: str, number: int, shown: Mapping[str, Path]) -> None:
+        """Prepare.
+
+        Args:
+            shown: directories of this machine, by the paths below `WRITABLE` at which they stand in the new one.
+        """
         self.name = name
         self.address = f"{NETWORK}.{number}"
         self.transcript: list[str] = []
+        self._shown = shown
         self._init: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -77,9 +83,11 @@ class Machine:
             f"mount -t overlay none -o lowerdir={path},upperdir=/mnt{path}/up,workdir=/mnt{path}/work {path}"
             for path in WRITABLE
         )
+        binds = "".join(f"mkdir -p {at} && mount --bind {path} {at} && " for at, path in self._shown.items())
         script = (
-            "mount -t tmpfs none /mnt && mount -t tmpfs none /run && mount -t tmpfs none /tmp && chmod 1777 /tmp && "
-            f"{layers} && hostname {self.name} && ip link set lo up && echo ready && exec sleep infinity"
+            f"mount -t tmpfs none /mnt && mount -t tmpfs none /run && {layers} && {binds}"
+            f"mount -t tmpfs none /tmp && chmod 1777 /tmp && hostname {self.name} && ip link set lo up && "
+            "echo ready && exec sleep infinity"
         )
         self._init = subprocess.Popen(
             ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc",
@@ -147,12 +155,12 @@ class Machine:
 
 
 @contextlib.contextmanager
-def joined_machines(names: Sequence[str]) -> Iterator[list[Machine]]:
-    """Start machines with a network between them, of which machine n has the address 10.77.0.n."""
+def joined_machines(names: Sequence[str], shown: Mapping[str, Path]) -> Iterator[list[Machine]]:
+    """Start machines with a network between them; the n-th has the address 10.77.0.n."""
     with contextlib.ExitStack() as stack:
-        switch = stack.enter_context(Machine("switch", 254))
+        switch = stack.enter_context(Machine("switch", 254, {}))
         switch.sh("ip link add switch type bridge && ip link set switch up")
-        machines = [stack.enter_context(Machine(name, number)) for number, name in enumerate(names, 1)]
+        machines = [stack.enter_context(Machine(name, number, shown)) for number, name in enumerate(names, 1)]
         for number, machine in enumerate(machines, 1):
             subprocess.run(
                 ["ip", "link", "add", "eth0", "netns", str(machine.pid), "type", "veth",

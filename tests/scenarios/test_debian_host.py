@@ -17,6 +17,7 @@ from tests.harness.machines import Machine, joined_machines, missing, steps_of
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "deploy" / "README.md"
+CHECKOUT = "/opt/checkout"
 PASSWORD = "Ein gutes Wort"
 
 pytestmark = [pytest.mark.campaign, pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
@@ -38,19 +39,17 @@ def install_step() -> str:
     return next(step for step in steps_of(README.read_text()) if "pip install" in step)
 
 
-def follow_readme(machine: Machine, programs: Path) -> None:
+def follow_readme(machine: Machine) -> None:
     """Do what deploy/README.md says, line by line; by hand is only what it says to set in node.toml."""
     machine.sh("pg_dropcluster 15 main 2>/dev/null || true; pg_createcluster 15 main --locale C.UTF-8")
     hba = machine.sh("cat /etc/postgresql/15/main/pg_hba.conf").stdout
     assert re.search(r"^local\s+all\s+all\s+peer$", hba, re.MULTILINE), "as Debian installs it"
     machine.transcript.clear()
-    # A way in for what was installed outside: /opt is an overlay, which does not show it.
-    machine.sh(f"mkdir -p /opt/pmgsync && mount --bind /proc/1/root{programs}/pmgsync /opt/pmgsync", check=False)
     for step in steps_of(README.read_text()):
         lines = step.splitlines()
         if "pip install" in step:
             lines = lines[2:]
-        machine.sh(f"cd {ROOT}\n" + "\n".join(lines))
+        machine.sh(f"cd {CHECKOUT}\n" + "\n".join(lines))
         if "node.toml" in step:
             machine.sh(f"sed -i 's/^address = .*/address = \"{machine.address}\"/' /etc/pmgsync/node.toml")
     assert machine.sh("cat /etc/postgresql/15/main/pg_hba.conf").stdout == hba
@@ -60,11 +59,12 @@ def follow_readme(machine: Machine, programs: Path) -> None:
 
 
 def test_three_debian_hosts_become_a_cluster(programs: Path) -> None:
-    with joined_machines(["pmg1", "pmg2", "pmg3"]) as machines:
+    shown = {"/opt/pmgsync": programs / "pmgsync", CHECKOUT: ROOT}
+    with joined_machines(["pmg1", "pmg2", "pmg3"], shown) as machines:
         try:
             master, second, third = machines
             for machine in machines:
-                follow_readme(machine, programs)
+                follow_readme(machine)
             master.sh("pmgcm create --name mail")
             line = master.sh("pmgcm join-cmd").stdout.strip().splitlines()[-1]
             assert line.startswith(f"pmgcm join {master.address} --port 7672 ")
