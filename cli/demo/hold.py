@@ -102,7 +102,7 @@ def write_config(node: DemoNode, ports: Sequence[int]) -> None:
         f"state_dir = {json.dumps(str(directory / 'state'))}\nrun_dir = {json.dumps(str(directory / 'run'))}\n"
         f'profile = "pmg"\n[ports]\nevents = {events}\ncontrol = {control}\njoin = {join}\n'
         # Whatever gateway there is on this machine has nothing to do with it.
-        f"[postgres]\ndsn = {quoted['dsn']}\n[files]\nconfig_root = {json.dumps(str(directory / 'etc'))}\n",
+        f'[postgres]\ndsn = {quoted["dsn"]}\n[files]\ncluster_conf = ""\n',
         encoding="utf-8",
     )
 
