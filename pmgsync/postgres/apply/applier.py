@@ -22,6 +22,7 @@ from pmgsync.core.positions import LAST, Position, format_lsn, parse_lsn
 from pmgsync.core.profile import Profile
 from pmgsync.errors import ApplyError, PmgsyncError, ProtocolError, ResyncRequiredError, TransientApplyError
 from pmgsync.postgres.apply import tending
+from pmgsync.postgres.apply.bulk import BulkExecutor
 from pmgsync.postgres.apply.durability import commit_setting, make_durable
 from pmgsync.postgres.apply.failures import apply_error, is_drift, one_line
 from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlannedTransaction, SchemaItem
@@ -134,6 +135,7 @@ class Applier:
         self.stale = stale or StaleTables(origin)
         self._planner = Planner(profile, self.stats, self.stale)
         self._rows = RowExecutor(origin, self.stats, self.stale)
+        self._bulk = BulkExecutor(self._rows)
 
     # -- the session
 
@@ -153,6 +155,7 @@ class Applier:
         self._connection = connection
         self._planner = Planner(self._profile, self.stats, self.stale)
         self._rows = RowExecutor(self._origin, self.stats, self.stale)
+        self._bulk = BulkExecutor(self._rows)
         try:
             with connection.cursor() as cursor:
                 cursor.execute(_SESSION)
@@ -327,19 +330,7 @@ class Applier:
     def _commit_group(self, group: list[PlannedTransaction], reached: Position) -> None:
         if reached == self.position:
             return
-        when = group[-1].commit_time if group else None
-        script = [b"BEGIN"]
-        try:
-            with self._session() as cursor:
-                self._rows.begin()
-                self._notices.clear()
-                self._rows.batch(cursor, [item for planned in group for item in planned.items], script)
-                self._finish(cursor, script, reached, when)
-        except (psycopg2.Error, ApplyError, ProtocolError) as error:
-            self._raise_transient(error, reached.lsn)
-            self._recover()
-            log.info("action=repeat origin=%d position=%s reason=%s", self._origin, self.position, one_line(error))
-            self.stats.repeats += 1
+        if not self._committed_at_once(group, reached):
             for planned in group:
                 self._commit_one(planned)
             if reached > self.position:
@@ -349,6 +340,32 @@ class Applier:
         self._count_notices()
         self.stats.transactions += len(group)
         self.stats.rows += sum(planned.changes for planned in group)
+
+    def _committed_at_once(self, group: list[PlannedTransaction], reached: Position) -> bool:
+        """Commit a group in one local transaction; False when that did not go as planned, and nothing is done."""
+        when = group[-1].commit_time if group else None
+        for executor in (self._bulk, self._rows):
+            script = [b"BEGIN"]
+            try:
+                with self._session() as cursor:
+                    self._rows.begin()
+                    self._notices.clear()
+                    executor.batch(cursor, [item for planned in group for item in planned.items], script)
+                    self._finish(cursor, script, reached, when)
+            except (psycopg2.Error, ApplyError, ProtocolError) as error:
+                self._raise_transient(error, reached.lsn)
+                if not group:
+                    raise
+                self._recover()
+                log.info("action=repeat origin=%d position=%s reason=%s", self._origin, self.position, one_line(error))
+                self.stats.repeats += 1
+                self._bulk.failed()
+                with self._session() as cursor:
+                    for planned in group:
+                        self._planner.renew(cursor, planned.items, planned.lsn)
+            else:
+                return True
+        return False
 
     def _commit_one(self, planned: PlannedTransaction) -> None:
         """Apply one transaction, row by row: exactly what the origin did, or the real error."""
@@ -494,7 +511,7 @@ class Applier:
         script: list[bytes] = []
         cursor.execute(b"SAVEPOINT part")
         try:
-            self._rows.batch(cursor, planned.items, script)
+            self._bulk.batch(cursor, planned.items, script)
             script.append(b"RELEASE SAVEPOINT part")
             self._rows.send(cursor, script)
         except (psycopg2.Error, ApplyError, ProtocolError) as error:

@@ -33,6 +33,7 @@ from pmgsync.postgres.apply.stale import StaleTables
 from pmgsync.postgres.apply.statements import OLD, Statement
 from pmgsync.postgres.apply.target import Target
 from pmgsync.postgres.apply.truncate import truncate
+from pmgsync.postgres.apply.values import copy_text
 from pmgsync.postgres.session import quote_literal
 from pmgsync.postgres.setup.sequence_values import follow
 
@@ -231,6 +232,28 @@ class RowExecutor:
 
     # -- statements
 
+    def prepared(
+        self, cursor: Cursor, target: Target, shape: object, make: Callable[[], tuple[bytes, Sequence[bytes]]]
+    ) -> bytes:
+        """Return the name of a prepared statement on a target, prepared now if it was not.
+
+        Args:
+            make: returns the statement and its parameters' types.
+        """
+        name = target.prepared.get(shape)
+        if name is None:
+            target.prepared[shape] = name = self._name(cursor, target, *make())
+        assert isinstance(name, bytes)
+        return name
+
+    def _name(self, cursor: Cursor, target: Target, sql: bytes, types: Sequence[bytes]) -> bytes:
+        if not target.prepared:
+            self._prepared.append(target)
+        self._count += 1
+        name = b"p%d_%d" % (target.number, self._count)
+        cursor.execute(b"PREPARE %s%s AS %s" % (name, b"(%s)" % b", ".join(types) if types else b"", sql))
+        return name
+
     def _call(self, cursor: Cursor, item: Item, *, exact: bool, variant: str = "") -> bytes:
         """Return the EXECUTE of an item's statement, prepared now if it was not."""
         target, kind, old, new = item
@@ -298,12 +321,7 @@ class RowExecutor:
         if not exact and kind != "I" and not (merged and kind == "U"):
             otherwise = b"pmgsync.diverged()" if target.strict else b"pmgsync.missing(%d)" % target.number
             statement = statements.checked(statement, otherwise)
-        if not target.prepared:
-            self._prepared.append(target)
-        self._count += 1
-        prepared_name = b"p%d_%d" % (target.number, self._count)
-        types = b"(%s)" % b", ".join(statement.types) if statement.types else b""
-        cursor.execute(b"PREPARE %s%s AS %s" % (prepared_name, types, statement.sql))
+        prepared_name = self._name(cursor, target, statement.sql, statement.types)
         width = len(target.relation.columns)
         # An update that kept its key has no old row, a delete no new one.
         shift = 0 if same_key or kind == "I" else width
@@ -347,34 +365,3 @@ def copy_rows(cursor: Cursor, target: Target, new: Sequence[Row]) -> None:
     data = copy_text(target, new)
     names = b", ".join(column.name for column in target.columns.values())
     cursor.copy_expert(b"COPY %s (%s) FROM STDIN" % (target.name, names), io.BytesIO(data), 1 << 18)
-
-
-def copy_text(target: Target, new: Sequence[Row]) -> bytes:
-    """Return rows as lines of COPY text format.
-
-    The separators are written as a byte 0 and a letter first, so that whole runs of values can be escaped at once: no
-    value of PostgreSQL has a byte 0, and counting proves that none came in.
-    """
-    places = list(target.columns)
-    rows: Sequence[Sequence[Value]] = new
-    if places != list(range(len(target.relation.columns))):
-        rows = [[row[place] for place in places] for row in new]
-    nulls = 0
-    lines: list[bytes] = []
-    try:
-        for row in rows:
-            if None in row:
-                nulls += row.count(None)
-                row = [b"\0N" if value is None else value for value in row]  # noqa: PLW2901
-            lines.append(b"\0t".join(row))  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ProtocolError(f"an inserted row of {target.relation.qualified} lacks a value") from error
-    data = b"\0n".join(lines)
-    expected = (len(lines) * (len(places) - 1), len(lines) - 1, nulls)
-    found = (data.count(b"\0t"), data.count(b"\0n"), data.count(b"\0N"))
-    if found != expected or data.count(b"\0") != sum(expected):
-        raise ProtocolError("a row has a value with a byte 0, which PostgreSQL never writes")
-    for plain, escaped in ((b"\\", b"\\\\"), (b"\n", b"\\n"), (b"\r", b"\\r"), (b"\t", b"\\t")):
-        if plain in data:
-            data = data.replace(plain, escaped)
-    return data.replace(b"\0t", b"\t").replace(b"\0n", b"\n").replace(b"\0N", b"\\N") + b"\n"

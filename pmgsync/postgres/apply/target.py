@@ -25,6 +25,8 @@ class LocalColumn:
         collatable: a collation decides how values sort.
         type_oid, typmod: its type and that one's modifier.
         required: NOT NULL and without a default.
+        in_arrays: an array of its values, taken apart by unnest, gives the same values: it is no array or composite
+            itself, and a comma separates values of its type.
     """
 
     name: bytes
@@ -37,6 +39,7 @@ class LocalColumn:
     equals: bytes | None
     collatable: bool
     required: bool
+    in_arrays: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -58,6 +61,9 @@ class Target:
         differs: the type of a column may be another than the origin's. OIDs say so for built-in types only.
         strict: a row that is not there is a divergence, not a local purge.
         always: one of the columns is GENERATED ALWAYS AS IDENTITY.
+        fires: a trigger or rule does something here when a change is applied, and may see in which order.
+        folds: no constraint but the key compares rows, so that nobody sees the values between two changes of a row.
+        as_sets: updates and deletes of many rows can be one statement: a unique index finds each by its key.
         prepared: what an executor has prepared for this target.
     """
 
@@ -77,6 +83,9 @@ class Target:
     rest: tuple[LocalColumn, ...]
     warnings: tuple[str, ...]
     lacking: tuple[bytes, ...]
+    fires: bool
+    folds: bool
+    as_sets: bool = field(init=False)
     differs: bool = field(init=False)
     strict: bool = field(init=False)
     always: bool = field(init=False)
@@ -85,6 +94,10 @@ class Target:
     def __post_init__(self) -> None:
         self.strict = self.rule.policy is Policy.MIRROR
         self.always = any(column.identity == "a" for column in self.columns.values())
+        self.as_sets = bool(self.arbiter) and not self.derived and not self.full and not self.fires and all(
+            place in self.columns and self.columns[place].in_arrays and self.columns[place].equals is not None
+            for place in self.key
+        ) and self.rule.policy is not Policy.MERGE  # fmt: skip
         known = self.columns | self.derived
         pairs = [(self.relation.columns[place], column) for place, column in known.items()]
         self.differs = any(
@@ -99,15 +112,25 @@ class Target:
 
 FIRST_USER_OID = 16384
 
+# What is defined on partitions is seen by whoever writes to the whole. In replica role only those triggers and rules
+# fire that are ALWAYS or REPLICA.
 _TABLE = b"""
-SELECT c.oid::int8, c.relkind::text FROM pg_catalog.pg_class AS c
+SELECT c.oid::int8, c.relkind::text,
+       EXISTS (SELECT FROM pg_catalog.pg_trigger AS t WHERE t.tgenabled IN ('A', 'R') AND NOT t.tgisinternal
+               AND (t.tgrelid = c.oid OR t.tgrelid IN (SELECT p.relid FROM pg_catalog.pg_partition_tree(c.oid) AS p)))
+       OR EXISTS (SELECT FROM pg_catalog.pg_rewrite AS r WHERE r.ev_class = c.oid AND r.ev_enabled IN ('A', 'R')),
+       c.relkind = 'r' AND (SELECT pg_catalog.count(*) FROM pg_catalog.pg_index AS i
+                            WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion)) <= 1
+FROM pg_catalog.pg_class AS c
 JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s"""
 
 _COLUMNS = b"""
 SELECT a.attname, pg_catalog.format_type(a.atttypid, -1), a.attnotnull, a.attidentity::text, a.attgenerated::text,
        a.attcollation <> 0, a.attnum::int4, a.atttypid::int8, a.atttypmod,
-       a.attnotnull AND NOT a.atthasdef AND a.attidentity = ''
-FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = %d AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum"""
+       a.attnotnull AND NOT a.atthasdef AND a.attidentity = '',
+       y.typcategory NOT IN ('A', 'C', 'P') AND y.typdelim = ',' AND y.typarray <> 0
+FROM pg_catalog.pg_attribute AS a JOIN pg_catalog.pg_type AS y ON y.oid = a.atttypid
+WHERE a.attrelid = %d AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum"""
 
 # One row a column of an index; attnum 0 is an expression. An index serves as arbiter and for `=` when it has no
 # predicate and is valid; a deferrable one serves for `=` only.
@@ -148,6 +171,7 @@ def load_target(cursor: Cursor, relation: Relation, rule: TableRule, number: int
             hint="create it as it is on the origin",
         )
     oid, kind = int(found[0][0] or b"0"), found[0][1]
+    fires, folds = (value == b"t" for value in found[0][2:])
     if kind not in {b"r", b"p"}:
         raise ApplyError(
             f"{relation.qualified} is not a table here", table=relation.qualified, sqlstate="42809",
@@ -160,7 +184,7 @@ def load_target(cursor: Cursor, relation: Relation, rule: TableRule, number: int
     local: dict[bytes, LocalColumn] = {}
     places: dict[int, bytes] = {}
     for row in column_rows:
-        attname, type_name, not_null, identity, generated, collatable, attnum, type_oid, typmod, required = row
+        attname, type_name, not_null, identity, generated, collatable, attnum, type_oid, typmod, required, arrays = row
         assert attname is not None and type_name is not None and attnum is not None
         assert type_oid is not None and typmod is not None
         number_here = int(attnum)
@@ -168,8 +192,9 @@ def load_target(cursor: Cursor, relation: Relation, rule: TableRule, number: int
         local[attname] = LocalColumn(
             quote_ident(attname), type_name, int(type_oid), int(typmod), not_null == b"t", (identity or b"").decode(),
             bool(generated), equals.get(number_here), collatable == b"t", required == b"t",
+            arrays == b"t",
         )  # fmt: skip
-    return _match(relation, rule, number, oid, name, kind == b"p", local, places, indexes)
+    return _match(relation, rule, number, oid, name, kind == b"p", local, places, indexes, fires, folds)
 
 
 def _indexes(found: list[tuple[bytes | None, ...]]) -> tuple[dict[int, bytes], list[tuple[bool, list[int]]]]:
@@ -189,6 +214,7 @@ def _indexes(found: list[tuple[bytes | None, ...]]) -> tuple[dict[int, bytes], l
 def _match(
     relation: Relation, rule: TableRule, number: int, oid: int, name: bytes, partitioned: bool,
     local: dict[bytes, LocalColumn], places: dict[int, bytes], indexes: list[tuple[bool, list[int]]],
+    fires: bool, folds: bool,
 ) -> Target:  # fmt: skip
     own = {column.encode() for column in rule.local_columns}
     columns: dict[int, LocalColumn] = {}
@@ -254,6 +280,8 @@ def _match(
         rest=tuple(c for n, c in local.items() if n not in by_name and not c.generated),
         warnings=tuple(warnings),
         lacking=tuple(missing),
+        fires=fires,
+        folds=folds,
     )
 
 

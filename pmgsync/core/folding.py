@@ -1,0 +1,123 @@
+"""Folding: many changes of one table, in order, into few sets that can each be done by one statement. Pure, no I/O.
+
+Invariant: whenever executing a phase succeeds, executing its changes one by one would have succeeded too and left the
+same rows. A phase is executed as: rows that must not be there are looked for, then deletes, updates, inserts; each
+must meet exactly the rows that it names. What cannot be said in these terms begins a new phase: its error, if it is
+one, shows there.
+
+The changes of one row are folded into one where no constraint but the key could have seen the values in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pmgsync.core.pgoutput import UNCHANGED, Row
+
+
+class Phase:
+    """Changes of one table that can be executed as sets, each key in at most one of them, or deleted and inserted.
+
+    Attributes:
+        absent: keys of rows that were inserted and deleted again: none of them may be there before.
+        deleted: the old values of rows that are deleted, by key.
+        updated: the new values of rows that are updated, by key; `UNCHANGED` for those that keep theirs.
+        inserted: the rows that are inserted; None for one that is gone again.
+        count: how many changes it holds.
+    """
+
+    __slots__ = ("_folds", "_key", "_places", "absent", "count", "deleted", "inserted", "updated")
+
+    def __init__(self, key: Callable[[Row], Any] | None, *, folds: bool) -> None:
+        """Begin an empty phase.
+
+        Args:
+            key: picks the key from a row; None: the table has none that rows could be found by, only inserts fit.
+            folds: several changes of one row may become one.
+        """
+        self._key = key
+        self._folds = folds
+        self._places: dict[Any, int] | None = None
+        self.absent: dict[Any, None] = {}
+        self.deleted: dict[Any, Row] = {}
+        self.updated: dict[Any, Row] = {}
+        self.inserted: list[Row | None] = []
+        self.count = 0
+
+    def insert(self, new: Row) -> bool:
+        """Add an insert; False when it does not fit into this phase."""
+        if self._places is None:
+            # Nothing but inserts yet: nothing need be compared, for the key itself refuses a second row.
+            self.inserted.append(new)
+            self.count += 1
+            return True
+        assert self._key is not None
+        key = self._key(new)
+        if key in self._places or key in self.updated or (not self._folds and self._touched(key)):
+            return False
+        self.absent.pop(key, None)
+        self._places[key] = len(self.inserted)
+        self.inserted.append(new)
+        self.count += 1
+        return True
+
+    def update(self, new: Row) -> bool:
+        """Add an update that does not change the key; False when it does not fit."""
+        places = self._inserted_places()
+        if places is None or self._key is None:
+            return False
+        key = self._key(new)
+        if not self._touched(key):
+            self.updated[key] = new
+        elif not self._folds:
+            return False
+        elif (place := places.get(key)) is not None:
+            self.inserted[place] = _over(new, self.inserted[place])
+        elif (before := self.updated.get(key)) is not None:
+            self.updated[key] = _over(new, before)
+        else:
+            return False
+        self.count += 1
+        return True
+
+    def delete(self, old: Row) -> bool:
+        """Add a delete; False when it does not fit."""
+        places = self._inserted_places()
+        if places is None or self._key is None:
+            return False
+        key = self._key(old)
+        if not self._touched(key):
+            self.deleted[key] = old
+        elif not self._folds:
+            return False
+        elif (place := places.pop(key, None)) is not None:
+            self.inserted[place] = None
+            if key not in self.deleted:
+                self.absent[key] = None
+        elif self.updated.pop(key, None) is not None:
+            self.deleted[key] = old
+        else:
+            return False
+        self.count += 1
+        return True
+
+    def _touched(self, key: Any) -> bool:
+        assert self._places is not None
+        return key in self._places or key in self.updated or key in self.deleted or key in self.absent
+
+    def _inserted_places(self) -> dict[Any, int] | None:
+        """Return where each inserted row is, by key; None when two have the same, which only the server may judge."""
+        if self._places is None and self._key is not None:
+            places = {self._key(row): at for at, row in enumerate(self.inserted) if row is not None}
+            if len(places) != len(self.inserted):
+                return None
+            self._places = places
+        return self._places
+
+
+def _over(new: Row, before: Row | None) -> Row:
+    """Return a row's values after an update of what it was."""
+    if before is None or UNCHANGED not in new:
+        return new
+    return tuple(was if value is UNCHANGED else value for value, was in zip(new, before, strict=True))

@@ -1,0 +1,245 @@
+"""The bulk executor: many changes at once, folded by row, as COPY and as one statement for many rows of a table.
+
+It takes the same plans as the row executor and does what it cannot do in sets through that one. Tables are independent
+of each other here, for no foreign key is checked in replica role, so each table's changes are executed together;
+tables whose triggers or rules fire keep their place in the order. Whatever does not go as planned fails the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
+from typing import Any
+
+from psycopg2.extensions import cursor as Cursor  # noqa: N812
+
+from pmgsync.core.folding import Phase
+from pmgsync.core.pgoutput import UNCHANGED, Row, Value
+from pmgsync.core.profile import Policy
+from pmgsync.postgres.apply.plan import Item, PlanItem
+from pmgsync.postgres.apply.rows import SCRIPT_BYTES, RowExecutor, copy_rows
+from pmgsync.postgres.apply.target import Target
+from pmgsync.postgres.apply.values import array_literal
+
+LEAST_ITEMS = 40
+"""Fewer changes are executed one by one: that takes fewer round trips and no new plans."""
+LEAST_ROWS = 8
+"""Fewer rows are not worth a statement of their own."""
+MOST_ROWS = 5000
+"""Rows of one statement; its arrays take some hundred bytes each in the server."""
+RESTING_BATCHES = 100
+"""A table on which bulk execution failed is done row by row for so many batches."""
+
+
+class _Work:
+    """What is to be done on one table, in order: phases, and runs of items for the row executor."""
+
+    __slots__ = ("key", "resting", "steps", "target")
+
+    def __init__(self, target: Target, *, resting: bool) -> None:
+        self.target = target
+        self.resting = resting
+        self.key: Callable[[Row], Any] | None = itemgetter(*target.key) if target.as_sets else None
+        self.steps: list[Phase | list[Item]] = []
+
+    def add(self, item: Item) -> None:
+        """Add a change."""
+        if not self.resting and self._fits(item):
+            last = self.steps[-1] if self.steps else None
+            if type(last) is Phase and _take(last, item):
+                return
+            phase = Phase(self.key, folds=self.target.folds)
+            if _take(phase, item):
+                self.steps.append(phase)
+                return
+        if self.steps and type(self.steps[-1]) is list:
+            self.steps[-1].append(item)
+        else:
+            self.steps.append([item])
+
+    def _fits(self, item: Item) -> bool:
+        target = self.target
+        match item.kind:
+            case "I":
+                return bool(target.columns) and target.rule.policy is not Policy.MERGE
+            case "U":
+                return target.as_sets and item.old is None and not target.always
+            case "D":
+                return target.as_sets
+
+
+def _take(phase: Phase, item: Item) -> bool:
+    _, kind, old, new = item
+    if kind == "I":
+        assert new is not None
+        return phase.insert(new)
+    if kind == "U":
+        assert new is not None
+        return phase.update(new)
+    assert old is not None
+    return phase.delete(old)
+
+
+class BulkExecutor:
+    """Executes plans on the session of a row executor."""
+
+    def __init__(self, rows: RowExecutor) -> None:
+        self._rows = rows
+        self._current = 0
+        self._resting: dict[int, int] = {}
+
+    def failed(self) -> None:
+        """Say that the last batch failed: the table it failed on is done row by row for a while."""
+        if self._current:
+            self._resting[self._current] = RESTING_BATCHES
+
+    def batch(self, cursor: Cursor, items: Sequence[PlanItem], script: list[bytes]) -> None:
+        """Execute a plan, as `RowExecutor.batch` does.
+
+        Raises:
+            psycopg2.Error: when anything did not go as planned.
+            ProtocolError: when a row has values that no row has.
+        """
+        self._current = 0
+        if len(items) < LEAST_ITEMS:
+            self._rows.batch(cursor, items, script)
+            return
+        self._resting = {oid: left - 1 for oid, left in self._resting.items() if left > 1}
+        works: dict[int, _Work] = {}
+        ordered: list[PlanItem] = []
+        work: _Work | None = None
+        for item in items:
+            if type(item) is Item and not item[0].fires:
+                target = item[0]
+                if work is None or work.target is not target:
+                    work = works.get(target.oid)
+                    if ordered or (work is not None and work.target is not target):
+                        # Described anew, or after something that may see what precedes it.
+                        self._flush(cursor, works, ordered, script)
+                        work = None
+                    if work is None:
+                        works[target.oid] = work = _Work(target, resting=target.oid in self._resting)
+                work.add(item)
+            else:
+                if works:
+                    self._flush(cursor, works, [], script)
+                work = None
+                ordered.append(item)
+        self._flush(cursor, works, ordered, script)
+
+    def _flush(
+        self, cursor: Cursor, works: dict[int, _Work], ordered: list[PlanItem], script: list[bytes]
+    ) -> None:  # fmt: skip
+        for work in works.values():
+            self._current = work.target.oid
+            for step in work.steps:
+                if isinstance(step, list):
+                    self._rows.batch(cursor, step, script)
+                else:
+                    self._execute(cursor, work.target, step, script)
+        works.clear()
+        self._current = 0
+        if ordered:
+            self._rows.batch(cursor, ordered, script)
+            ordered.clear()
+
+    def _execute(self, cursor: Cursor, target: Target, phase: Phase, script: list[bytes]) -> None:
+        single: list[Item] = []
+        if phase.absent:
+            self._by_key(cursor, target, b"absent", list(phase.absent), script)
+        if len(phase.deleted) < LEAST_ROWS:
+            single += [Item(target, "D", old, None) for old in phase.deleted.values()]
+        else:
+            self._by_key(cursor, target, b"delete", list(phase.deleted), script)
+        for written, rows in _shapes(target, phase.updated.values()).items():
+            if len(rows) < LEAST_ROWS or not written or not all(target.columns[p].in_arrays for p in written):
+                single += [Item(target, "U", None, row) for row in rows]
+            else:
+                self._update(cursor, target, written, rows, script)
+        inserted = [row for row in phase.inserted if row is not None]
+        if len(inserted) < LEAST_ROWS:
+            single += [Item(target, "I", None, row) for row in inserted]
+        if single:
+            self._rows.batch(cursor, single, script)
+        if len(inserted) >= LEAST_ROWS:
+            self._rows.send(cursor, script)
+            copy_rows(cursor, target, inserted)
+
+    # -- statements
+
+    def _by_key(self, cursor: Cursor, target: Target, what: bytes, keys: list[Any], script: list[bytes]) -> None:
+        for some in _slices(keys):
+            columns: list[Sequence[Value]] = [some] if len(target.key) == 1 else list(zip(*some, strict=True))
+            self._call(cursor, target, (what,), columns, script)
+
+    def _update(
+        self, cursor: Cursor, target: Target, written: tuple[int, ...], rows: list[Row], script: list[bytes]
+    ) -> None:
+        for some in _slices(rows):
+            columns = [[row[place] for row in some] for place in (*target.key, *written)]
+            self._call(cursor, target, (b"update", written), columns, script)
+
+    def _call(
+        self, cursor: Cursor, target: Target, shape: tuple[Any, ...], columns: Sequence[Sequence[Value]],
+        script: list[bytes],
+    ) -> None:  # fmt: skip
+        name = self._rows.prepared(cursor, target, shape, lambda: set_statement(target, *shape))
+        literals = b",".join([array_literal(target, values) for values in columns])
+        script.append(b"EXECUTE %s(%s)" % (name, literals))
+        if sum(map(len, script)) > SCRIPT_BYTES:
+            self._rows.send(cursor, script)
+            self._rows.trim(cursor)
+
+
+def set_statement(target: Target, what: bytes, written: tuple[int, ...] = ()) -> tuple[bytes, list[bytes]]:
+    """Return a statement on many rows and its parameters' types: one array for each key column, and each written one.
+
+    It fails unless there is exactly one row for each key, or, for `absent`, none at all. On tables that need not be
+    exact copies, rows that are not there are told of instead.
+
+    Args:
+        what: absent, delete or update.
+    """
+    places = (*target.key, *written)
+    types = [target.columns[place].type_name + b"[]" for place in places]
+    arrays = b", ".join(b"$%d" % (number + 1) for number in range(len(places)))
+    aliases = b", ".join(b"v%d" % place for place in places)
+    # Not qualified: with several arrays it is a form of its own, which only this name has.
+    theirs = b"unnest(%s) AS theirs (%s)" % (arrays, aliases)
+    same = b" AND ".join(
+        b"mine.%s %s theirs.v%d" % (c.name, c.equals or b"", place)
+        for place, c in ((place, target.columns[place]) for place in target.key)
+    )
+    table = target.only + target.name
+    if what == b"absent":
+        return b"SELECT pmgsync.diverged() FROM %s AS mine, %s WHERE %s LIMIT 1" % (table, theirs, same), types
+    if what == b"delete":
+        change = b"DELETE FROM %s AS mine USING %s WHERE %s" % (table, theirs, same)
+    else:
+        sets = b", ".join(b"%s = theirs.v%d" % (target.columns[place].name, place) for place in written)
+        change = b"UPDATE %s AS mine SET %s FROM %s WHERE %s" % (table, sets, theirs, same)
+    if target.strict:
+        told = b"SELECT pmgsync.diverged() FROM hit HAVING pg_catalog.count(*) <> pg_catalog.cardinality($1)"
+    else:
+        told = (
+            b"SELECT pmgsync.missing(%d) FROM pg_catalog.generate_series("
+            b"1, pg_catalog.cardinality($1) - (SELECT pg_catalog.count(*) FROM hit))" % target.number
+        )
+    return b"WITH hit AS (%s RETURNING 1) %s" % (change, told), types
+
+
+def _shapes(target: Target, rows: Any) -> dict[tuple[int, ...], list[Row]]:
+    """Return rows by the places that are written; all but the key, and but those that keep an out-of-line value."""
+    usual = tuple(place for place in target.columns if place not in target.key)
+    found: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        written = usual
+        if UNCHANGED in row:
+            written = tuple(place for place in usual if row[place] is not UNCHANGED)
+        found.setdefault(written, []).append(row)
+    return found
+
+
+def _slices(values: list[Any]) -> Iterator[list[Any]]:
+    for at in range(0, len(values), MOST_ROWS):
+        yield values[at : at + MOST_ROWS]
