@@ -1,4 +1,10 @@
-"""The own chain: what capture brings is journaled and published at once, and told to be durable when it is on disk."""
+"""The own chain: what capture brings is journaled and published at once, and told to be durable when it is on disk.
+
+While nothing is published the slot must advance past WAL without frames. If capture confirmed more than the journal
+holds, the next start could not tell that from a journal that has lost its end. So the watermark is written to the
+journal, and capture confirms up to what is on disk. At the start, a slot that was confirmed beyond both the journal's
+newest frame and the watermark proves a hole.
+"""
 
 from __future__ import annotations
 

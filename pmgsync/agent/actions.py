@@ -1,4 +1,9 @@
-"""Actions: the commands that a profile asks for after changes, each once a batch, with a time limit and new tries."""
+"""Actions: the commands that a profile asks for after changes, each once a batch, with a time limit and new tries.
+
+A file's action waits for the rows before it. The announcement of a configuration carries where the owner's chain was
+after the change. Actions run once that is applied, or 30 s later, once for what came together. What is owed is on disk
+before the files are placed: after a crash an action runs once more rather than not at all.
+"""
 
 from __future__ import annotations
 

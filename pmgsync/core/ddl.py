@@ -1,8 +1,18 @@
 """Changes of the schema as they travel: what a message says, and which statement of a string it is about. Pure.
 
+Event triggers write each change into the stream as a logical message, with the statement's text. Deparsing the catalog
+would be surer of the text, but is a program of its own for every kind of object; the text covers everything that the
+server accepts. For what PL/pgSQL executes the call stack has the text, and for a string of one statement it is exact.
+
 A string that a client sends may hold many statements, and an event trigger is told the string, not its place in it.
 But it fires once for each statement that changes the schema, in order, and knows its command tag; so the statement is
-the one where the tags that came so far fit. A wrong choice shows: whoever repeats it compares the tables afterwards.
+the one where the tags that came so far fit.
+
+The result is compared: the message has the columns of every table touched, as they became. So a wrong choice, a default
+that came out differently (`now()`) and a failure all show, and the table is stale and fetched; so is a table whose rows
+were rewritten. A failure never stops the chain: the rows say better than the statement whether anything is wrong.
+CONCURRENTLY is left out, because it cannot be done in the transaction of the rows around it. A transaction with such
+a change is applied in steps, like a large one: what follows is planned only when the change is done.
 """
 
 from __future__ import annotations

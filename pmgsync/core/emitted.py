@@ -1,7 +1,8 @@
 """Logical messages of pmgsync's own: sealed by the database they are written in, checked before they travel. Pure.
 
 Every session of a database may write logical messages under any prefix, but what pmgsync says in them is carried out
-with a superuser's rights on the other nodes. So the database seals them with a key that only superusers can read.
+with a superuser's rights on the other nodes: changes of the schema above all, and the ceilings of sequences. So the
+database seals them with a key that only superusers can read, and capture drops what is not sealed with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Manifests: what a tree of files holds, as entries by name, with a digest that follows each change. Pure."""
+"""Manifests: what a tree of files holds, as entries by name, with a digest that follows each change. Pure.
+
+Trees are compared by sums, not by logs of changes. A manifest has 4096 sums over groups of names, corrected by each
+change. Two nodes that differ, for whatever reason (a lost announcement, a restart, a cache that is gone), exchange 64
+KiB and then the entries of the groups that differ. A log of changes would be one more thing to keep, to trim, and to be
+wrong about.
+"""
 
 from __future__ import annotations
 

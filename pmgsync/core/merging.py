@@ -2,10 +2,34 @@
 
 Invariant: on rows, `merge_rows` is commutative, associative and idempotent, so every node that has met the same set of
 rows, in any order and with any repetition, has the same row. It holds because each group of columns that move together
-has a total order that does not depend on the node, and the merge takes the greater one: NULL is below every value, and
-what the order proper leaves equal is decided by the values' text, compared as bytes.
+has a total order that does not depend on the node, and the merge takes the greater one. NULL is below every value.
+Values that the order itself leaves equal are ordered by their text, compared as bytes. Two writes of one second are
+simultaneous for a rule that compares seconds. A column without a rule keeps the value that it was inserted with.
 
-A column without a rule keeps the value that it was inserted with.
+Repairs. Nobody sends a node its own change back. So a node that writes against a rule (an older `mtime`, N after D),
+or purges a row and makes it again, would keep what it alone believes. Therefore whoever merges a row into something
+else than what came owes a repair: it publishes the row as it is now, as an update of its own. When no repair is owed
+and all is applied, all nodes that have the row are equal. For the content of a node's row is either what it last wrote
+itself, or equals what last came, or was repaired; so it is in some chain, every other node's row is at least that, and
+the order is antisymmetric. It comes to rest because each further repair needs a value higher up. Repairs wait a second
+and are collected by key: a row that several nodes write at once costs one update per node and two seconds, not one
+update per change. The application's own transaction is never changed: a trigger that merged on write would answer with
+another row than the application wrote. The application sees the cluster's value some seconds later, just as if another
+node had written it.
+
+What that needs: no node purges a row before the others have heard of its last write. A node that purges what it has
+just written, and then takes a lesser row from a node that had not heard of it, keeps that until the row's next change:
+the others have the better row from the node itself, and owe it nothing. Purging is by age, so this takes a node that
+was cut off for as long as rows are kept.
+
+Deletes that travel. An update wins over a delete of the same row that it did not know of: whoever deleted the row gets
+it back with the update and repairs it everywhere, in whatever order the others hear of the two. INSERT … ON CONFLICT DO
+UPDATE of a row that is there is an update. Two deletes are one. A delete after an update that it knew of deletes. There
+are no tombstones and no clocks in this, so one case stays open: one node deletes a row while another node deletes it
+too and inserts it again. The other loses its new row to the delete, the first has it, and a third has it or not by the
+order in which it hears of the two. They differ until somebody updates the row where it is.
+
+`tests/pure/test_convergence_model.py` is the model of all this and has both open cases.
 """
 
 from __future__ import annotations

@@ -1,4 +1,14 @@
-"""The receiving side of a tree: what its owner says it holds, what is in place here, and the batches between them."""
+"""The receiving side of a tree: what its owner says it holds, what is in place here, and the batches between them.
+
+A spool is compared with what was put in place here, not with the disk: what was purged here stays away, and what the
+owner deletes goes. A configuration is compared with the disk: an edit here is put back, and its content is kept. What a
+node brings with it when it begins to follow a configuration (it joined, or was the master) is no edit by mistake: all
+of it goes to `divergence/` in the state directory.
+
+A set of configuration files is one pass of renames, after all are staged, verified and synced. If one of them cannot be
+had any more because it has changed again, none is placed. What is in the way goes first, then directories, then files,
+then what is gone. A crash in the middle is finished from the staging area.
+"""
 
 from __future__ import annotations
 

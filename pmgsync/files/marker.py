@@ -1,4 +1,9 @@
-"""The marker of a tree: a file at its root that proves that the right disk is mounted there."""
+"""The marker of a tree: a file at its root that proves that the right disk is mounted there.
+
+What cannot be read is not taken to be gone. A tree whose marker is gone, or that lost all its files at once, stops
+until somebody says `pmgcm files --accept`. That holds on both sides: the receiver does not empty its copy for an owner
+whose disk was not mounted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The watch of a tree: inotify tells which names were touched; when it cannot, a scan is asked for."""
+"""The watch of a tree: inotify tells which names were touched; when it cannot, a scan is asked for.
+
+Watches are added through descriptors (`/proc/self/fd/N`), by inotify_simple: it hands on watch numbers and masks as
+they are, tells of overflow and unmount, and names survive that are not UTF-8. asyncinotify is better maintained, but it
+wants paths and keeps an object for each watch; watchfiles swallows overflow.
+"""
 
 from __future__ import annotations
 

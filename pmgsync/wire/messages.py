@@ -1,4 +1,13 @@
-"""Control messages as they cross a socket: a map with an `op`, and errors by name (PROTOCOL.md, sections 4 and 9)."""
+"""Control messages as they cross a socket: a map with an `op`, and errors by name (PROTOCOL.md, sections 4 and 9).
+
+They are packed by msgpack and checked by hand. msgspec was measured on one core and left out. Read and checked, a
+heartbeat of three members takes 31 µs, with msgspec 14 (of twenty members 139 and 43); an ack of three 15 and 0.8; a
+`frame` message 0.4 and 0.1. Heartbeats come once a second and acks ten times, so all of it is less than 0.1 % of a
+core. msgspec would save some 40 lines and add 21 ms to the start of every process (msgpack: 3 ms). It is stricter
+where we are lenient on purpose: an unknown `op` is answered, text that is not UTF-8 is escaped. Its errors on TOML say
+"Expected `int` <= 65535 - at `$.ports.events`"; ours name file, value, what was expected and what was meant. It is
+well kept (wheels for Python 3.11 to 3.14, x86 and ARM, musl too): the figures decide, not doubts about it.
+"""
 
 from __future__ import annotations
 

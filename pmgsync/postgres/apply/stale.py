@@ -1,7 +1,22 @@
-"""Stale tables: what cannot be taken from an origin because the schemas differ, until the table is fetched anew.
+"""Stale tables: what cannot be taken from an origin because the schemas differ, until the table is fetched again.
 
 Invariant: a change that was left out is covered by a row in pmgsync.stale_table, written by the transaction that left
 it out. The row goes when the chain has passed the position that the fetched copy was taken at.
+
+A table becomes stale by what PostgreSQL refuses because the tables differ: the table or a key column is missing here, a
+type does not take a value, NOT NULL here that the origin does not have, the column that a merge compares by is missing.
+A column that is missing here is dropped and the rest of the row is applied; the table is fetched when the column is
+there. A name that has another OID on the origin than before is another table, and is fetched: what that table held
+when it got the name is not in the stream.
+
+The fetch goes on beside the chain. The chain pauses at P; the copy is taken at V on the origin itself, so V >= P, which
+is checked. The copy replaces the table in one local transaction that also writes `until = V`; the position stays at P.
+From then on the table's changes at or below V are skipped: the copy has every transaction up to V and none after. Those
+above V are applied. So each change counts exactly once, without buffering and without moving the other tables.
+(Applying up to V first is not possible: V is known only once the copy is taken.)
+
+A fetch waits until the catalog does not say that it would be in vain. Then it is tried. After a failure it is tried
+again when one of the schemas has changed, or after 30 s, 60 s … 15 min: only the rows tell whether they fit a type.
 """
 
 from __future__ import annotations

@@ -15,6 +15,10 @@ FROM pg_catalog.generate_series(1, 8) AS n
 ON CONFLICT DO NOTHING;
 
 -- Not SECURITY DEFINER: it works for those who can read the key.
+--
+-- An empty message follows each one. Decoding orders a message by where its record ends and a row by where it begins. When
+-- the two are in different subtransactions (a savepoint; an exception block, as in every event trigger's function) and
+-- next to each other, both places are the same, and the row that depends on the change may come first: seen on 15 and 18.
 CREATE OR REPLACE FUNCTION pmgsync.emit(prefix text, content bytea) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -23,8 +27,7 @@ BEGIN
         sha256(k.outer_key || sha256(k.inner_key || convert_to(prefix, 'SQL_ASCII') || '\x00'::bytea || content))
         || content)
     FROM pmgsync.seal_key AS k;
-    -- Decoding orders a message by where its record ends, a row by where it begins: the same place when a row of another
-    -- subtransaction comes next, and then the row may come first. This record stands between them.
+    -- This record keeps the message apart from a row that comes next.
     PERFORM pg_logical_emit_message(true, 'pmgsync', '');
 END
 $$;

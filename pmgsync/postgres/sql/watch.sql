@@ -91,7 +91,9 @@ BEGIN
 END
 $$;
 
--- Tells the other nodes to fetch tables whose content the stream does not have.
+-- Tells the other nodes to fetch tables whose content the stream does not have. Such a table came into the publication
+-- later than it was made: SET LOGGED, a rename into the profile, CREATE TABLE AS where tables are published one by one, or
+-- a lock that could not be had. It may hold rows that are in no stream. The message goes out with and without `ddl`.
 CREATE OR REPLACE FUNCTION pmgsync.missing_content(relations oid[]) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -215,8 +217,8 @@ BEGIN
         RETURN;
     END IF;
     IF tg_event = 'sql_drop' THEN
-        -- With an index or a column a key may be gone; a table's own go with it. Which tables that are, the locks say that
-        -- it took: to look at all of them would lock those of others.
+        -- With an index or a column a key may be gone. The locks of this transaction say which tables that are. Looking at
+        -- all tables would lock, and perhaps alter, those of others in somebody's DDL.
         IF EXISTS (SELECT FROM pg_event_trigger_dropped_objects() AS d
                    WHERE d.object_type IN ('index', 'table constraint', 'table column') AND NOT d.is_temporary) THEN
             FOR object IN

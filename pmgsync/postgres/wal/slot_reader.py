@@ -196,9 +196,12 @@ class SlotReader:
     def confirm(self, lsn: int, *, ask: bool = False) -> None:
         """Tell the server that everything below an LSN is on disk here, and optionally ask how far it has come.
 
-        Nothing is sent when more would be confirmed than that: once the newest message was confirmed, psycopg2 moves
-        what it confirms to the LSN of every keepalive it reads, which is not on disk here yet. It says so with
-        whatever is confirmed next, also when messages have come since; that is held back for `PATIENCE_S` only.
+        Nothing is sent when more would be confirmed than that. Once the newest message was confirmed, psycopg2 moves
+        what it confirms to the LSN of every keepalive it reads. That LSN is not in the journal yet, and a broker that
+        is killed at that moment would find its slot beyond its journal: a break that never was. So nothing is sent
+        until the watermark of what was read is on disk, and the server is asked only then. psycopg2 says the
+        keepalive's LSN with whatever is confirmed next, also when messages have come since; for that reason feedback is
+        held back for `PATIENCE_S` only.
 
         Raises:
             UnreachableError: when the connection is lost.
