@@ -29,7 +29,7 @@ are no tombstones and no clocks in this, so one case stays open: one node delete
 too and inserts it again. The other loses its new row to the delete, the first has it, and a third has it or not by the
 order in which it hears of the two. They differ until somebody updates the row where it is.
 
-`tests/pure/test_convergence_model.py` is the model of all this and has both open cases.
+`tests/pure/test_convergence_model.py` is the model of all this and has the open cases too.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from pmgsync.files.hashing import ChangedMeanwhileError, hash_file
 from pmgsync.files.owners import group_name, user_name
 
 SETTLE_S = 0.02
-"""A file is hashed when its times are at least so old. The kernel stamps changes with a clock that ticks every 1 to 10 ms.
-A second write in the same tick would leave inode, size and times as they were when the first was hashed, and nobody
+"""A file is hashed when its times are at least so old. The kernel stamps changes with a clock that ticks every 1 to 10
+ms. A second write in the same tick would leave inode, size and times as they were when the first was hashed, and nobody
 would ever look again."""
 MAX_FINDINGS = 1000
 

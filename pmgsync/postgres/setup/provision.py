@@ -1,12 +1,12 @@
 """Provisioning: makes a database the home of a node's chain, all of it or nothing, and takes it all away again.
 
 The order is forced by PostgreSQL. A published table without a usable key refuses UPDATE and DELETE, and a transaction
-may have made one, or dropped a key, that nobody else sees yet. So the event triggers that give such tables an
-identity come first, and what has begun without them must have ended before anything is published (sessions that have
-only read are not waited for). The publication must be committed before the slot begins, because a transaction that wrote before there was a publication jams
-pgoutput for good; creating the slot waits until every such transaction has ended, but cannot be done in a transaction
-that has written. So: watch, objects, slot, and at last the row in pmgsync.node that makes it count. Until that row is
-complete everything is a leftover, which the next attempt removes.
+may have made one, or dropped a key, that nobody else sees yet. So the event triggers that give such tables an identity
+come first, and what has begun without them must have ended before anything is published (sessions that have only read
+are not waited for). The publication must be committed before the slot begins, because a transaction that wrote before
+there was a publication jams pgoutput for good; creating the slot waits until every such transaction has ended, but
+cannot be done in a transaction that has written. So: watch, objects, slot, and at last the row in pmgsync.node that
+makes it count. Until that row is complete everything is a leftover, which the next attempt removes.
 """
 
 from __future__ import annotations
