@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 
 from tests.bench.processes import Processes
-from tests.bench.servers import Servers, ask, await_mark
+from tests.bench.servers import POLL_S, Servers, ask, await_mark, connect
 
 _WORKERS = """
 SELECT pid, CASE WHEN backend_type = 'walsender' THEN 'walsender'
@@ -89,9 +90,14 @@ class Native:
         """Nothing to wait for: the WAL itself is what is sent later."""
 
     def mend(self) -> float:
-        """Connect again; returns when (monotonic)."""
+        """Let it connect again; returns when the first connection was there (monotonic)."""
         self._each("ENABLE")
-        return time.monotonic()
+        with contextlib.closing(connect(self.publisher)) as connection, connection.cursor() as cursor:
+            while True:
+                cursor.execute("SELECT 1 FROM pg_stat_activity WHERE datname = 'native' AND backend_type = 'walsender'")
+                if cursor.fetchone() is not None:
+                    return time.monotonic()
+                time.sleep(POLL_S)
 
     def processes(self) -> Processes:
         """Return the processes at work."""

@@ -28,6 +28,7 @@ SETTINGS = {
     "max_logical_replication_workers": "30",
     "max_sync_workers_per_subscription": "2",
     "max_worker_processes": "50",
+    "wal_retrieve_retry_interval": "100ms",
 }
 """Of both servers. No checkpoint and no vacuum falls into one system's turn and not into the other's."""
 
