@@ -1,6 +1,6 @@
 """Takes the turns, prints the tables, writes JSON and pictures.
 
-python -m tests.bench [--scale S] [--only LINE,…] [--rounds N] [--commit on|off|both] [--no-fsync] [--out DIRECTORY]
+python -m tests.bench [--scale S] [--only LINE,…] [--rounds N] [--defaults] [--no-fsync] [--out DIRECTORY]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from tests.bench import svg
+from tests.bench.join import take_join
 from tests.bench.lines import FANOUT, LINES, Line, System, Turn
 from tests.bench.native import Native
 from tests.bench.ours import Ours
@@ -30,6 +31,7 @@ from tests.bench.work import SCHEMA, pgbench_schema
 
 ROUNDS = 3
 SLAVES = (1, 4, 8)
+JOIN = "join"
 PGBENCH_SCALE = 10
 Turns = dict[Contender, list[Turn]]
 
@@ -41,7 +43,7 @@ class Bench:
         self._chosen = chosen
         self.rows: list[Row] = []
         self.turns: dict[str, Turns] = {}
-        self.contenders: list[Contender] = [("native", "off"), ("native", "on"), ("ours", "on")]
+        self.contenders: list[Contender] = [("native", "off"), ("native", "on"), ("ours", "off"), ("ours", "on")]
         self.version = ""
 
     def wants(self, name: str) -> bool:
@@ -60,6 +62,13 @@ class Bench:
             for slaves in SLAVES:
                 with self._systems(SCHEMA, slaves=slaves) as systems:
                     self._take(FANOUT, systems, name=f"fanout {slaves}", title=FANOUT.title + f": {slaves}")
+
+        if self.wants(JOIN):
+            with Servers(fsync=not self._chosen.no_fsync) as servers:
+                self.version = servers.version
+                title, turns = take_join(servers, self._chosen.scale, say)
+                self.turns[JOIN] = turns
+                self.rows += rows_of(JOIN, title, turns, latency=False)
 
     @contextlib.contextmanager
     def _systems(self, schema: str, *, slaves: int = 1, may_cut: bool = False) -> Iterator[Sequence[System]]:
@@ -84,9 +93,10 @@ class Bench:
         name, title = name or line.name, (title or line.title).format(size)
         turns: Turns = {}
         native, ours = systems
-        order = [(native, "off"), (ours, ours.commit), (native, "on")]
-        if self._chosen.commit != "both":
-            order = [(system, commit) for system, commit in order if system is ours or commit == self._chosen.commit]
+        # Each as it is by default, then the other way round; lines that take long in the former way only.
+        order = [(native, "off"), (ours, "on")]
+        if line.both_commits and not self._chosen.defaults:
+            order += [(native, "on"), (ours, "off")]
         for number in range(1, (self._chosen.rounds or line.rounds or ROUNDS) + 1):
             for system, commit in order:
                 self._servers.rest()
@@ -107,7 +117,9 @@ class Bench:
 
     def text(self) -> str:
         """Return everything that is printed."""
-        parts = [f"{self._machine()}\n", table(self.rows, self.contenders)]
+        parts = [f"{self._machine()}\n", table([row for row in self.rows if row.name != JOIN], self.contenders)]
+        if JOIN in self.turns:
+            parts.append("\n" + table([row for row in self.rows if row.name == JOIN], list(self.turns[JOIN])))
         for name, turns in self.turns.items():
             parts.append(f"\n{name}:\n\n{costs(turns)}")
             if any(turn.peak_mib for taken in turns.values() for turn in taken):
@@ -169,12 +181,12 @@ def say(text: str) -> None:
 
 def main() -> None:
     """Run what the command line says."""
-    names = [line.name for line in LINES] + [FANOUT.name]
+    names = [*(line.name for line in LINES), FANOUT.name, JOIN]
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full work; 0.1 is a first answer")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help=", ".join(names))
     parser.add_argument("--rounds", type=int, default=0, help=f"turns of each system, {ROUNDS} unless told")
-    parser.add_argument("--commit", choices=("on", "off", "both"), default="both", help="of native, when it applies")
+    parser.add_argument("--defaults", action="store_true", help="each with its default synchronous_commit only")
     parser.add_argument("--no-fsync", action="store_true", help="leave the disk out of it")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="where JSON and pictures go")
     chosen = parser.parse_args()

@@ -49,8 +49,9 @@ def _free_ports(count: int) -> list[int]:
 class _Node:
     """One node: its node.toml and its services."""
 
-    def __init__(self, home: Path, name: str, dsn: str, ports: Sequence[int], extra: str) -> None:
-        self.home, self.name, self.dsn, self.ports, self._extra = home, name, dsn, ports, extra
+    def __init__(self, home: Path, name: str, dsn: str, ports: Sequence[int]) -> None:
+        self.home, self.name, self.dsn, self.ports = home, name, dsn, ports
+        self.commit = "on"
         self.run_dir = home / "r"
         self.config = home / "node.toml"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -63,7 +64,7 @@ class _Node:
             f'[node]\nname = "{self.name}"\naddress = "{ADDRESS}"\nstate_dir = "{self.home / "state"}"\n'
             f'run_dir = "{self.run_dir}"\nprofile = "mirror"\n'
             f'[ports]\nevents = {events}\ncontrol = {control}\njoin = {join}\n[postgres]\ndsn = "{self.dsn}"\n'
-            f"{self._extra}"
+            f'synchronous_commit = "{self.commit}"\n'
         )
 
     def start(self, service: str) -> None:
@@ -110,17 +111,13 @@ class Ours:
 
     Args:
         may_cut: put a process between the master and the others that can cut their connections.
-        extra: further lines of node.toml.
     """
 
     name = "ours"
 
-    def __init__(
-        self, servers: Servers, schema: str, *, slaves: int = 1, may_cut: bool = False, commit: str = "on",
-        extra: str = "",
-    ) -> None:  # fmt: skip
+    def __init__(self, servers: Servers, schema: str, *, slaves: int = 1, may_cut: bool = False) -> None:
         self._servers, self._schema, self._may_cut = servers, schema, may_cut
-        self.commit = commit
+        self.commit = "on"
         # Short, for the paths of unix sockets.
         self._home = Path(tempfile.mkdtemp(prefix="pmgb-"))
         self._databases = [f"ours{number}" for number in range(1, slaves + 1)]
@@ -129,7 +126,7 @@ class Ours:
         ports = _free_ports(3 * (slaves + 1) + 2)
         self._seen = ports[-2:]
         self.nodes = [
-            _Node(self._home / f"n{number}", f"n{number}", dsn, ports[3 * number : 3 * number + 3], extra)
+            _Node(self._home / f"n{number}", f"n{number}", dsn, ports[3 * number : 3 * number + 3])
             for number, dsn in enumerate((self.publisher, *self.subscribers))
         ]
         self._cutter: subprocess.Popen[str] | None = None
@@ -205,8 +202,11 @@ class Ours:
         return self._mark
 
     def with_commit(self, commit: str) -> None:
-        """Nothing to choose: how a node commits is in its configuration."""
-        assert commit == self.commit
+        """Have the nodes commit with this synchronous_commit from the next `resume` on, when their agents start."""
+        self.commit = commit
+        for node in self.nodes:
+            node.commit = commit
+            node.write_config(node.config, node.ports)
 
     def settle(self) -> None:
         """Wait until everything committed so far is everywhere."""

@@ -57,13 +57,15 @@ def ratio(row: Row, native: Contender, ours: Contender) -> float | None:
 
 def label(contender: Contender) -> str:
     """Return a contender as the table names it."""
-    return f"{contender[0]}, {contender[1]}"
+    return " ".join(filter(None, contender))
 
 
 def table(rows: Sequence[Row], contenders: Sequence[Contender]) -> str:
     """Return the rows as a Markdown table; ratios compare each of ours with each of native."""
-    pairs = [(a, b) for b in contenders if b[0] == "ours" for a in contenders if a[0] == "native"]
-    head = ["work", "unit", *map(label, contenders), *(f"{a[0]} {a[1]} / {b[0]} {b[1]}" for a, b in pairs)]
+    pairs = [(a, b) for a in contenders if a[0] != "ours" for b in contenders if b[0] == "ours"]
+    # With the same setting, and as they are by default; what is off here and on there is no comparison.
+    pairs = [(a, b) for a, b in pairs if not (a[1] == "on" and b[1] == "off")]
+    head = ["work", "unit", *map(label, contenders), *(f"{label(a)} / {label(b)}" for a, b in pairs)]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         cells = [f"{row.figures[who]:.2f}" if who in row.figures else "" for who in contenders]
