@@ -75,11 +75,11 @@ class Bench:
         """Start servers with both systems on them; none takes part until it is asked to."""
         with ExitStack() as stack:
             say(f"starting servers, a publication with {slaves} subscription(s), a cluster with {slaves} slave(s)")
-            servers = stack.enter_context(Servers(fsync=not self._chosen.no_fsync))
+            servers = stack.enter_context(Servers(fsync=not self._chosen.no_fsync, subscribers=slaves))
             self.version = servers.version
             systems: list[System] = [
-                Native(servers, schema, subscribers=slaves),
-                Ours(servers, schema, slaves=slaves, may_cut=may_cut),
+                Native(servers, schema),
+                Ours(servers, schema, may_cut=may_cut),
             ]
             for system in systems:
                 stack.callback(system.close)

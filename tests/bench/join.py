@@ -1,4 +1,4 @@
-"""The line `join`: a database of some gigabytes copied by `pmgcm join`, by pg_dump and pg_restore, by native's own sync.
+"""The line `join`: a database of some gigabytes copied by `pmgcm join`, pg_dump and pg_restore, native's sync.
 
 Neither does pg_restore take a pipe when it works in parallel, nor pg_dump write its custom format so: they use the
 directory format, as an administrator would.
@@ -55,7 +55,7 @@ def take_join(servers: Servers, scale: float, say: Callable[[str], None]) -> tup
 
 
 def _dump_and_restore(servers: Servers, ours: Ours, publisher: str, rows: int) -> Turn:
-    here = servers.create_database(servers.subscriber, "restored")
+    here = servers.create_database(servers.subscribers[0], "restored")
     directory = Path(tempfile.mkdtemp(prefix="pmgb-dump-"))
     try:
         begun = time.monotonic()
@@ -68,12 +68,12 @@ def _dump_and_restore(servers: Servers, ours: Ours, publisher: str, rows: int) -
     finally:
         shutil.rmtree(directory)
     compare(publisher, [here])
-    ask(servers.subscriber.dsn(), "DROP DATABASE restored")
+    ask(servers.subscribers[0].dsn(), "DROP DATABASE restored")
     return Turn(ended - begun, rows)
 
 
 def _native(servers: Servers, ours: Ours, publisher: str, rows: int) -> Turn:
-    here = servers.create_database(servers.subscriber, "native")
+    here = servers.create_database(servers.subscribers[0], "native")
     begun = time.monotonic()
     ask(here, _SCHEMA)
     ask(publisher, "CREATE PUBLICATION all_tables FOR ALL TABLES")
@@ -84,13 +84,13 @@ def _native(servers: Servers, ours: Ours, publisher: str, rows: int) -> Turn:
     compare(publisher, [here])
     ask(here, "DROP SUBSCRIPTION s")
     ask(publisher, "DROP PUBLICATION all_tables")
-    ask(servers.subscriber.dsn(), "DROP DATABASE native")
+    ask(servers.subscribers[0].dsn(), "DROP DATABASE native")
     return Turn(ended - begun, rows)
 
 
 def _join(servers: Servers, ours: Ours, publisher: str, rows: int) -> Turn:
     ours.create()
-    servers.create_database(servers.subscriber, "ours1")
+    servers.create_database(servers.subscribers[0], "ours")
     with Meter(ours.processes, sample=True) as meter:
         begun = time.monotonic()
         ours.join(ours.nodes[1])

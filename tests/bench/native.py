@@ -11,23 +11,24 @@ from tests.bench.servers import POLL_S, Servers, ask, await_mark, connect
 
 _WORKERS = """
 SELECT pid, CASE WHEN backend_type = 'walsender' THEN 'walsender'
-                 WHEN backend_type LIKE '%%parallel%%' THEN 'parallel apply worker' ELSE 'apply worker' END
+                 WHEN backend_type LIKE '%parallel%' THEN 'parallel apply worker' ELSE 'apply worker' END
 FROM pg_stat_activity
-WHERE datname = ANY(%s) AND (backend_type = 'walsender' OR backend_type LIKE 'logical replication%%worker')
+WHERE datname = 'native' AND (backend_type = 'walsender' OR backend_type LIKE 'logical replication%worker')
 """
 
 
 class Native:
-    """One publisher and `subscribers` databases that subscribe, binary."""
+    """One publisher, and a database on each other server that subscribes, binary."""
 
     name = "native"
 
-    def __init__(self, servers: Servers, schema: str, *, subscribers: int = 1) -> None:
+    def __init__(self, servers: Servers, schema: str) -> None:
         self._servers = servers
         self._schema = schema
-        self._databases = [f"native{number}" for number in range(1, subscribers + 1)]
+        # A slot on the publisher is named as its subscription.
+        self._subscriptions = [f"native{number}" for number in range(1, len(servers.subscribers) + 1)]
         self.publisher = servers.publisher.dsn("native")
-        self.subscribers: Sequence[str] = [servers.subscriber.dsn(name) for name in self._databases]
+        self.subscribers: Sequence[str] = [server.dsn("native") for server in servers.subscribers]
         self._mark = 0
         self.commit = "off"
 
@@ -36,9 +37,9 @@ class Native:
         self._servers.create_database(self._servers.publisher, "native")
         ask(self.publisher, self._schema)
         ask(self.publisher, "CREATE PUBLICATION all_tables FOR ALL TABLES")
-        for name, dsn in zip(self._databases, self.subscribers, strict=True):
-            self._servers.create_database(self._servers.subscriber, name)
-            self._servers_schema(dsn)
+        for name, server in zip(self._subscriptions, self._servers.subscribers, strict=True):
+            dsn = self._servers.create_database(server, "native")
+            self._empty_schema(dsn)
             ask(
                 dsn,
                 f"CREATE SUBSCRIPTION {name} CONNECTION %s PUBLICATION all_tables WITH (binary = true)",
@@ -48,7 +49,7 @@ class Native:
             while ask(dsn, "SELECT 1 FROM pg_subscription_rel WHERE srsubstate <> 'r' LIMIT 1"):
                 time.sleep(0.02)
 
-    def _servers_schema(self, dsn: str) -> None:
+    def _empty_schema(self, dsn: str) -> None:
         ask(dsn, self._schema)
         tables = ask(dsn, "SELECT quote_ident(relname) FROM pg_class WHERE relkind = 'r' AND relnamespace = 2200")
         ask(dsn, "TRUNCATE " + ", ".join(name for (name,) in tables))
@@ -63,7 +64,7 @@ class Native:
         self.commit = commit
 
     def _each(self, statement: str) -> None:
-        for name, dsn in zip(self._databases, self.subscribers, strict=True):
+        for name, dsn in zip(self._subscriptions, self.subscribers, strict=True):
             ask(dsn, f"ALTER SUBSCRIPTION {name} {statement}")
 
     def settle(self) -> None:
@@ -102,11 +103,8 @@ class Native:
     def processes(self) -> Processes:
         """Return the processes at work."""
         found: dict[int, str] = {}
-        for role, server, names in (
-            ("master", self._servers.publisher, ["native"]),
-            ("slave", self._servers.subscriber, self._databases),
-        ):
-            found |= {pid: f"{role}: {kind}" for pid, kind in ask(server.dsn(), _WORKERS, (names,))}
+        for role, server in self._servers.roles():
+            found |= {pid: f"{role}: {kind}" for pid, kind in ask(server.dsn(), _WORKERS)}
         return found
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ PORTS = range(17_000, 32_000)
 """Below the range that outgoing connections take theirs from."""
 _BACKENDS = """
 SELECT pid, CASE WHEN backend_type = 'walsender' THEN 'walsender' ELSE 'backend of ' || application_name END
-FROM pg_stat_activity WHERE datname = ANY(%s) AND application_name LIKE 'pmgsync%%'
+FROM pg_stat_activity WHERE datname = 'ours' AND application_name LIKE 'pmgsync%'
 """
 
 
@@ -107,7 +107,7 @@ class _Node:
 
 
 class Ours:
-    """A master and `slaves` nodes that joined it, one database each.
+    """A master, and a node on each other server that joined it.
 
     Args:
         may_cut: put a process between the master and the others that can cut their connections.
@@ -115,15 +115,14 @@ class Ours:
 
     name = "ours"
 
-    def __init__(self, servers: Servers, schema: str, *, slaves: int = 1, may_cut: bool = False) -> None:
+    def __init__(self, servers: Servers, schema: str, *, may_cut: bool = False) -> None:
         self._servers, self._schema, self._may_cut = servers, schema, may_cut
         self.commit = "on"
         # Short, for the paths of unix sockets.
         self._home = Path(tempfile.mkdtemp(prefix="pmgb-"))
-        self._databases = [f"ours{number}" for number in range(1, slaves + 1)]
         self.publisher = servers.publisher.dsn("ours")
-        self.subscribers: Sequence[str] = [servers.subscriber.dsn(name) for name in self._databases]
-        ports = _free_ports(3 * (slaves + 1) + 2)
+        self.subscribers: Sequence[str] = [server.dsn("ours") for server in servers.subscribers]
+        ports = _free_ports(3 * (len(servers.subscribers) + 1) + 2)
         self._seen = ports[-2:]
         self.nodes = [
             _Node(self._home / f"n{number}", f"n{number}", dsn, ports[3 * number : 3 * number + 3])
@@ -139,8 +138,8 @@ class Ours:
     def start(self) -> None:
         """Make the databases and the cluster; all nodes are in step when this returns."""
         self.create()
-        for node, name in zip(self.nodes[1:], self._databases, strict=True):
-            self._servers.create_database(self._servers.subscriber, name)
+        for node, server in zip(self.nodes[1:], self._servers.subscribers, strict=True):
+            self._servers.create_database(server, "ours")
             self.join(node)
         self.settle()
 
@@ -266,11 +265,8 @@ class Ours:
                 found[process.pid] = f"{role}: {service}"
                 for pid, name in children(process.pid):
                     found[pid] = f"{role}: {name}"
-        for role, server, names in (
-            ("master", self._servers.publisher, ["ours"]),
-            ("slave", self._servers.subscriber, self._databases),
-        ):
-            found |= {pid: f"{role}: {kind}" for pid, kind in ask(server.dsn(), _BACKENDS, (names,))}
+        for role, server in self._servers.roles():
+            found |= {pid: f"{role}: {kind}" for pid, kind in ask(server.dsn(), _BACKENDS)}
         return found
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The two PostgreSQL servers that both systems share, one to publish and one to subscribe; what their tables hold."""
+"""The PostgreSQL servers that both systems share, one to publish and others to subscribe; what their tables hold."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = {
     "max_worker_processes": "50",
     "wal_retrieve_retry_interval": "100ms",
 }
-"""Of both servers. No checkpoint and no vacuum falls into one system's turn and not into the other's."""
+"""Of all servers. No checkpoint and no vacuum falls into one system's turn and not into the other's."""
 
 
 def connect(dsn: str, **extra: Any) -> Connection:
@@ -48,23 +48,25 @@ def ask(dsn: str, statement: str, parameters: Sequence[object] | None = None) ->
 
 
 class Servers:
-    """Both servers; `with` starts them and removes them again.
+    """All servers; `with` starts them and removes them again.
 
     Args:
         fsync: whether they write as a server in production does; without it the disk counts for nothing.
+        subscribers: how many servers subscribe.
     """
 
-    def __init__(self, *, fsync: bool) -> None:
+    def __init__(self, *, fsync: bool, subscribers: int = 1) -> None:
         switch = "on" if fsync else "off"
         settings = SETTINGS | {"fsync": switch, "full_page_writes": switch}
         self.publisher = EmbeddedPostgres(settings=settings, port=5433)
-        self.subscriber = EmbeddedPostgres(settings=settings, port=5434)
+        self.subscribers = [EmbeddedPostgres(settings=settings, port=5434 + n) for n in range(subscribers)]
         self._stack = ExitStack()
 
     def __enter__(self) -> Servers:
         with ExitStack() as stack:
             stack.enter_context(self.publisher)
-            stack.enter_context(self.subscriber)
+            for server in self.subscribers:
+                stack.enter_context(server)
             self._stack = stack.pop_all()
         return self
 
@@ -80,9 +82,15 @@ class Servers:
         ask(server.dsn(), f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'")
         return server.dsn(name)
 
+    def roles(self) -> Iterator[tuple[str, EmbeddedPostgres]]:
+        """Yield what each server is, and the server."""
+        yield "master", self.publisher
+        for server in self.subscribers:
+            yield "slave", server
+
     def rest(self) -> None:
         """Write out what is dirty, so that one turn does not pay for the one before."""
-        for server in (self.publisher, self.subscriber):
+        for server in (self.publisher, *self.subscribers):
             ask(server.dsn(), "CHECKPOINT")
 
 
