@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pmgsync.config import load_config
 from pmgsync.errors import PmgsyncError
-from pmgsync.service import notify_systemd, set_up_logging
+from pmgsync.service import favour_latency, notify_systemd, set_up_logging
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def run() -> None:
         broker = Broker(config)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: broker.stop())
+        favour_latency()
         notify_systemd("READY=1")
         log.info("action=start name=%s", broker.config.name)
         broker.run()

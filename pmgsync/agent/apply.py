@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from pmgsync.agent.apply_thread import ApplyThread
 from pmgsync.agent.resync import Resync
@@ -82,19 +82,22 @@ class ApplyWorker(Worker):
         log.info("action=apply origin=%d incarnation=%016x position=%s", self.origin, incarnation, position)
         self.state = "A"
         thread = ApplyThread(applier, self.wakeup)
+        counted = Counter(self.counters)
         try:
-            self._stream(link, thread, int(opened["id"]), incarnation, applier)
+            self._stream(link, thread, int(opened["id"]), incarnation, lambda: self._describe(applier, counted))
         except ResyncRequiredError as error:
             thread.stop()
             self._resynchronise(error)
         finally:
             thread.stop()
+            self._describe(applier, counted)
             with contextlib.suppress(UnreachableError):  # a broker that is gone has no stream to close
                 link.send({"op": "cancel", "id": int(opened["id"])})
 
-    def _stream(self, link: BrokerLink, thread: ApplyThread, stream: int, incarnation: int, applier: Applier) -> None:
+    def _stream(
+        self, link: BrokerLink, thread: ApplyThread, stream: int, incarnation: int, describe: Callable[[], None]
+    ) -> None:
         waiter = Waiter(link.socket, wakeup=self.wakeup)
-        counted = Counter(self.counters)  # of the sessions before this one
         while True:
             waiter.wait(REPORT_S)
             for received in link.pending():
@@ -110,12 +113,17 @@ class ApplyWorker(Worker):
             elif thread.idle:
                 # Only what was applied ends an error, or that there is nothing to apply: not that it takes long.
                 self.recovered()
-            warnings = list(applier.stats.warnings)[-ALERT_COUNT:]
-            self.alerts = [{"kind": "table", "text": warning} for warning in warnings]
-            self.alerts += self._stale.alerts()[:ALERT_COUNT]
-            self.alerts += [{"kind": "schema", "text": text} for text in applier.failures]
-            self.counters = counted + Counter(dict(applier.stats.lost))
-            self.report()
+            if self.report_due:
+                describe()
+                self.report()
+
+    def _describe(self, applier: Applier, counted: Counter[str]) -> None:
+        """Set what the next report says; `counted` is what sessions before this one have counted."""
+        warnings = list(applier.stats.warnings)[-ALERT_COUNT:]
+        self.alerts = [{"kind": "table", "text": warning} for warning in warnings]
+        self.alerts += self._stale.alerts()[:ALERT_COUNT]
+        self.alerts += [{"kind": "schema", "text": text} for text in applier.failures]
+        self.counters = counted + Counter(dict(applier.stats.lost))
 
     def _take(self, thread: ApplyThread, stream: int, message: Message, attachments: Sequence[bytes]) -> None:
         if message["op"] == "frame" and message.get("id") == stream:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pmgsync.agent.worker import Worker
 from pmgsync.config import NodeConfig, load_config
 from pmgsync.errors import PmgsyncError
-from pmgsync.service import die_with_parent, set_up_logging
+from pmgsync.service import die_with_parent, favour_latency, set_up_logging
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,9 @@ def run() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_up_logging()
     try:
-        make_worker(arguments.name, load_config(arguments.config)).run()
+        worker = make_worker(arguments.name, load_config(arguments.config))
+        favour_latency()
+        worker.run()
     except PmgsyncError as error:
         log.error("action=stop worker=%s error=%s", arguments.name, error)
         sys.exit(1)

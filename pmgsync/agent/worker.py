@@ -103,13 +103,18 @@ class Worker(ABC):
             self._error = None
             self._reported = 0.0
 
-    def report(self, *, now: bool = False) -> None:
+    @property
+    def report_due(self) -> bool:
+        """True when `report` would say something."""
+        return time.monotonic() - self._reported >= REPORT_S
+
+    def report(self) -> None:
         """Tell the broker how this worker is, when it is time to.
 
         Raises:
             SessionOverError: when the broker is gone.
         """
-        if self.link is None or (not now and time.monotonic() - self._reported < REPORT_S):
+        if self.link is None or not self.report_due:
             return
         self._reported = time.monotonic()
         error = self._error or self.standing_error
