@@ -37,7 +37,7 @@ class Chains:
 
     Attributes:
         applied: how far this node has applied each chain, by origin.
-        clocks: for the lag, when each chain's head was where.
+        clocks: where each chain's head was at which time, for the lag.
         damage: sentences about journals that could not be read.
     """
 
@@ -167,7 +167,7 @@ class Chains:
             follower.failed(request, error)
 
     def connection_lost(self, cid: int) -> None:
-        """What was asked of a member will not be answered any more."""
+        """Note that a member will not answer what was asked of it."""
         for follower in self._followers.values():
             follower.server_gone(cid)
 
@@ -192,7 +192,7 @@ class Chains:
     # -- from apply ---------------------------------------------------------------------------------------------------
 
     def follow(self, origin: int, incarnation: int, position: Position) -> None:
-        """Begin or continue to keep a foreign chain whole, so that everything after `position` can be had."""
+        """Begin or continue to follow a foreign chain, so that this node gets everything after `position`."""
         head = self.heads().get(origin)
         fresh = head is None or head.incarnation != incarnation
         if fresh:
@@ -224,7 +224,7 @@ class Chains:
         self.streams.fall_back(head.origin, head.complete)
 
     def lost(self, origin: int, error: PmgsyncError) -> None:
-        """A gap cannot be filled: begin behind it when apply has passed it, else say that a snapshot is needed."""
+        """Deal with a gap that nobody can fill: begin behind it when apply has passed it, else ask for a snapshot."""
         head = self.heads()[origin]
         applied = self.applied.get(origin)
         if applied and applied.incarnation == head.incarnation and applied.position > head.complete:
@@ -232,13 +232,13 @@ class Chains:
             self._followers[origin].reset()
             return
         if self._lost.get(origin) != head:
-            # Found again and again until somebody has resynchronised, which may take long.
+            # Detected again and again until somebody has resynchronised, which may take long.
             self._lost[origin] = head
             log.error("action=resync-required origin=%d position=%s", origin, head.position)
         self.streams.fail(origin, error)
 
     def _damaged(self, origin: int, position: Position, error: JournalDamagedError) -> None:
-        """Give up what cannot be read: other members may have it, or a snapshot replaces it."""
+        """Forget what cannot be read: other members may have it, or a snapshot replaces it."""
         first = self.journals.pass_damage(origin, position)
         log.error("action=journal-damaged origin=%d position=%s first=%s error=%s", origin, position, first, error)
         self.damage = [*self.damage[-MAX_DAMAGE + 1 :], error.message]
@@ -250,7 +250,7 @@ class Chains:
     # -- time ---------------------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Look after time-outs of the own chain, of streams and of replays."""
+        """Check the time-outs of the own chain, of streams and of replays."""
         self.own.tick()
         self.streams.expire()
         for follower in self._followers.values():

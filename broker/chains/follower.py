@@ -1,4 +1,4 @@
-"""A follower keeps one foreign chain whole: it takes live frames, sees gaps, and has them filled by a replay."""
+"""The follower of one foreign chain: it takes live frames, detects gaps, and asks for a replay that fills them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AHEAD_BYTES = 8 << 20
 JOURNAL_BACKLOG = 32 << 20
 """Bytes waiting for the disk above which a replay is given no more credit."""
 SILENCE_S = 10.0
-"""A replay with credit that brings nothing for so long is begun again, from another member where there is one."""
+"""A replay that has credit and brings nothing new for so long is begun again, from another member if there is one."""
 RETRY_S = 1.0
 
 
@@ -105,11 +105,11 @@ class Follower:
         replay.owed += frame.size
         verdict = self._offer(frame)
         if verdict is Verdict.GAP:
-            # The server's journal does not follow ours; what it sends further on cannot either.
+            # The server's frames do not follow our journal, and neither can what it sends after them.
             self._abandon(f"member {replay.server} sent frames that do not follow {self._head().position}")
             return
         if verdict in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
-            # What brings nothing new counts as silence: a member could send that for ever.
+            # Duplicates count as silence: a member could send them for ever.
             replay.heard = time.monotonic()
         self._give_credit()
 
@@ -121,7 +121,7 @@ class Follower:
         self._replay = None
         self._drain_ahead()
         if self._head().position == replay.begun:
-            # It says that it has more than it sends; asking again at once would go on like that without rest.
+            # The server says that it has more than it sends. Asking it again at once would go on for ever.
             self._avoid(replay.server)
         self._fill_if_behind()
 
@@ -139,12 +139,12 @@ class Follower:
             self._listener.lost(self.origin, error)
 
     def heard_head(self, head: Position) -> None:
-        """A heartbeat has said where the chain's newest frame ends; PUB keeps order, so what is missing was lost."""
+        """Note where the chain's newest frame ends, by a heartbeat. PUB keeps the order: what is missing is lost."""
         self._known_head, self._head_heard = head, time.monotonic()
         self._fill_if_behind()
 
     def tick(self) -> None:
-        """Look after time-outs, held-back credit and refusals that may have passed."""
+        """Check time-outs, credit that was held back, and refusals that are over."""
         now = time.monotonic()
         self._refused = {cid: until for cid, until in self._refused.items() if until > now}
         if self._replay is None:
@@ -155,7 +155,7 @@ class Follower:
             self._give_credit()
 
     def server_gone(self, cid: int) -> None:
-        """A member's connection was rebuilt: what was asked of it before will not be answered."""
+        """Forget a replay by a member whose connection was replaced: it will not go on."""
         if self._replay is not None and self._replay.server == cid:
             self._replay = None
 
@@ -185,7 +185,7 @@ class Follower:
         try:
             verdict = self._journals.accept(frame)
         except JournalError:
-            # Full or failing: as if the frame had been lost on the way. It is fetched again when there is room.
+            # The journal is full or failing. The frame counts as lost, and is fetched again when there is room.
             self._retry_at = time.monotonic() + RETRY_S
             return Verdict.GAP
         if verdict in {Verdict.BEGIN_AGAIN, Verdict.DROP_PARTS}:
@@ -220,7 +220,7 @@ class Follower:
     def _fill_if_behind(self) -> None:
         head = self._head()
         behind = self._known_head is not None and self._known_head > head.position
-        # While the origin says nothing of its chain, the others' heartbeats tell what there is of it.
+        # While the origin is silent, the heartbeats of the others say how far its chain goes.
         silent = time.monotonic() - self._head_heard > DOWN_AFTER_S
         if behind or self._ahead or (silent and self._candidates(head)):
             self._fill()
@@ -276,7 +276,7 @@ class Follower:
         self._avoid(server)
 
     def _avoid(self, server: int) -> bool:
-        """Ask another member next, where there is one; else the same again a little later, and return False."""
+        """Ask another member next. Return False when there is none: then the same one is asked again a little later."""
         now = time.monotonic()
         self._refused[server] = now + SILENCE_S
         if self._candidates(self._head()):

@@ -89,7 +89,7 @@ class Publishing:
             raise ProtocolError(f"capture sent a frame that does not follow the journal ({verdict.value})")
         if verdict is Verdict.BEGIN_AGAIN:
             self._listener.fell_back(self._journals.chains()[self._cid])
-        # Publishing need not wait for the disk: what a crash takes from the journal the WAL still has.
+        # Publishing need not wait for the disk: the WAL still has what a crash takes from the journal.
         self._publish(header, body)
         hop("published", frame.here.lsn)
         self._listener.taken(frame)
@@ -114,7 +114,7 @@ class Publishing:
             self._journals.mark(self._cid, self._marked)
 
     def journal_moved(self) -> None:
-        """Tell when more is on disk than was told."""
+        """Tell capture when more is on disk than it was told last."""
         if self.chain is not None and (safe := self.safe()) != self._told:
             self._told = safe
             self._durable(*safe)

@@ -1,4 +1,4 @@
-"""From whom a gap in a chain can be filled, by what the members say that they hold. Pure."""
+"""Which members can fill a gap in a chain, by what they say that they hold. Pure."""
 
 from __future__ import annotations
 

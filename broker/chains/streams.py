@@ -16,9 +16,9 @@ from pmgsync.trace import hop
 READ_BYTES = 1 << 20
 """Bytes read from the journal at a time."""
 MESSAGE_BYTES, MESSAGE_FRAMES = 256 << 10, 500
-"""Frames that wait go out together, as many as fit: a small one costs less than its message."""
+"""Waiting frames are sent together, as many as fit: a small frame costs less than the message that carries it."""
 STALLED_S = 60.0
-"""A finite stream that was given no credit for so long is closed."""
+"""A replay that gets no credit for so long is closed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +44,7 @@ class Streams:
     """All streams that this broker serves from its journals."""
 
     def __init__(self, journals: Journals, damaged: Callable[[int, Position, JournalDamagedError], None]) -> None:
-        """`damaged` is called with origin and position when what follows there cannot be read for good."""
+        """`damaged` is called with origin and position when the journal can never read what follows there."""
         self._journals = journals
         self._damaged = damaged
         self._by_owner: dict[tuple[object, int], Stream] = {}
@@ -64,7 +64,7 @@ class Streams:
             self.pump(stream)
 
     def close(self, owner: object, request: int) -> None:
-        """End a stream without a word."""
+        """End a stream; its receiver is told nothing."""
         self._by_owner.pop((owner, request), None)
 
     def close_owner(self, owner: object) -> None:
@@ -78,7 +78,7 @@ class Streams:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Send what is offered meanwhile at the end, together."""
+        """Hold back what is offered inside, and send it together at the end."""
         offered: set[int] = set()
         self._gathered = offered
         try:

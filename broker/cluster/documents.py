@@ -1,4 +1,4 @@
-"""The cluster document that this node goes by. Nobody else writes it: one process at a time holds the state directory.
+"""The cluster document in force on this node, and its one writer: the process that holds the state directory.
 
 That process is the broker. While none runs, `pmgcm create` and `pmgcm join` may do it in its place.
 """
@@ -48,7 +48,7 @@ class Documents:
         self.put_in_force(self._state.document())
 
     def put_in_force(self, signed: SignedDocument | None) -> None:
-        """Go by a document from now on, or by none."""
+        """Put a document in force, or none."""
         member = signed.document.by_key(self._keys.curve_public) if signed is not None else None
         self.signed, self.cid = signed, member.cid if member is not None else 0
 

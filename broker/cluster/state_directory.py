@@ -26,7 +26,7 @@ DOCUMENT_FILE = "cluster.document"
 LOCK_FILE = "lock"
 HOLD_FILE = "hold"
 HOLD_S = 5.0
-"""For so long a process waits for another one to let go of the directory: `pmgcm` holds it for an instant only."""
+"""For so long a process waits until another one releases the directory: `pmgcm` holds it for an instant only."""
 HOLD_POLL_S = 0.05
 
 
@@ -37,7 +37,7 @@ class Hold:
         self._descriptor = descriptor
 
     def close(self) -> None:
-        """Let others have it; a second call does nothing."""
+        """Release it; a second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

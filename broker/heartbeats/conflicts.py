@@ -31,5 +31,5 @@ def add_up(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
     ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
     rest += sum(count for _, count in ranked[MAX_NAMES:])
     kept = dict(ranked[:MAX_NAMES]) | ({OTHER: rest} if rest else {})
-    # MessagePack has no greater integers, and what workers send is theirs to choose.
+    # MessagePack has no greater integers, and a worker may send any number.
     return {name: min(count, MAX_LSN) for name, count in kept.items()}

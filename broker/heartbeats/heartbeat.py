@@ -18,7 +18,7 @@ VERSION = 1
 MAX_BYTES = 256 << 10
 MAX_ALERTS = 100
 ALERT_BYTES = 128 << 10
-"""Of the alerts of many workers; the first ones that fit are sent, for a heartbeat that is too long counts as none."""
+"""Room for the alerts of all workers. The first ones that fit are sent: a heartbeat that is too long is refused."""
 DOWN_AFTER_S = 3.5
 """A node whose newest heartbeat is older is down."""
 

@@ -12,7 +12,7 @@ import psutil
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """How the machine does: seconds up, load average of a minute, memory and disk in per cent."""
+    """The machine's state: seconds up, load average of a minute, memory and disk in per cent."""
 
     uptime_s: int
     load1: float

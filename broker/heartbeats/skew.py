@@ -1,11 +1,11 @@
-"""How far a member's clock is from this node's, as its heartbeats let guess. Pure; no clock is read."""
+"""How far a member's clock is from this node's, estimated from its heartbeats. Pure; no clock is read."""
 
 from __future__ import annotations
 
 from collections import deque
 
 SAMPLES = 20
-"""Heartbeats that are compared: those of ten seconds, so that a clock that was put right is soon seen to be."""
+"""Heartbeats that are compared: those of ten seconds, so that a clock that was corrected soon shows."""
 WARN_S = 1.0
 """A difference that is worth a warning; less may be the network."""
 
@@ -20,7 +20,7 @@ class ClockSkew:
     def seconds(self) -> float | None:
         """How far the member's clock is ahead, negative when it is behind; None before the first heartbeat.
 
-        Too low by the time that the fastest heartbeat was under way: each one was, and the others only longer.
+        Too low by the travel time of the fastest heartbeat; all others travelled longer.
         """
         return max(self._ahead_us) / 1e6 if self._ahead_us else None
 

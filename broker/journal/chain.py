@@ -16,7 +16,7 @@ from pmgsync.core.positions import Position
 from pmgsync.errors import JournalDamagedError, JournalError, ProtocolError, ResyncRequiredError
 
 DAMAGE_SCAN_BYTES = 64 << 20
-"""Bytes in which a damaged frame that was just met is looked for."""
+"""How many bytes are searched for the damaged frame on which a read has failed."""
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class ChainJournal:
         return released
 
     def without_parts(self) -> ChainHead:
-        """Forget the parts of a half transaction in memory and return the head; the file is the writer's business."""
+        """Forget the parts of a half transaction in memory and return the head; the writer changes the file."""
         self.head = head = self.head.without_parts()
         self.disk = min(self.disk, head.position)
         self.durable = min(self.durable, head.position)
@@ -86,7 +86,7 @@ class ChainJournal:
         return head
 
     def trimmed(self, upto: Position) -> Position | None:
-        """Forget the frames that end at a position or before, of what is on disk and no half transaction.
+        """Forget the frames that end at a position or before it; only what is on disk, and whole transactions.
 
         Returns:
             The new first position, None when nothing is forgotten.
@@ -120,7 +120,7 @@ class ChainJournal:
         return found
 
     def beyond_damage(self, after: Position) -> Position:
-        """Return the end of the first frame on disk after a position that cannot be read; of all of them in doubt."""
+        """Return where the first unreadable frame on disk after a position ends; in doubt, where the last one ends."""
         if self.reader is not None:
             try:
                 for row in journal_file.rows_between(self.reader, after, self.disk, DAMAGE_SCAN_BYTES):

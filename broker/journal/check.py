@@ -1,6 +1,6 @@
-"""What is sound of a chain's file: looked at whenever one is opened, and what to do about the rest.
+"""The check of a chain's file when it is opened: which frames are sound, and what to do about the rest.
 
-The newest run of frames without a hole is kept. A damaged end is cut off; of a chain that is damaged in the middle the
+The newest run of frames without a hole is kept. A damaged end is cut off. When a chain is damaged in the middle, the
 frames behind the damage stay, and receivers that need earlier ones are told to resynchronise. All of it is noted.
 """
 
@@ -23,7 +23,7 @@ from pmgsync.core.positions import Position
 from pmgsync.errors import JournalDamagedError, ProtocolError
 
 QUICK_CHECK_BYTES = 256 << 20
-"""Every page of a file up to this size is looked at when it is opened; of a larger one those that are read."""
+"""When a file up to this size is opened, every page is checked; of a larger one only those that are read."""
 TAIL_BYTES = 16 << 20
 """How much of a chain's end is read and compared with its checksums when a file is opened."""
 
@@ -68,7 +68,7 @@ class Inspection:
     Attributes:
         notes: sentences about what was not sound.
         rewrite: True when frames outside the run are in the file.
-        mark: what `journal_file.read_mark` says; it holds only when there are no notes.
+        mark: what `journal_file.read_mark` returns; valid only when there are no notes.
     """
 
     run: Run
@@ -78,7 +78,7 @@ class Inspection:
 
 
 def inspect(connection: sqlite3.Connection, origin: int, incarnation: int) -> Inspection:
-    """Return what is sound of a file: the structure, the chain's continuity, and the checksums at its end.
+    """Check a file's structure, the chain's continuity and the checksums at its end, and return what is sound.
 
     Raises:
         sqlite3.DatabaseError: when SQLite cannot read it, or its rows are out of order.
@@ -109,7 +109,7 @@ def _check_structure(connection: sqlite3.Connection) -> None:
         (result,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if result != "ok":
             raise sqlite3.DatabaseError(result)
-    # Frames are found and deleted by the index: one wrong entry in it could take the whole chain along.
+    # Frames are looked up and deleted by the index: one wrong entry in it could delete the whole chain.
     by_index = connection.execute("SELECT lsn, part, id FROM frame INDEXED BY frame_position ORDER BY lsn, part")
     by_id = connection.execute("SELECT lsn, part, id FROM frame NOT INDEXED ORDER BY id")
     if any(entry != row for entry, row in zip_longest(by_index, by_id)):
@@ -117,7 +117,7 @@ def _check_structure(connection: sqlite3.Connection) -> None:
 
 
 def suspect_path(path: Path) -> Path:
-    """Return the name of the mark that a writer leaves when it met damage: the next opening makes the file anew."""
+    """Return the name of the file by which a writer marks damage: the next opening makes the chain's file again."""
     return path.with_name(path.name + ".suspect")
 
 
@@ -180,7 +180,7 @@ class _Survey:
             self.notes.append(f"journal of origin {self.origin}: {text}")
 
     def choose(self) -> Run:
-        """Return the newest run that holds a whole transaction: who needs older ones is told so by `first`.
+        """Return the newest run that holds a whole transaction; `first` tells whoever needs older ones.
 
         Raises:
             sqlite3.DatabaseError: when there is no frame left of a file that had some.
@@ -197,7 +197,7 @@ class _Survey:
 
 
 def salvage(path: Path, origin: int, incarnation: int) -> list[str]:
-    """Replace a file that SQLite finds malformed by a new one with what is sound of it, and return notes.
+    """Replace a file that SQLite calls malformed by a new one with the frames that are sound, and return notes.
 
     The one case in which opening a journal waits for the disk. The old file is set aside.
 

@@ -67,7 +67,7 @@ _ENVIRONMENT = frozenset(
 
 
 def environmental(error: BaseException) -> bool:
-    """True when an error says something of the machine, not of the file's content: nothing may be thrown away then."""
+    """True when an error is about the machine, not about the file's content: nothing may be thrown away then."""
     code: object = getattr(error, "sqlite_errorcode", None)
     return isinstance(error, OSError) or (isinstance(code, int) and code & 0xFF in _ENVIRONMENT)
 
@@ -272,8 +272,8 @@ def give_back(connection: sqlite3.Connection) -> bool:
 def checkpoint(connection: sqlite3.Connection) -> None:
     """Copy the whole log into the file and sync both.
 
-    This is what makes the content of a file durable whose writer died or had a failed fsync: a page that was cached but
-    lost on its way to the disk looks clean, and only writing it again brings it there.
+    This makes a file's content durable after its writer died or an fsync failed. A page that was cached but lost on its
+    way to the disk looks clean, and only writing it again brings it to the disk.
     """
     (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     if busy:

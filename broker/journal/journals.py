@@ -32,7 +32,7 @@ MAX_PENDING = 64 << 20
 """Bytes that are accepted but not on disk: of the own chain, and as many of all others together."""
 
 
-# Longer than a class should be: it is the whole interface of the journal, and its methods share one set of books.
+# Longer than a class should be: it is the whole interface of the journal, and all its methods work on one state.
 class Journals:
     """The journals of all chains, one SQLite file each in one directory."""
 
@@ -51,8 +51,8 @@ class Journals:
             own: this node's CID; its chain is fsynced before it counts as durable, the others are committed only,
                 because they can be fetched again.
             max_pending: bytes, as in MAX_PENDING; a single larger frame is accepted when nothing else is pending.
-            soon: calls what it is given a little later; the writer is woken by it, so that frames are on their way
-                before the thread asks for the interpreter. None: the writer is woken at once.
+            soon: calls its argument a little later. The writer is woken by it, so that frames are sent before the
+                writer's thread asks for the interpreter lock. None: the writer is woken at once.
         """
         self.directory = directory
         self.own = own
@@ -76,7 +76,7 @@ class Journals:
 
     @property
     def failure(self) -> JournalError | None:
-        """The last failure to write that still stands, the own chain's before others'."""
+        """A failure to write that is not over, None when there is none; the own chain's comes first."""
         own = self._chains.get(self.own)
         if own is not None and own.path in self._failures:
             return self._failures[own.path]
@@ -88,7 +88,7 @@ class Journals:
         return sum(self._pending.values())
 
     def start(self) -> None:
-        """Start the writer and open the chains that the directory holds; of several of one origin the newest file.
+        """Start the writer and open the chains in the directory; when one origin has several files, the newest one.
 
         Raises:
             JournalError: when the directory cannot be used.
@@ -178,8 +178,8 @@ class Journals:
     def durable(self, origin: int) -> Position:
         """Return the newest position on disk: committed, and on the own chain fsynced by this process.
 
-        It never goes back, but for the parts of a half transaction that are dropped. It may be a part; only a complete
-        position may be confirmed to anyone.
+        It never goes back, except when the parts of a half transaction are dropped. It may be a part's position; only
+        a complete one may be confirmed to anyone.
         """
         return self._chain(origin).durable
 
@@ -235,10 +235,10 @@ class Journals:
         return head
 
     def read(self, origin: int, after: Position, max_bytes: int) -> list[Frame]:
-        """Return the frames that end after a position, in order, from the one on that follows it or contains it.
+        """Return the frames that end after a position, in order; the first one follows the position or contains it.
 
-        At least one frame when there is any, then as many as fit in `max_bytes` of headers and bodies. Frames in front
-        of a damaged one are returned; the next call raises.
+        There is at least one frame when the journal has any, then as many as fit in `max_bytes` of headers and bodies.
+        Frames before a damaged one are returned; the next call raises.
 
         Raises:
             ResyncRequiredError: when frames after that position were forgotten.
@@ -248,16 +248,16 @@ class Journals:
         return self._chain(origin).read(after, max_bytes)
 
     def trim(self, origin: int, upto: Position) -> None:
-        """Forget the frames that end at a position or before, of what is on disk and no half transaction."""
+        """Forget the frames that end at a position or before it; only what is on disk, and whole transactions."""
         chain = self._chain(origin)
         whole = chain.trimmed(upto)
         if whole is not None:
             self._writer.trim(chain.path, whole)
 
     def pass_damage(self, origin: int, after: Position) -> Position:
-        """Forget everything up to and with the first damaged transaction after a position; returns the new `first`.
+        """Forget everything up to the first damaged transaction after a position, and that too; return the new `first`.
 
-        Whoever needs what is forgotten is told so by `read` from now on, instead of meeting the damage again.
+        From now on `read` says of these frames that they are forgotten, instead of failing on the damage again.
         """
         chain = self._chain(origin)
         beyond = chain.beyond_damage(after)
@@ -265,7 +265,7 @@ class Journals:
         return chain.first
 
     def size(self, origin: int) -> int:
-        """Return the bytes of headers and bodies held; after a trim up to `retention.MARK_BYTES` too many."""
+        """Return the bytes of headers and bodies held; after a trim, at most `retention.MARK_BYTES` too many."""
         return self._chain(origin).ledger.size
 
     def oldest_age_s(self, origin: int) -> float | None:
@@ -337,16 +337,16 @@ class Journals:
         if sound is None:
             return None
         found, run = sound.found, sound.found.run
-        # What is found in the own chain's file may be in the cache only, of a process that died before its fsync:
-        # it is not durable before the writer has synced it again.
+        # The own chain's file may have frames that are only in the page cache, from a process that died before its
+        # fsync. They are durable once the writer has synced them again.
         durable = run.start if origin == self.own else run.head.position
         chain = ChainJournal(path, run.head, run.start, run.head.position, durable, run.ledger, sound.reader)
         self._chains[origin] = chain
         self._heads[origin] = run.head
         if found.notes:
-            # The mark may speak of frames that are cut off now: it goes first, or a crash between would leave it.
+            # The mark may cover frames that are cut off now. It is removed first, or a crash in between would leave it.
             self._post(chain, Mark(self._queue(chain, 0, None), 0))
-        # Like the frames, the mark that was found counts when the writer has synced it again.
+        # Like the frames, the mark in the file counts once the writer has synced it again.
         seq = self._queue(chain, 0, run.head.position, 0 if found.notes else found.mark)
         self._post(chain, Keep(seq, run.head.position, run.start if found.rewrite else None))
         return chain
@@ -358,7 +358,7 @@ class Journals:
             log.error("action=journal-damaged note=%s", note)
 
     def _detach(self, origin: int) -> sqlite3.Connection | None:
-        """Take an origin's chain out of the books and return its reader."""
+        """Forget an origin's chain here, not on disk, and return its reader."""
         chain = self._chains.pop(origin)
         del self._heads[origin]
         self._pending[origin == self.own] -= sum(entry.size for entry in chain.queued)
@@ -370,6 +370,6 @@ class Journals:
             self._end(origin, chain.path, self._detach(origin))
 
     def _end(self, origin: int, path: Path, reader: sqlite3.Connection | None) -> None:
-        """Have a file removed; until that has happened its name is not to be opened."""
+        """Have a file removed. Until that is done, its name must not be opened."""
         self._removed.add(path)
         self._writer.post(path, origin, 0, origin == self.own, End(self._next(), reader))

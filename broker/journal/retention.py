@@ -1,9 +1,9 @@
 """Retention: what each chain in the journal may forget, and who must resynchronise because of it. Pure, no I/O.
 
 Invariant: a chain forgets a transaction only when every other member is known to be past it, or when a limit forces it
-away; and whoever a limit overtakes is in the decision that does it, and in every later one until that member's position
-is past the chain's first one again. A member whose position is not known holds everything back that the limits allow,
-and is not said to need a resynchronisation before it is heard of.
+away. A member that a limit overtakes is named in that decision, and in every later one until its position is past the
+chain's first one again. A member whose position is not known holds back everything that the limits allow; it is named
+only when its position is known.
 
 The positions given for members are those that a power failure cannot take from them again: *applied* positions, or
 durable ones when the member's journal is fsynced. The local node is a member like any other. The origin of a chain is
@@ -55,7 +55,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Forget everything up to `trim` (which may be the first position: nothing); `resync` cannot be served any more."""
+    """Forget everything up to `trim` (the first position: nothing). The members in `resync` cannot be served now."""
 
     trim: Position
     resync: frozenset[int]
@@ -72,7 +72,7 @@ def decide(
     Args:
         chains: by origin.
         members: every member of the cluster, the local node too; who left is not in it and holds nothing back.
-        known: member to origin to the position that the member will not fall behind of, None or absent when it is not
+        known: member to origin to the position that the member will not fall behind, None or absent when it is not
             known yet. A position on another incarnation is not a position on this chain: give None, and
             resynchronise that member for its own reason.
         limits: of each chain.

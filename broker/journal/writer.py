@@ -1,4 +1,4 @@
-"""The journal's writer: a thread that owns the connections which write, so that the loop never waits for a disk.
+"""The journal's writer: a thread that owns all connections that write, so that the loop never waits for a disk.
 
 Everything queued for a chain goes in with one commit. What failed stays queued, in order, and is tried again after a
 pause; nothing is reported as done before its commit, and on the own chain its fsync, has succeeded.
@@ -97,7 +97,7 @@ class _Work:
 
 @dataclass
 class Report:
-    """What the thread has done since the last one: the newest operation done by path, failures that stand by path."""
+    """What the thread has done since the last report, by path: the newest operation done, and failures not yet over."""
 
     done: dict[Path, int]
     failures: dict[Path, JournalError]

@@ -79,11 +79,11 @@ class Connection:
         try:
             sockets.connect(self.socket, keys, member.curve_key, member.address, port)
         except zmq.ZMQError as error:
-            # A member's address comes from the member: one that libzmq will not have must stop nobody's broker.
+            # The address comes from the member itself: one that libzmq does not accept must not stop this broker.
             self._note(f"{self._where} is not an address to connect to ({error.strerror})")
 
     def close(self) -> None:
-        """Close it without a word."""
+        """Close the socket and its monitor."""
         for socket in (self._monitor, self.socket):
             self._loop.remove(socket)
         self.socket.disable_monitor()
@@ -115,7 +115,7 @@ class Connection:
                 problem = self.problem or f"{self._where} does not accept connections"
             case _:
                 return
-        # The end of the connection that follows tells less than the reason that came before it.
+        # The disconnect that follows says less than the reason that came before it.
         self._explained = event in _FAILED
         self.established = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
         if self.established != greeted:

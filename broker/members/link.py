@@ -1,4 +1,4 @@
-"""The link to one member: a SUB for events and a DEALER for control, made anew on silence."""
+"""The link to one member: a SUB for events and a DEALER for control, replaced by new ones when they are silent."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pmgsync.wire.messages import pack
 log = logging.getLogger(__name__)
 
 REBUILD_AFTER_S = 5.0
-"""Silence after which a socket is made anew: a peer that vanished without FIN looks alive, and libzmq gives a socket up
-for good that ZAP has denied, or that received something damaged."""
+"""Silence after which a socket is replaced. A peer that vanished without FIN looks alive; and libzmq never reconnects a
+socket that ZAP has refused, or that received something damaged."""
 PING_S = 1.0
-"""A control connection that carries nothing is asked for a sign of life so often."""
+"""So often a ping is sent over a control connection that carries nothing."""
 REFUSED_S = 60.0
-"""For so long it is shown that something a member sent was refused."""
+"""For so long status shows that something a member sent was refused."""
 
 
 class Receiver(Protocol):
@@ -42,7 +42,7 @@ class Receiver(Protocol):
 
 
 class MemberLink:
-    """The connections to one member, and the newest that was heard from it."""
+    """The connections to one member, and the newest heartbeat from it."""
 
     def __init__(
         self,
@@ -117,23 +117,23 @@ class MemberLink:
         return True
 
     def tick(self) -> None:
-        """Make the sockets anew when nothing was heard for long, or the control connection does not come back."""
+        """Replace the sockets when nothing was heard for long, or the control connection does not come back."""
         now = time.monotonic()
         if now - self._heard > REBUILD_AFTER_S:
             self.rebuild()
         elif not self._control_lives(now):
-            # The events connection is well and must not lose anything because the control port is shut.
+            # The events connection works, and must not lose anything because the control port is shut.
             self._renew_control()
 
     def _control_ended(self) -> None:
         if self._control.lasted_s > PING_S:
             self._renew_control()
         else:
-            # Left to libzmq, which takes more and more time: this may go on.
+            # This may happen again and again: libzmq reconnects, with growing pauses.
             self._receiver.connection_lost(self)
 
     def _renew_control(self) -> None:
-        """Make the control connection anew: what is queued in the old socket must not reach the member any more."""
+        """Replace the control connection: what is queued in the old socket must not reach the member any more."""
         self._control.close()
         self._control = self._open_control()
         self._receiver.connection_lost(self)

@@ -100,7 +100,7 @@ class Members:
     def refuse(self, cid: int, error: PmgsyncError) -> None:
         """Have status show why something that a member sent was refused, and log each reason once."""
         link = self._links.get(cid)
-        # A member may well ask for what cannot be had now.
+        # It is no fault of a member when it asks for what is not available now.
         if link is not None and not isinstance(error, UnreachableError | UnknownChainError):
             link.refuse(str(error))
         text = f"node {cid}: {error}"
@@ -121,7 +121,7 @@ class Members:
             link.send(message)
 
     def tick(self) -> None:
-        """Look after every link."""
+        """Check the time-outs of every link."""
         for link in self:
             link.tick()
 

@@ -29,7 +29,7 @@ class Handler(Protocol):
 
 
 class LocalRequests:
-    """Receives on the local ROUTER and finds who serves each operation."""
+    """Receives on the local ROUTER and passes each request to the handler of its operation."""
 
     def __init__(
         self,

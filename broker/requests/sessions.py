@@ -1,4 +1,4 @@
-"""Sessions of this machine's own processes on the local socket: who they are, how they are, what they serve."""
+"""Sessions of this machine's own processes on the local socket: name, newest report, and the methods they serve."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pmgsync.wire.messages import pack
 WORKER_GONE_S = 3.0
 """A worker says something at least once a second."""
 CLIENT_GONE_S = 120.0
-"""Clients have no heartbeat; what they left behind is cleared away after this."""
+"""Clients have no heartbeat; what they left behind is removed after this."""
 CLIENTS = frozenset({"cli", "fetch"})
 """The command line, and a worker's sessions beside its own; there may be many of a name."""
 

@@ -1,4 +1,4 @@
-"""What means the same from a member and from this machine's processes: replays, calls, pings, the document."""
+"""Requests that mean the same from a member and from this machine: replays, calls, pings, the document."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def number(message: Mapping[str, Any], key: str, *, highest: int = MAX_LSN) -> i
 
 
 def check_id(message: Mapping[str, Any]) -> None:
-    """Check what every message may carry: it is looked up in tables, and a list in its place cannot be.
+    """Check the id that a message may carry: it is looked up in tables, where a list would be an error.
 
     Raises:
         ProtocolError: when the id is not an int.
@@ -116,7 +116,7 @@ class SharedRequests:
         Raises:
             PmgsyncError: when it cannot be.
         """
-        self._refuse_crowd(owner)
+        self._check_open(owner)
         end = End(owner, send, number(message, "id"))
         method = message.get("method")
         if not isinstance(method, str):
@@ -146,7 +146,7 @@ class SharedRequests:
         )
 
     def close_streams(self, owner: object) -> None:
-        """End the streams of somebody who is gone, or does not read what was asked for."""
+        """End the streams of a peer that is gone, or does not read what it asked for."""
         self._chains.streams.close_owner(owner)
 
     def _replay(self, owner: object, send: Send, message: Message) -> None:
@@ -154,7 +154,7 @@ class SharedRequests:
         head = self._chains.heads().get(origin)
         if head is None or head.incarnation != number(message, "incarnation"):
             raise UnknownChainError(f"no such chain of node {origin} is held here")
-        self._refuse_crowd(owner)
+        self._check_open(owner)
 
         def finish(position: Position, error: PmgsyncError | None) -> None:
             send(error_map(request, error) if error else {"op": "end", "id": request, "position": list(position)}, ())
@@ -163,7 +163,7 @@ class SharedRequests:
         stream = Stream(origin, position, credit, live=False, send=frame_sender(send, request), finish=finish)
         self._chains.streams.open(owner, request, stream)
 
-    def _refuse_crowd(self, owner: object) -> None:
+    def _check_open(self, owner: object) -> None:
         """Refuse one more stream or call to a peer that has too many."""
         if self._chains.streams.count(owner) + self._calls.count(owner) >= MAX_OPEN:
             raise ProtocolError(f"more than {MAX_OPEN} streams and calls are open")
