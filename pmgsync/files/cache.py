@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable
@@ -45,6 +46,8 @@ class Cache:
             raise FilesError(f"cannot write {path} ({error})") from error
 
     def _open(self) -> sqlite3.Connection:
+        # SQLite would make it for everybody to read; its other files take their mode from this one.
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         try:
             database.execute("PRAGMA journal_mode = WAL")

@@ -72,9 +72,10 @@ class Root:
         """
         self.path = path / below
         try:
-            if create:
-                path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-            elif not path.is_dir():
+            if create and not path.exists():
+                path.mkdir(parents=True, exist_ok=True)
+                path.chmod(DIRECTORY_MODE)
+            elif not create and not path.is_dir():
                 raise RootMissingError(f"there is no directory {path}")
             self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             with self.directory(os.fsencode(below), create=True) as inner:
@@ -116,9 +117,14 @@ class Root:
                 except FileNotFoundError:
                     if not create:
                         raise
+                    made = False
                     with contextlib.suppress(FileExistsError):
-                        os.mkdir(part, DIRECTORY_MODE, dir_fd=fd)
+                        os.mkdir(part, 0o700, dir_fd=fd)
+                        made = True
                     inner = os.open(part, _FLAGS, dir_fd=fd)
+                    if made:
+                        # Whatever the umask is: a service with secrets has one that leaves others nothing.
+                        os.fchmod(inner, DIRECTORY_MODE)
                 os.close(fd)
                 fd = inner
             yield fd
