@@ -9,15 +9,17 @@ from typing import Any
 
 import zmq
 
+from broker.cluster.attempts import Attempts
 from broker.cluster.conf_file import ConfFile
 from broker.cluster.documents import Documents
 from broker.cluster.identity import own_member
+from broker.cluster.password import PamPassword
 from broker.cluster.state_directory import StateDirectory
 from broker.cluster.tokens import Tokens
 from broker.net import sockets
 from broker.net.loop import Loop, Socket
 from broker.net.port import Port
-from broker.net.zap import DOOR_DOMAIN, MEMBERS_DOMAIN, ZapHandler
+from broker.net.zap import DOOR_DOMAIN, KEY_DOMAIN, MEMBERS_DOMAIN, ZapHandler
 from broker.participation import Participation, Ports, Resources
 from broker.requests.admin import AdminRequests
 from broker.requests.local import LocalRequests
@@ -57,6 +59,7 @@ class Broker:
         socket = sockets.bind_local(self._context, config.broker_socket)
         tokens = Tokens(time.monotonic)
         self._sessions = Sessions(socket, self._session_over)
+        self._passwords = PamPassword(self._loop, config.pam_service)
         self._resources = Resources(
             config=config,
             keys=keys,
@@ -65,6 +68,8 @@ class Broker:
             ports=_ports(self._context, self._loop, config),
             sessions=self._sessions,
             tokens=tokens,
+            attempts=Attempts(time.monotonic),
+            passwords=self._passwords,
             documents=self._documents,
             conf_file=ConfFile(config),
             new_id=itertools.count(1).__next__,
@@ -110,6 +115,7 @@ class Broker:
         """Close everything; what is accepted is written to the journal first."""
         self._leave()
         self._local.close()
+        self._passwords.close()
         self._zap.close()
         self._context.destroy(linger=0)
         self._hold.close()
@@ -172,7 +178,8 @@ class Broker:
     def _stand_aside(self) -> None:
         """Be in no cluster until the document can be put in force; it is tried again."""
         self._leave()
-        for port in (self._resources.ports.events, self._resources.ports.control, self._resources.ports.join):
+        ports = self._resources.ports
+        for port in (ports.events, ports.control, ports.join):
             port.lose_patience()
         self._documents.put_in_force(None)
         self._failed = True
@@ -273,4 +280,5 @@ def _ports(context: zmq.Context[Socket], loop: Loop, config: NodeConfig) -> Port
         join=Port(
             context, loop, zmq.ROUTER, DOOR_DOMAIN, config.address, config.join_port, "join", hwm=sockets.JOIN_HWM
         ),
+        key=Port(context, loop, zmq.ROUTER, KEY_DOMAIN, config.address, config.key_port, "key", hwm=sockets.JOIN_HWM),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +13,13 @@ import zmq
 
 from broker.chains.chains import Chains
 from broker.chains.trimming import Trimming
+from broker.cluster.attempts import Attempts
 from broker.cluster.conf_file import ConfFile
 from broker.cluster.documents import Documents
 from broker.cluster.door import Door
+from broker.cluster.joiners import Joiners
+from broker.cluster.key_port import KNOWN_SECRET, KeyPort
+from broker.cluster.password import PamPassword
 from broker.cluster.tokens import Tokens
 from broker.heartbeats.heartbeat import pack_applied
 from broker.inbound import Inbound
@@ -29,9 +35,13 @@ from broker.requests.shared import SharedRequests
 from broker.requests.workers import WorkerRequests, tell_announcement, tell_durable
 from broker.status.health import Health
 from pmgsync.config import NodeConfig
-from pmgsync.core.membership import ClusterDocument, SignedDocument
+from pmgsync.core.membership import ClusterDocument, SignedDocument, with_confirmed, without_member
 from pmgsync.errors import ConfigError, UnreachableError
 
+log = logging.getLogger(__name__)
+
+CONFIRM_S = 1.0
+"""So often a node whose copy is in place says so to the master, until the document calls it a member."""
 CUT_LINGER_MS = 200
 """A removed member should learn it from the document, not from silence: so long may that still be sent."""
 
@@ -43,6 +53,7 @@ class Ports:
     events: Port
     control: Port
     join: Port
+    key: Port
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ class Resources:
     ports: Ports
     sessions: Sessions
     tokens: Tokens
+    attempts: Attempts
+    passwords: PamPassword
     documents: Documents
     conf_file: ConfFile
     new_id: Callable[[], int]
@@ -95,6 +108,8 @@ class Participation:
         self._ports = resources.ports
         self._calls = Calls(resources.new_id)
         self._change_document = change_document
+        self._new_id = resources.new_id
+        self._confirm_at = 0.0
         self._members = Members(resources.context, resources.loop, resources.keys, self.cid)
         self._chains = Chains(
             self.cid,
@@ -126,8 +141,20 @@ class Participation:
             self._shared,
             announce=lambda data: self.publish(b"t", data),
         )
-        self._control = ControlRequests(self.cid, self._ports.control, self._shared, self._members)
-        self._door = Door(self._ports.join, resources.tokens, self)
+        self._joiners = Joiners(time.monotonic)
+        self._control = ControlRequests(
+            self.cid,
+            self._ports.control,
+            self._shared,
+            self._members,
+            self._joiners,
+            confirm=self._confirm,
+            give_up=self._give_up,
+        )
+        self._door = Door(
+            self._ports.join, resources.loop, resources.tokens, resources.attempts, resources.passwords, self
+        )
+        self._key_port = KeyPort(self._ports.key, resources.keys.curve_public)
         self._inbound = Inbound(
             self._members,
             self._chains,
@@ -145,6 +172,7 @@ class Participation:
             self._trimming,
             sessions,
             document=lambda: documents.document,
+            joining=self._joiners.progress,
             conf_problem=lambda: resources.conf_file.problem,
         )
 
@@ -170,6 +198,7 @@ class Participation:
         self.open_ports()
         self.publish(b"d", self._signed.pack())
         self._members.meet(self._signed.document, self._inbound)
+        self._joiners.expect(self._signed.document.joining)
         self.beat()
 
     def announce(self, signed: SignedDocument) -> None:
@@ -182,12 +211,19 @@ class Participation:
         Raises:
             ConfigError: when a port cannot be bound.
         """
-        self._ports.events.open(self._keys)
-        self._ports.control.open(self._keys, self._control.receive)
-        if self._signed.document.master == self.cid:
-            self._ports.join.open(self._keys, self._door.receive)
+        secret = self._keys.curve_secret
+        self._ports.events.open(secret)
+        self._ports.control.open(secret, self._control.receive)
+        if self._is_master:
+            self._ports.join.open(secret, self._door.receive)
+            self._ports.key.try_open(KNOWN_SECRET, self._key_port.receive)
         else:
             self._ports.join.close()
+            self._ports.key.close()
+
+    @property
+    def _is_master(self) -> bool:
+        return self._signed.document.master == self.cid
 
     def _close_members_ports(self) -> None:
         self._ports.events.close(linger_ms=CUT_LINGER_MS)
@@ -198,6 +234,7 @@ class Participation:
         self._members.close()
         self._close_members_ports()
         self._ports.join.close()
+        self._ports.key.close()
         self._chains.close()
 
     # -- what the door needs ------------------------------------------------------------------------------------------
@@ -248,7 +285,25 @@ class Participation:
         """Look after time-outs."""
         self._chains.tick()
         self._members.tick()
-        self._trimming.tick(self._signed.document.cids)
+        document = self._signed.document
+        self._trimming.tick(document.cids - document.joining, document.joining)
+        if self._is_master:
+            for cid in self._joiners.silent():
+                self._give_up(cid)
+        elif self.cid in document.joining and time.monotonic() >= self._confirm_at:
+            self._confirm_at = time.monotonic() + CONFIRM_S
+            self._members.send(document.master, {"op": "join.done", "id": self._new_id()})
+
+    def _confirm(self, cid: int) -> None:
+        """Make a joining node a full member; its copy is in place."""
+        self.change_document(with_confirmed(self.master_document(), cid))
+
+    def _give_up(self, cid: int) -> None:
+        """Remove a node that has not come as far as to be a member; one that has is left alone."""
+        document = self.master_document()
+        if cid in document.joining:
+            log.warning("action=join-given-up cid=%d", cid)
+            self.change_document(without_member(document, cid))
 
 
 def _check_identity(config: NodeConfig, document: ClusterDocument, cid: int) -> None:

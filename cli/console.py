@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import sys
 from collections.abc import Callable
@@ -69,6 +70,17 @@ def ask(question: str, *, without_terminal: str) -> str:
     sys.stderr.write(f"{question}: ")
     sys.stderr.flush()
     return sys.stdin.readline().strip()
+
+
+def ask_secret(question: str, *, without_terminal: str) -> str:
+    """Ask a person for something that is not to be seen while it is typed.
+
+    Raises:
+        PmgsyncError: when nobody is there to answer; `without_terminal` is the hint.
+    """
+    if not sys.stdin.isatty():
+        raise PmgsyncError(f"nobody can be asked for the {question}, there is no terminal", hint=without_terminal)
+    return getpass.getpass(f"{question}: ", stream=sys.stderr)
 
 
 def confirm(question: str, *, option: str = "--yes") -> Literal[True]:

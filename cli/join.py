@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.console import ask, confirm, note, say
-from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
+from cli.console import confirm, note, say
+from pmgsync.errors import PmgsyncError, UnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from broker.net.keys import NodeKeys
     from pmgsync.config import NodeConfig
-    from pmgsync.core.membership import ClusterDocument, SignedDocument
+    from pmgsync.core.membership import Member, SignedDocument
     from pmgsync.core.profile import Profile
     from pmgsync.postgres.copy.database_restore import DatabaseRestore
 
 DEFAULT_PORT = 7672
-JOIN_CMD = "run `pmgcm join-cmd` on the master; it prints the whole line, with fingerprint and token"
+DEFAULT_KEY_PORT = 7673
 BEGIN_S = 20.0
 """The master's agent may be taking notice of its new member when the snapshot is asked for."""
 BEGIN_AGAIN_S = 0.5
@@ -36,32 +37,40 @@ def join(
     master_ip: Annotated[str, typer.Argument(metavar="MASTER_IP", help="The master's address")],
     port: Annotated[int, typer.Option(min=1, max=65535, help="The master's join port")] = DEFAULT_PORT,
     fingerprint: Annotated[str | None, typer.Option(help="The master's key, as `pmgcm join-cmd` prints it")] = None,
-    token: Annotated[str | None, typer.Option(help="From `pmgcm join-cmd`; asked for when not given")] = None,
+    token: Annotated[str | None, typer.Option(help="One-time word from `pmgcm join-cmd`")] = None,
+    password_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its first line is the password of root on the master")
+    ] = None,
+    key_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="The master's key port, asked when no fingerprint is given")
+    ] = DEFAULT_KEY_PORT,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before this node's database is replaced")] = False,
 ) -> None:
-    """Join a cluster: this node's database becomes a copy of the master's. Nothing changes unless all goes well."""
+    """Join a cluster: this node's database becomes a copy of the master's. Nothing changes unless all goes well.
+
+    Asks for the password of root on the master, or a token, unless one is given.
+    """
     from broker.cluster.door_client import DoorClient
     from broker.cluster.identity import own_member
+    from broker.cluster.remote import JoinReporter
     from broker.cluster.state_directory import StateDirectory
     from cli.join_checks import announcement, check_here, check_there
+    from cli.join_proof import proof, server_key
     from cli.local_node import change_cluster, held_documents, load
     from cli.services import stopped
-    from pmgsync.core.membership import parse_fingerprint
     from pmgsync.profile_file import load_profile
 
     config = load(context)
     profile = load_profile(config.profile)
     state = StateDirectory(config.state_dir)
     held_documents(config).refuse_second()
-    if not fingerprint:
-        raise MembershipError("the master's fingerprint is missing (--fingerprint)", hint=JOIN_CMD)
-    server_key = parse_fingerprint(fingerprint)
     here = check_here(config, profile)
-    token = token or ask("token", without_terminal=JOIN_CMD)
+    master_key = server_key(master_ip, key_port, fingerprint, yes=yes)
+    proved = proof(token, password_file)
     keys = state.keys()
-    with DoorClient(master_ip, port, server_key, keys) as door:
+    with DoorClient(master_ip, port, master_key, keys) as door:
         asked = time.time()
-        facts = door.check(token)
+        facts = door.check(**proved)
         clock_ahead_s = _clock_ahead_s(facts, asked, time.time())
         check_there(config, profile, here, facts)
     note(announcement(config, here, facts, clock_ahead_s=clock_ahead_s))
@@ -69,18 +78,21 @@ def join(
         confirm("Go on?")
     with _restore(config, facts) as restore:
         # A connection of its own: whoever answers the question may take longer than a connection lasts.
-        with DoorClient(master_ip, port, server_key, keys) as door:
-            cid, signed = door.admit(token, own_member(config, keys))
-        _copy(restore, signed.document, keys)
-        with stopped(profile.services):
-            _take_place(config, profile, restore, signed, cid, had_node=here.server.was_member)
-            change_cluster(
-                config,
-                {"op": "cluster.enter"},
-                signed.pack(),
-                offline=lambda documents: documents.enter(signed),
-                done=lambda documents: documents.is_member_of(signed.document.cluster),
-            )
+        with DoorClient(master_ip, port, master_key, keys) as door:
+            cid, signed = door.admit(str(facts.get("token", "")), own_member(config, keys))
+        master = signed.document.member(signed.document.master)
+        assert master is not None
+        with JoinReporter(master, keys, restore.progress):
+            _copy(restore, master, keys)
+            with stopped(profile.services):
+                _take_place(config, profile, restore, signed, cid, had_node=here.server.was_member)
+                change_cluster(
+                    config,
+                    {"op": "cluster.enter"},
+                    signed.pack(),
+                    offline=lambda documents: documents.enter(signed),
+                    done=lambda documents: documents.is_member_of(signed.document.cluster),
+                )
     say(f"this node is {config.name}({cid}) in the cluster {signed.document.name!r}")
 
 
@@ -112,7 +124,7 @@ def _restore(config: NodeConfig, facts: dict[str, object]) -> Iterator[DatabaseR
         raise
 
 
-def _copy(restore: DatabaseRestore, document: ClusterDocument, keys: NodeKeys) -> None:
+def _copy(restore: DatabaseRestore, master: Member, keys: NodeKeys) -> None:
     """Fill the new database with a snapshot of the master's.
 
     Raises:
@@ -122,8 +134,6 @@ def _copy(restore: DatabaseRestore, document: ClusterDocument, keys: NodeKeys) -
     from cli.progress import SnapshotProgress
     from pmgsync.wire.snapshot import fetch_snapshot
 
-    master = document.member(document.master)
-    assert master is not None
     deadline = time.monotonic() + BEGIN_S
     while True:
         try:

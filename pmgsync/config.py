@@ -70,6 +70,7 @@ class NodeConfig:
     config_root: Path | None
     spool_root: Path | None
     journal: JournalLimits
+    key_port: int = 7673
     cluster_conf: str | None = None
     """The gateway's cluster.conf: a path, "" for none, None for the profile's."""
     subscription: Subscription = Subscription()
@@ -144,6 +145,7 @@ def load_config(path: Path | None = None) -> NodeConfig:
         events_port=ports.take("events", 7670, port, _port),
         control_port=ports.take("control", 7671, port, _port),
         join_port=ports.take("join", 7672, port, _port),
+        key_port=ports.take("key", 7673, port, _port),
         dsn=postgres.take(
             "dsn", "host=/var/run/postgresql dbname=Proxmox_ruledb user=postgres", "a libpq connection string", _dsn
         ),
@@ -160,8 +162,8 @@ def load_config(path: Path | None = None) -> NodeConfig:
     )
     for section in sections:
         section.end()
-    if len({config.events_port, config.control_port, config.join_port}) < 3:
-        raise ConfigError(f"{path}: [ports] events, control and join are not three different ports")
+    if len({config.events_port, config.control_port, config.join_port, config.key_port}) < 4:
+        raise ConfigError(f"{path}: [ports] events, control, join and key are not four different ports")
     if len(os.fsencode(config.broker_socket)) > SOCKET_PATH_BYTES:
         raise ConfigError(
             f"{path}: [node] run_dir is too long: a unix socket's path has at most {SOCKET_PATH_BYTES} bytes",

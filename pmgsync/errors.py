@@ -67,19 +67,13 @@ class SplitBrainError(MembershipError):
 
 
 class TokenRefusedError(MembershipError):
-    """A join token is not one that was given out."""
+    """A join token or password is not accepted; why, stands in the master's log only."""
 
     code = "bad_token"
 
 
-class TokenExpiredError(TokenRefusedError):
-    """A join token was used already, or its time is over."""
-
-    code = "expired_token"
-
-
 class TooManyAttemptsError(TokenRefusedError):
-    """Too many wrong join tokens were tried; no token is looked at for a while."""
+    """Too many wrong tokens or passwords were tried; none is looked at for a while."""
 
     code = "too_many_attempts"
 

@@ -14,6 +14,7 @@ from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.postgres.programs import BINDIR_VARIABLE
 from tests.harness import session as run
 from tests.harness.cluster import Cluster
+from tests.harness.pam import Make, pam_services
 from tests.harness.servers import SharedServers
 
 # A busy machine is slow: time says nothing about a property.
@@ -97,3 +98,10 @@ def new_cluster(pg_bindir: str, tmp_path: Path) -> Iterator[Callable[..., Cluste
     finally:
         for cluster in made:
             cluster.close()
+
+
+@pytest.fixture
+def make_service(tmp_path: Path) -> Iterator[Make]:
+    """Make PAM services that know one password; the argument is shell that runs before it is looked at."""
+    with pam_services(tmp_path) as make:
+        yield make

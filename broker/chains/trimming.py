@@ -11,6 +11,8 @@ from broker.members.members import Members
 from pmgsync.core.positions import Position
 
 INTERVAL_S = 5.0
+JOINING_BYTES = 1 << 30
+"""What a chain's journal keeps for a node that is joining, beyond what members need."""
 NEARLY_FULL = 0.8
 """Share of a limit at which status begins to warn."""
 
@@ -42,11 +44,12 @@ class Trimming:
                 alerts.append({"kind": "needs-resync", "text": text})
         return alerts
 
-    def tick(self, members: Set[int]) -> None:
+    def tick(self, members: Set[int], joining: Set[int]) -> None:
         """Trim what nobody needs, or what the limits force away.
 
         Args:
-            members: the CIDs in the cluster document.
+            members: the CIDs in the cluster document but those that are joining.
+            joining: the others; they hold back less, for nobody knows whether they will ever arrive.
         """
         if time.monotonic() < self._next:
             return
@@ -54,14 +57,18 @@ class Trimming:
         journals = self._chains.journals
         heads = journals.chains()
         known: dict[int, dict[int, Position | None]] = {}
-        for cid in members:
+        for cid in members | joining:
             applied = self._chains.applied if cid == self._cid else self._members.acked(cid)
             known[cid] = {
                 origin: done.position
                 for origin, done in applied.items()
                 if origin in heads and done.incarnation == heads[origin].incarnation
             }
-        self._decisions = decide(journals.held(), members, known, self._limits)
+        held = journals.held()
+        self._decisions = decide(held, members, known, self._limits)
+        lower = Limits(min(JOINING_BYTES, self._limits.max_bytes), self._limits.max_age_s)
+        with_joining = decide(held, members | joining, known, lower) if joining else self._decisions
         for origin, decision in self._decisions.items():
-            if decision.trim > journals.first(origin):
-                journals.trim(origin, decision.trim)
+            upto = min(decision.trim, with_joining[origin].trim)
+            if upto > journals.first(origin):
+                journals.trim(origin, upto)

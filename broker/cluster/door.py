@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import zmq
 
+from broker.cluster.attempts import Attempts
+from broker.cluster.password import PasswordCheck
 from broker.cluster.tokens import Tokens
 from broker.members.calls import End
+from broker.net.loop import Loop
 from broker.net.port import Port
-from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, with_member
-from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnknownOperationError
+from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, with_member, without_member
+from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, TokenRefusedError, UnknownOperationError
 from pmgsync.wire.messages import Message, error_map, pack, unpack
 
 log = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 1
+PROVED_S = 3600.0
+"""For so long a password that was right need not be given again by the same node."""
 
 
 class Cluster(Protocol):
@@ -33,78 +39,150 @@ class Cluster(Protocol):
         """Sign, store and spread a new cluster document."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Whoever has sent a request: its connection, CURVE public key, address, and the request's id."""
+
+    identity: bytes
+    key: bytes
+    address: str
+    request: int
+
+
 class Door:
     """Answers on the join port, a ROUTER under CURVE that takes any client key."""
 
-    def __init__(self, port: Port, tokens: Tokens, cluster: Cluster) -> None:
+    def __init__(
+        self, port: Port, loop: Loop, tokens: Tokens, attempts: Attempts, passwords: PasswordCheck, cluster: Cluster
+    ) -> None:
         self._port = port
+        self._loop = loop
         self._tokens = tokens
+        self._attempts = attempts
+        self._passwords = passwords
         self._cluster = cluster
 
     def receive(self, parts: list[zmq.Frame]) -> None:
         """Take a message with the sender's identity in front."""
-        identity, client_key = parts[0].bytes, bytes.fromhex(str(parts[-1].get("User-Id")))
-        request = 0
+        last = parts[-1]
+        caller = _Caller(parts[0].bytes, bytes.fromhex(str(last.get("User-Id"))), str(last.get("Peer-Address")), 0)
         try:
             if len(parts) != 2:
                 raise ProtocolError("a join request is one map")
             message = unpack(parts[1].bytes)
-            request = message["id"] if type(message.get("id")) is int else 0
-            if message["op"] == "check":
-                self._check(identity, request, message)
-            elif message["op"] == "admit":
-                self._admit(identity, request, message, client_key)
-            else:
-                raise UnknownOperationError(f"the join door does not know {message['op']!r:.40}")
+            caller = replace(caller, request=message["id"] if type(message.get("id")) is int else 0)
+            self._handle(caller, message)
         except PmgsyncError as error:
-            log.warning("action=join-refused reason=%s", error.message)
-            self._send(identity, error_map(request, error))
+            self._refuse(caller, error)
 
-    def _check(self, identity: bytes, request: int, message: Message) -> None:
+    def _handle(self, caller: _Caller, message: Message) -> None:
+        match message["op"]:
+            case "check":
+                self._prove(caller, message, lambda token: self._check(caller, token))
+            case "admit":
+                self._prove(caller, message, lambda token: self._admit(caller, message, token))
+            case other:
+                raise UnknownOperationError(f"the join door does not know {other!r:.40}")
+
+    def _refuse(self, caller: _Caller, error: PmgsyncError) -> None:
+        log.warning("action=join-refused address=%s reason=%s", caller.address, error.message)
+        self._send(caller, error_map(caller.request, error))
+
+    # -- who may come in ----------------------------------------------------------------------------------------------
+
+    def _prove(self, caller: _Caller, message: Message, then: Callable[[str], None]) -> None:
+        """Go on with a token when the caller has proved that it may join; its proof is looked at before anything else.
+
+        A node that is joining already has proved it before: its key says who it is.
+        """
         document = self._cluster.master_document()
-        self._tokens.check(str(message.get("token", "")))
+        known = document.by_key(caller.key)
+        if known is not None and known.state == "joining":
+            then("")
+            return
+        self._attempts.check(caller.address)
+        password = message.get("password")
+        if isinstance(password, str):
+            self._passwords.start(password, lambda good: self._judged(caller, good, then))
+            return
+        token = str(message.get("token", ""))
+        problem = self._tokens.problem(token, caller.key)
+        if problem:
+            self._wrong(caller, f"its token is {problem}")
+        else:
+            then(token)
+
+    def _judged(self, caller: _Caller, good: bool, then: Callable[[str], None]) -> None:
+        """Go on after a password was looked at: from now on a token stands for it, which only this caller can use."""
+        if not good:
+            self._wrong(caller, "its password is wrong")
+            return
+        try:
+            then(self._tokens.issue(PROVED_S, key=caller.key))
+        except PmgsyncError as error:
+            self._refuse(caller, error)
+
+    def _wrong(self, caller: _Caller, reason: str) -> None:
+        delay_s = self._attempts.wrong(caller.address)
+        log.warning("action=join-attempt address=%s reason=%s delay_s=%.1f", caller.address, reason, delay_s)
+        error = TokenRefusedError(
+            "the master does not accept this token or password",
+            hint="run `pmgcm join-cmd` on the master for a new token, or give the password of its root user",
+        )
+
+        def answer() -> None:
+            self._send(caller, error_map(caller.request, error))
+
+        self._loop.once(delay_s, answer)
+
+    # -- what is answered ---------------------------------------------------------------------------------------------
+
+    def _check(self, caller: _Caller, token: str) -> None:
+        document = self._cluster.master_document()
 
         def answer(reply: Mapping[str, Any], attachments: Sequence[bytes]) -> bool:
             if reply["op"] == "done":
                 facts = {
                     **reply.get("result", {}),
                     "op": "facts",
-                    "id": request,
+                    "id": caller.request,
+                    "token": token,
                     "protocol": PROTOCOL_VERSION,
                     "cluster": document.name,
                     "profile": document.profile,
                     "level": _level(document),
                     "members": [[member.cid, member.name, member.address] for member in document.members],
                 }
-                return self._send(identity, facts)
-            return self._send(identity, reply) if reply["op"] == "error" else True
+                return self._send(caller, facts)
+            return self._send(caller, reply) if reply["op"] == "error" else True
 
-        self._cluster.ask_facts(End(("door", identity), answer, request))
+        self._cluster.ask_facts(End(("door", caller.identity), answer, caller.request))
 
-    def _admit(self, identity: bytes, request: int, message: Message, client_key: bytes) -> None:
+    def _admit(self, caller: _Caller, message: Message, token: str) -> None:
         document = self._cluster.master_document()
-        token = str(message.get("token", ""))
-        # First: to whoever has no token the door does not tell which names, addresses and keys are members'.
-        self._tokens.check(token)
-        newcomer = _newcomer(message, client_key)
+        newcomer = _newcomer(message, caller.key)
         known = document.by_key(newcomer.curve_key)
-        if known is not None and (known.name, known.address) != (newcomer.name, newcomer.address):
+        if known is not None and known.cid == document.master:
+            raise MembershipError("this node is the cluster's master")
+        if known is not None and known.state != "joining":
             raise MembershipError(
                 f"this node's key belongs to member {known.name} ({known.cid}) already",
                 hint=f"run `pmgcm delete {known.cid}` on the master first",
             )
-        if known is not None and known.cid == document.master:
-            raise MembershipError("this node is the cluster's master")
+        if known is not None and (known.name, known.address) != (newcomer.name, newcomer.address):
+            # It has begun to join under another name or address: that was nobody's yet.
+            document, known = without_member(document, known.cid), None
         changed = document if known is not None else with_member(document, newcomer)
-        self._tokens.use(token)
+        if token:
+            self._tokens.use(token, caller.key)
         signed = self._cluster.change_document(changed)
         member = signed.document.by_key(newcomer.curve_key)
         assert member is not None
         log.info("action=admitted cid=%d name=%s address=%s", member.cid, member.name, member.address)
-        self._send(identity, {"op": "admitted", "id": request, "cid": member.cid}, signed.pack())
+        self._send(caller, {"op": "admitted", "id": caller.request, "cid": member.cid}, signed.pack())
 
-    def _send(self, identity: bytes, message: Mapping[str, Any], *attachments: bytes) -> bool:
-        return self._port.send([identity, pack(message), *attachments])
+    def _send(self, caller: _Caller, message: Mapping[str, Any], *attachments: bytes) -> bool:
+        return self._port.send([caller.identity, pack(message), *attachments])
 
 
 def _level(document: ClusterDocument) -> str:
@@ -131,6 +209,7 @@ def _newcomer(message: Message, client_key: bytes) -> Member:
             **{name: bytes(key or b"").hex() for name, key in keys.items()},
             "cid": 1,
             "role": "node",
+            "state": "joining",
             "level": str(message.get("level", ""))[:64],
             "host_keys": message.get("host_keys", {}),
         }

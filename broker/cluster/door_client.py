@@ -11,9 +11,11 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from broker.cluster.door import PROTOCOL_VERSION
+from broker.cluster.key_port import KNOWN_PUBLIC
 from broker.net import sockets
 from broker.net.keys import NodeKeys
 from broker.net.loop import Socket
+from pmgsync.core.members import KEY_BYTES
 from pmgsync.core.membership import MAX_DOCUMENT, Member, SignedDocument, format_fingerprint
 from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnreachableError
 from pmgsync.wire.link import Peer
@@ -130,14 +132,19 @@ class DoorClient:
     ) -> None:
         self._context.destroy(linger=0)
 
-    def check(self, token: str) -> dict[str, Any]:
-        """Return the facts of the cluster that a newcomer checks before it joins; the token is not used up.
+    def check(self, *, token: str = "", password: str | None = None) -> dict[str, Any]:
+        """Return the facts of the cluster that a newcomer checks before it joins; nothing is used up.
+
+        Args:
+            token, password: one of them proves that this node may join. The `token` in the answer is the one to go on
+                with: after a password it is a new one, for this node only.
 
         Raises:
-            MembershipError: when the token is not good.
+            MembershipError: when the master does not accept it.
             UnreachableError: when the master, or its database, does not answer.
         """
-        facts, _ = self._ask({"op": "check", "token": token})
+        proof = {"token": token} if password is None else {"password": password}
+        facts, _ = self._ask({"op": "check", **proof})
         if facts.get("protocol") != PROTOCOL_VERSION:
             raise MembershipError(
                 f"the master speaks protocol version {facts.get('protocol')!r:.20}, this node {PROTOCOL_VERSION}",
@@ -194,3 +201,38 @@ class DoorClient:
             raise
         except Exception as error:  # any shape may come
             raise ProtocolError(f"{self._name} answered with something malformed ({error})") from error
+
+
+def fetch_key(address: str, port: int) -> bytes:
+    """Ask a master's key port for its CURVE public key, 32 bytes. Nothing proves that the master has answered.
+
+    Raises:
+        UnreachableError: when nobody answers there.
+        ProtocolError: when what answers does not speak this protocol.
+    """
+    where = f"{address}:{port}"
+    public, secret = zmq.curve_keypair()
+    context: zmq.Context[Socket] = zmq.Context()
+    try:
+        socket = sockets.open_socket(context, zmq.DEALER)
+        handshake = Handshake(socket, where)
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = public, secret, KNOWN_PUBLIC
+        try:
+            socket.connect(sockets.endpoint(address, port))
+            handshake.wait()
+        except zmq.ZMQError as error:
+            raise UnreachableError(f"{where} is not an address to connect to ({error.strerror})") from error
+        except MembershipError as error:
+            raise ProtocolError(
+                f"what answers at {where} is not the key port of a pmgsync master",
+                hint="check address and port; the master's [ports] key says where it is",
+            ) from error
+        finally:
+            handshake.close()
+        answer, _ = Peer(socket, f"the master at {where}").request({"op": "key"}, timeout_s=ANSWER_S)
+        key = answer.get("curve_key")
+        if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+            raise ProtocolError(f"the master at {where} answered with a key that is none")
+        return key
+    finally:
+        context.destroy(linger=0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Self
 
 import zmq
 
@@ -13,10 +16,13 @@ from broker.net.keys import NodeKeys
 from broker.net.loop import Socket
 from pmgsync.core.frames import MAX_BODY
 from pmgsync.core.membership import Member
-from pmgsync.errors import UnreachableError
+from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.wire.link import Peer
 
+log = logging.getLogger(__name__)
+
 WRITABLE_MS = 5_000
+REPORT_S = 2.0
 
 
 @contextmanager
@@ -42,3 +48,41 @@ def remote_member(member: Member, keys: NodeKeys) -> Iterator[Peer]:
         yield Peer(socket, f"{member.name} at {where}")
     finally:
         context.destroy(linger=200)
+
+
+class JoinReporter:
+    """Tells the master every other second how far this node's copy is, on a connection and in a thread of its own.
+
+    The copy itself may be silent for long, while indexes are built; without a sign of life the master gives it up.
+    """
+
+    def __init__(self, master: Member, keys: NodeKeys, progress: Callable[[], Mapping[str, Any]]) -> None:
+        """Begin when entered; `progress` returns phase, bytes, rows and bytes_total."""
+        self._master = master
+        self._keys = keys
+        self._progress = progress
+        self._failed = False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="join-progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._failed = kind is not None
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            try:
+                with remote_member(self._master, self._keys) as peer:
+                    while not self._over.wait(REPORT_S):
+                        peer.send({"op": "join.progress", **self._progress()})
+                    if self._failed:
+                        peer.send({"op": "join.abandoned"})
+            except PmgsyncError as error:
+                # That the master is away is told by the copy, which cannot go on without it.
+                log.debug("action=join-progress error=%s", error)
+                self._over.wait(REPORT_S)

@@ -1,4 +1,8 @@
-"""Join tokens: one-time, short-lived, kept in memory only, and guessing at them is slowed down."""
+"""Join tokens: one-time, short-lived, and kept in memory only.
+
+A token that was used stays good for the key that has used it, until it expires: a join that was interrupted is taken up
+with the same line. Whoever presents a wrong token is not told what is wrong with it; the log says it.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,20 @@ import base64
 import hashlib
 import hmac
 import secrets
-from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from pmgsync.errors import MembershipError, TokenExpiredError, TokenRefusedError, TooManyAttemptsError
+from pmgsync.errors import MembershipError
 
 TOKEN_BYTES = 16
 MAX_TTL_S = 7 * 86_400.0
 MAX_TOKENS = 100
-MAX_WRONG = 10
-WRONG_WINDOW_S = 60.0
-REMEMBER_S = 86_400.0
-"""How long a used or expired token is told apart from one that never was."""
+
+
+@dataclass(slots=True)
+class _Token:
+    expiry: float
+    used_by: bytes | None = None
 
 
 class Tokens:
@@ -25,12 +31,13 @@ class Tokens:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._expiry: dict[bytes, float] = {}
-        self._used: set[bytes] = set()
-        self._wrong: deque[float] = deque(maxlen=MAX_WRONG)
+        self._tokens: dict[bytes, _Token] = {}
 
-    def issue(self, ttl_s: float) -> str:
+    def issue(self, ttl_s: float, *, key: bytes | None = None) -> str:
         """Return a new token that is good for `ttl_s` seconds.
+
+        Args:
+            key: the only CURVE public key that may use it, None for whoever comes first.
 
         Raises:
             MembershipError: when the time is out of range or too many tokens are open.
@@ -38,45 +45,26 @@ class Tokens:
         if not 1 <= ttl_s <= MAX_TTL_S:
             raise MembershipError(f"a token can live for 1 s to {MAX_TTL_S:.0f} s, not {ttl_s:g} s")
         now = self._clock()
-        for digest in [digest for digest, expiry in self._expiry.items() if expiry + REMEMBER_S < now]:
-            del self._expiry[digest]
-            self._used.discard(digest)
-        if sum(expiry > now for expiry in self._expiry.values()) >= MAX_TOKENS:
+        self._tokens = {digest: token for digest, token in self._tokens.items() if token.expiry > now}
+        if len(self._tokens) >= MAX_TOKENS:
             raise MembershipError(f"{MAX_TOKENS} tokens are open already", hint="wait until some have expired")
         token = base64.b32encode(secrets.token_bytes(TOKEN_BYTES)).decode().rstrip("=")
-        self._expiry[_digest(token)] = now + ttl_s
+        self._tokens[_digest(token)] = _Token(now + ttl_s, key)
         return token
 
-    def check(self, token: str) -> None:
-        """Check a token without using it up.
-
-        Raises:
-            TokenRefusedError: when it is not good, or too many wrong ones were tried.
-        """
-        now = self._clock()
-        while self._wrong and self._wrong[0] < now - WRONG_WINDOW_S:
-            self._wrong.popleft()
-        if len(self._wrong) >= MAX_WRONG:
-            raise TooManyAttemptsError("too many wrong tokens were tried, the door is closed for a minute")
+    def problem(self, token: str, key: bytes) -> str:
+        """Return what is wrong with a token that a node presents, "" when it is good. For the log only."""
         digest = _digest(token)
-        found = next((known for known in self._expiry if hmac.compare_digest(known, digest)), None)
-        hint = "run `pmgcm join-cmd` on the master for a new one"
+        found = next((known for digest_, known in self._tokens.items() if hmac.compare_digest(digest_, digest)), None)
         if found is None:
-            self._wrong.append(now)
-            raise TokenRefusedError("the master does not know this token", hint=hint)
-        if found in self._used:
-            raise TokenExpiredError("this token has been used already", hint=hint)
-        if self._expiry[found] <= now:
-            raise TokenExpiredError("this token has expired", hint=hint)
+            return "unknown or long expired"
+        if found.expiry <= self._clock():
+            return "expired"
+        return "used by another node" if found.used_by not in {None, key} else ""
 
-    def use(self, token: str) -> None:
-        """Check a token and use it up.
-
-        Raises:
-            TokenRefusedError: as `check`.
-        """
-        self.check(token)
-        self._used.add(_digest(token))
+    def use(self, token: str, key: bytes) -> None:
+        """Bind a good token to the key of the node that has used it."""
+        self._tokens[_digest(token)].used_by = key
 
 
 def _digest(token: str) -> bytes:

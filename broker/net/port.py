@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
 import zmq
 
 from broker.net import sockets
-from broker.net.keys import NodeKeys
 from broker.net.loop import Loop, Socket
+from pmgsync.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 PATIENCE_S = 2.0
 """A port that was just closed here may be taken for an instant longer: libzmq closes it in a thread of its own."""
@@ -44,12 +47,13 @@ class Port:
         self._hwm = hwm
         self._socket: Socket | None = None
         self._closed_at = -PATIENCE_S
+        self._problem = ""
 
-    def open(self, keys: NodeKeys, receive: Receive | None = None) -> None:
+    def open(self, secret_key: bytes, receive: Receive | None = None) -> None:
         """Bind the port unless it is bound; one that was closed here just now is left to the next call.
 
         Args:
-            keys: of this node.
+            secret_key: the CURVE secret that this port serves with.
             receive: called with every message that arrives; None for a socket that only sends.
 
         Raises:
@@ -61,7 +65,7 @@ class Port:
         if self._kind == zmq.ROUTER:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
-            sockets.serve(socket, keys, self._domain, self._address, self._number, self._purpose)
+            sockets.serve(socket, secret_key, self._domain, self._address, self._number, self._purpose)
         except sockets.PortInUseError:
             if time.monotonic() - self._closed_at >= PATIENCE_S:
                 raise
@@ -69,6 +73,16 @@ class Port:
         if receive is not None:
             self._loop.add_socket(socket, receive)
         self._socket = socket
+
+    def try_open(self, secret_key: bytes, receive: Receive) -> None:
+        """Bind a port that the node can do without, unless it is bound; why it cannot be is logged once."""
+        try:
+            self.open(secret_key, receive)
+            self._problem = ""
+        except ConfigError as error:
+            if error.message != self._problem:
+                self._problem = error.message
+                log.warning("action=port-not-bound error=%s", error)
 
     def close(self, *, linger_ms: int = 0) -> None:
         """Unbind. libzmq looks at keys at the handshake only: a removed member's live connections end with the socket.

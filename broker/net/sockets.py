@@ -60,7 +60,7 @@ def endpoint(address: str, port: int) -> str:
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
-def serve(socket: Socket, keys: NodeKeys, domain: bytes, address: str, port: int, purpose: str) -> None:
+def serve(socket: Socket, secret_key: bytes, domain: bytes, address: str, port: int, purpose: str) -> None:
     """Make a socket a CURVE server and bind it; it is closed when that fails.
 
     Raises:
@@ -68,7 +68,7 @@ def serve(socket: Socket, keys: NodeKeys, domain: bytes, address: str, port: int
         ConfigError: when the address is not one of this machine's.
     """
     socket.curve_server = True
-    socket.curve_secretkey = keys.curve_secret
+    socket.curve_secretkey = secret_key
     socket.setsockopt(zmq.ZAP_DOMAIN, domain)
     try:
         socket.bind(endpoint(address, port))

@@ -10,10 +10,11 @@ from broker.net.loop import Loop, Socket
 
 MEMBERS_DOMAIN = b"members"
 DOOR_DOMAIN = b"door"
+KEY_DOMAIN = b"key"
 
 
 class ZapHandler:
-    """Lets members through under their CID, and everybody through to the join door under his key."""
+    """Lets members through under their CID, and everybody through to the join door and the key port under his key."""
 
     def __init__(self, context: zmq.Context[Socket], loop: Loop, cid_of: Callable[[bytes], int]) -> None:
         """`cid_of` returns the CID of the member with a CURVE public key, 0 for a stranger."""
@@ -29,7 +30,7 @@ class ZapHandler:
         status, text, user = b"400", b"not a member", b""
         if len(request) == 7 and request[0] == b"1.0" and request[5] == b"CURVE":
             domain, key = request[2], request[6]
-            if domain == DOOR_DOMAIN:
+            if domain in {DOOR_DOMAIN, KEY_DOMAIN}:
                 status, text, user = b"200", b"OK", key.hex().encode()
             elif domain == MEMBERS_DOMAIN and (cid := self._cid_of(key)):
                 status, text, user = b"200", b"OK", str(cid).encode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from broker.chains.chains import Chains
@@ -38,6 +38,7 @@ class Health:
         sessions: Sessions,
         *,
         document: Callable[[], ClusterDocument],
+        joining: Callable[[int], Mapping[str, Any] | None],
         conf_problem: Callable[[], str],
     ) -> None:
         """Begin; `document` returns the cluster document in force, `conf_problem` what is wrong with cluster.conf."""
@@ -48,6 +49,7 @@ class Health:
         self._trimming = trimming
         self._sessions = sessions
         self._document = document
+        self._joining = joining
         self._conf_problem = conf_problem
         self._since = time.monotonic()
 
@@ -86,8 +88,9 @@ class Health:
             follower = self._chains.follower(cid)
             received = {"reconnects": link.reconnects, **(follower.counters if follower is not None else {})}
             views[cid] = View(
-                link.heartbeat, link.age_s, self._members.acked(cid), link.problem, link.clock_skew_s, received
-            )
+                link.heartbeat, link.age_s, self._members.acked(cid), link.problem, link.clock_skew_s, received,
+                self._joining(cid),
+            )  # fmt: skip
         now = time.monotonic()
         return status_map(self._document(), views, self._chains.clocks, now=now, down_after_s=DOWN_AFTER_S)
 
@@ -104,7 +107,8 @@ class Health:
             alerts.append({"kind": "cluster.conf", "text": problem})
         synchronising, error = self._judge_workers(alerts)
         for link in self._members:
-            self._judge_member(link, alerts)
+            if link.member.cid not in document.joining:
+                self._judge_member(link, alerts)
         if self._chains.journals.failure is not None:
             error = str(self._chains.journals.failure)
         error = error or self._missing(document)
@@ -149,7 +153,7 @@ class Health:
     def _missing(self, document: ClusterDocument) -> str:
         """Return a sentence on workers that should be running and are not, "" when there are none."""
         present = {session.worker for session in self._sessions.workers()}
-        wanted = ["capture", *(f"apply:{cid}" for cid in sorted(document.cids - {self._cid}))]
+        wanted = ["capture", *(f"apply:{cid}" for cid in sorted(document.cids - document.joining - {self._cid}))]
         missing = [name for name in wanted if name not in present]
         if not missing or not self._started:
             return ""

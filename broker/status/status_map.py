@@ -27,6 +27,7 @@ class View:
     problem: str
     clock_skew_s: float | None
     received: Mapping[str, int] | None = None
+    joining: Mapping[str, Any] | None = None
 
 
 def status_map(
@@ -56,7 +57,9 @@ def _node(
 ) -> dict[str, Any]:
     heartbeat = view.heartbeat
     error, state = "", "A"
-    if heartbeat is None:
+    if member.state == "joining":
+        state = "S"
+    elif heartbeat is None:
         error = view.problem or "nothing was heard from it yet"
     elif view.age_s > down_after_s:
         error = f"nothing heard for {view.age_s:.0f} s" + (f": {view.problem}" if view.problem else "")
@@ -80,7 +83,9 @@ def _node(
     head = clocks[member.cid].head if member.cid in clocks else 0
     if head:
         positions[str(member.cid)] = visible[str(member.cid)] = format_lsn(head)
-    if error:
+    if member.state == "joining":
+        unknown = []
+    elif error:
         state = "ERROR"
     elif unknown or lag_s > BEHIND_S or (heartbeat is not None and heartbeat.state != "A"):
         state = "S"
@@ -106,6 +111,9 @@ def _node(
         "conflicts": dict(heartbeat.conflicts) if heartbeat else {},
         "trees": [dict(tree) for tree in heartbeat.trees] if heartbeat else [],
         "clock_skew_s": None if view.clock_skew_s is None else round(view.clock_skew_s, 3),
+        "joining": dict(view.joining or {"phase": "", "bytes": 0, "rows": 0, "bytes_total": 0})
+        if member.state == "joining"
+        else None,
         "received": None if view.received is None else dict(view.received),
         "heartbeat_age_s": round(view.age_s, 3) if heartbeat else None,
     }

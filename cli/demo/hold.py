@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 DATABASE = "Proxmox_ruledb"
 ADDRESS = "127.0.0.1"
+PORTS_OF_A_NODE = 4
+"""Events, control, join and key."""
 SERVICES = {"broker": "broker.main", "agent": "pmgsync.agent.supervisor"}
 KEEP = b"keep\n"
 STOP_S = 10.0
@@ -94,13 +96,13 @@ def start_server(stack: ExitStack) -> EmbeddedPostgres:
 
 def write_config(node: DemoNode, ports: Sequence[int]) -> None:
     """Write a node's node.toml."""
-    events, control, join = ports
+    events, control, join, key = ports
     directory = Path(node.directory)
     quoted = {key: json.dumps(value) for key, value in asdict(node).items()}
     Path(node.config).write_text(
         f"[node]\nname = {quoted['name']}\naddress = {json.dumps(ADDRESS)}\n"
         f"state_dir = {json.dumps(str(directory / 'state'))}\nrun_dir = {json.dumps(str(directory / 'run'))}\n"
-        f'profile = "pmg"\n[ports]\nevents = {events}\ncontrol = {control}\njoin = {join}\n'
+        f'profile = "pmg"\n[ports]\nevents = {events}\ncontrol = {control}\njoin = {join}\nkey = {key}\n'
         # Whatever gateway there is on this machine has nothing to do with it.
         f'[postgres]\ndsn = {quoted["dsn"]}\n[files]\ncluster_conf = ""\n',
         encoding="utf-8",
@@ -140,14 +142,14 @@ def start_cluster(stack: ExitStack, count: int) -> tuple[Path, list[DemoNode]]:
     """Start everything of `count` nodes and return its directory and the nodes; no cluster is defined yet."""
     directory = Path(tempfile.mkdtemp(prefix="pmgsync-demo-"))
     stack.callback(shutil.rmtree, directory, ignore_errors=True)
-    ports = free_ports(3 * count)
+    ports = free_ports(PORTS_OF_A_NODE * count)
     nodes = []
     for number in range(1, count + 1):
         home = directory / f"pmg{number}"
         home.mkdir()
         server = start_server(stack)
         node = DemoNode(f"pmg{number}", server.dsn(DATABASE), str(home / "node.toml"), str(home))
-        write_config(node, ports[3 * number - 3 : 3 * number])
+        write_config(node, ports[PORTS_OF_A_NODE * (number - 1) : PORTS_OF_A_NODE * number])
         nodes.append(node)
     for node in nodes:
         for service in SERVICES:

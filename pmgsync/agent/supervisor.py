@@ -86,7 +86,8 @@ class Supervisor:
         """Run the workers that a cluster document asks for; none without one."""
         names: set[str] = set()
         if cid and signed:
-            others = SignedDocument.unpack(signed[0]).document.cids - {cid}
+            document = SignedDocument.unpack(signed[0]).document
+            others = document.cids - document.joining - {cid}
             names = {"capture", "snapshot"} | {f"apply:{other}" for other in others}
             if load_profile(self._config.profile).files:
                 names.add("files")

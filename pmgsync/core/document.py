@@ -173,6 +173,11 @@ class ClusterDocument:
         return next((member for member in self.members if member.curve_key == curve_key), None)
 
     @property
+    def joining(self) -> frozenset[int]:
+        """Those whose copy is not in place yet."""
+        return frozenset(member.cid for member in self.members if member.state == "joining")
+
+    @property
     def cids(self) -> frozenset[int]:
         return frozenset(member.cid for member in self.members)
 

@@ -40,12 +40,12 @@ class Broker:
         self.name = name
         self.state_dir = directory / name
         self.run_dir = Path(tempfile.mkdtemp(prefix="pmgsync-run-"))
-        self.ports = free_ports(3)
+        *self.ports, self.key_port = free_ports(4)
         self.config = directory / f"{name}.toml"
         self.config.write_text(
             f'[node]\nname = "{name}"\naddress = "127.0.0.1"\nstate_dir = "{self.state_dir}"\n'
             f'run_dir = "{self.run_dir}"\n[ports]\nevents = {self.ports[0]}\ncontrol = {self.ports[1]}\n'
-            f"join = {self.ports[2]}\n"
+            f"join = {self.ports[2]}\nkey = {self.key_port}\n"
         )
         self.process: subprocess.Popen[bytes] | None = None
         self.links: list[BrokerLink] = []

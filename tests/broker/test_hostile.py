@@ -19,14 +19,16 @@ import msgpack
 import pytest
 import zmq
 
-from broker.cluster.door_client import DoorClient
+from broker.cluster.attempts import MAX_OF_ADDRESS
+from broker.cluster.door_client import DoorClient, fetch_key
+from broker.cluster.key_port import KNOWN_PUBLIC
 from broker.cluster.state_directory import StateDirectory
 from broker.net import sockets
 from broker.net.keys import NodeKeys
 from broker.net.loop import Socket
 from pmgsync.core.membership import Member, sign
 from pmgsync.core.positions import LAST
-from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
+from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnreachableError
 from pmgsync.wire.link import Peer
 from pmgsync.wire.messages import pack
 from tests.harness.brokers import (
@@ -374,7 +376,7 @@ def ask_raw(broker: FaultyBroker, keys: NodeKeys, *messages: list[bytes]) -> lis
     with connected(zmq.DEALER, keys, broker.member().curve_key, broker.ports[2]) as door:
         for parts in messages:
             door.send_multipart(parts)
-            assert door.poll(5000), parts
+            assert door.poll(10_000), parts
             answers.append(msgpack.unpackb(door.recv_multipart()[0]))
     return answers
 
@@ -384,9 +386,9 @@ def test_the_door_refuses_and_says_why(one: FaultyBroker, tmp_path: Path) -> Non
     with unharmed(one):
         expiring = new_token(one, ttl_s=1)
         with at_the_door(one, keys) as door:
-            with pytest.raises(MembershipError, match="does not know this token"):
+            with pytest.raises(MembershipError, match="does not accept this token"):
                 door.admit("A" * 26, newcomer(keys))
-            with pytest.raises(MembershipError, match="does not know this token"):
+            with pytest.raises(MembershipError, match="does not accept this token"):
                 # Who has no token does not learn which names are taken.
                 door.admit("A" * 26, newcomer(keys, "node1"))
             token = new_token(one)
@@ -395,9 +397,9 @@ def test_the_door_refuses_and_says_why(one: FaultyBroker, tmp_path: Path) -> Non
             with pytest.raises(MembershipError, match="not the key of the connection"):
                 door.admit(token, newcomer(stranger(tmp_path)))
             with pytest.raises(UnreachableError):
-                door.check(token)  # no agent runs here that could tell the facts
+                door.check(token=token)  # no agent runs here that could tell the facts
             time.sleep(1.1)  # the token's time is what is waited for
-            with pytest.raises(MembershipError, match="expired"):
+            with pytest.raises(MembershipError, match="does not accept this token"):
                 door.admit(expiring, newcomer(keys))
         (answer,) = ask_raw(one, keys, [pack({"op": "admit", "id": 1, "token": token, "version": 2})])
         assert "version" in answer["message"]
@@ -428,7 +430,7 @@ def test_a_token_lets_one_node_in_once(one: FaultyBroker, tmp_path: Path) -> Non
             assert received is not None
             answers.append(received[0])
         assert sorted(answer["op"] for answer in answers) == ["admitted", "error", "error", "error"]
-        assert {answer["error"] for answer in answers if answer["op"] == "error"} == {"expired_token"}
+        assert {answer["error"] for answer in answers if answer["op"] == "error"} == {"bad_token"}
     finally:
         context.destroy(linger=0)
     held = StateDirectory(one.state_dir).document()
@@ -441,8 +443,9 @@ def test_guessing_at_tokens_closes_the_door(one: FaultyBroker, tmp_path: Path) -
     with unharmed(one):
         guesses = [[pack({"op": "check", "id": n, "token": f"{n:026}"})] for n in range(15)]
         answers = ask_raw(one, keys, *guesses)
-        assert [answer["error"] for answer in answers] == ["bad_token"] * 10 + ["too_many_attempts"] * 5
-        with at_the_door(one, keys) as door, pytest.raises(MembershipError, match="closed for a minute"):
+        refused = ["bad_token"] * MAX_OF_ADDRESS + ["too_many_attempts"] * (15 - MAX_OF_ADDRESS)
+        assert [answer["error"] for answer in answers] == refused
+        with at_the_door(one, keys) as door, pytest.raises(MembershipError, match="too many wrong"):
             door.admit(token, newcomer(keys))
 
 
@@ -475,4 +478,56 @@ def test_a_member_whose_address_is_none_stops_nobody(one: FaultyBroker, tmp_path
     with at_the_door(one, keys) as door:
         cid, _ = door.admit(new_token(one), newcomer(keys, address=address))
     assert _answers(one)
-    assert one.status()[cid]["state"] == "ERROR"
+    assert one.status()[cid]["state"] == "S", "it is joining"
+
+
+def test_the_key_port_tells_the_key_and_nothing_else(one: FaultyBroker, tmp_path: Path) -> None:
+    with unharmed(one):
+        assert fetch_key("127.0.0.1", one.key_port) == one.member().curve_key
+        with connected(zmq.DEALER, stranger(tmp_path), KNOWN_PUBLIC, one.key_port) as port:
+            for op in ("check", "admit", "document", "status", "replay"):
+                port.send(pack({"op": op, "id": 1, "token": new_token(one)}))
+                assert port.poll(5000)
+                assert msgpack.unpackb(port.recv_multipart()[0])["error"] == "unknown_op"
+            for parts in nonsense(random.Random(4)):
+                port.send_multipart(parts)
+        with pytest.raises(ProtocolError, match="is not the key port"):
+            fetch_key("127.0.0.1", one.ports[2])
+
+
+def test_a_joining_node_has_proved_itself_and_a_member_is_not_admitted_twice(one: FaultyBroker, tmp_path: Path) -> None:
+    keys = stranger(tmp_path)
+    with at_the_door(one, keys) as door:
+        cid, signed = door.admit(new_token(one), newcomer(keys))
+        assert signed.document.joining == {cid}
+        again, _ = door.admit("", newcomer(keys))
+        assert again == cid, "an interrupted join is taken up without another token"
+        other, signed = door.admit("", newcomer(keys, "renamed"))
+        assert other == cid + 1, "a CID is never used twice"
+        assert signed.document.member(cid) is None
+    master = one.member()
+    with connected(zmq.DEALER, keys, master.curve_key, one.ports[1]) as control:
+        control.send(pack({"op": "join.progress", "phase": "copying", "bytes": 5, "rows": 1, "bytes_total": 10}))
+        eventually(lambda: one.status()[other]["joining"]["bytes"] == 5, what="its progress is shown")
+        assert one.status()[other]["state"] == "S"
+        control.send(pack({"op": "join.done", "id": 7}))
+        assert control.poll(5000)
+        assert msgpack.unpackb(control.recv_multipart()[0]) == {"op": "done", "id": 7, "result": {}}
+        assert one.status()[other]["joining"] is None
+    with at_the_door(one, keys) as door, pytest.raises(MembershipError, match="does not accept"):
+        door.admit("", newcomer(keys, "renamed"))
+    with at_the_door(one, keys) as door, pytest.raises(MembershipError, match="already"):
+        door.admit(new_token(one), newcomer(keys, "renamed"))
+
+
+def test_a_node_that_gives_up_joining_leaves_nothing(one: FaultyBroker, tmp_path: Path) -> None:
+    keys = stranger(tmp_path)
+    token = new_token(one)
+    with at_the_door(one, keys) as door:
+        cid, _ = door.admit(token, newcomer(keys))
+    with connected(zmq.DEALER, keys, one.member().curve_key, one.ports[1]) as control:
+        control.send(pack({"op": "join.abandoned"}))
+        eventually(lambda: cid not in one.status(), what="it is no member any more")
+    with at_the_door(one, keys) as door:
+        again, _ = door.admit(token, newcomer(keys))
+    assert again == cid + 1

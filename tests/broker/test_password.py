@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import stat
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -16,40 +13,11 @@ import pytest
 from broker.cluster.password import MAX_OPEN, PamPassword
 from broker.net.loop import Loop
 from pmgsync.errors import MembershipError, TooManyAttemptsError
-
-PAM = Path("/etc/pam.d")
-SECRET = "korrekt Pferd ☂ 'battery'"
-SCRIPT = """#!/bin/sh
-# pam_exec writes the password and a NUL byte to standard input.
-given="$(tr -d '\\000')"
-{before}
-[ "$given" = "$(cat {secret})" ]
-"""
+from tests.harness.pam import PAM, SECRET, Make
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not PAM.is_dir(), reason="a PAM service can be made by root only, on a machine with PAM"
 )
-Make = Callable[[str], str]
-
-
-@pytest.fixture
-def make_service(tmp_path: Path) -> Iterator[Make]:
-    """Make PAM services that know one password; `before` is shell that runs before it is looked at."""
-    made: list[Path] = []
-    (tmp_path / "secret").write_text(SECRET)
-
-    def make(before: str = ":") -> str:
-        script = tmp_path / f"check{len(made)}"
-        script.write_text(SCRIPT.format(before=before, secret=tmp_path / "secret"))
-        script.chmod(stat.S_IRWXU)
-        service = PAM / f"pmgsync-test-{secrets.token_hex(4)}"
-        made.append(service)
-        service.write_text(f"auth required pam_exec.so quiet expose_authtok {script}\naccount required pam_permit.so\n")
-        return service.name
-
-    yield make
-    for service in made:
-        service.unlink()
 
 
 def checking() -> list[psutil.Process]:

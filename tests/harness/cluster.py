@@ -78,7 +78,7 @@ class Node:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         # Unix socket paths are short: the run directory cannot lie beneath pytest's.
         self.run_dir = Path(tempfile.mkdtemp(prefix="pmgsync-run-"))
-        self.events, self.control, self.join = free_ports(3)
+        self.events, self.control, self.join, self.key = free_ports(4)
         self.config = directory / "node.toml"
         self.profile = profile
         self.extra = extra
@@ -104,6 +104,7 @@ profile = "{self.profile}"
 events = {ports.get("events", self.events)}
 control = {ports.get("control", self.control)}
 join = {ports.get("join", self.join)}
+key = {self.key}
 [postgres]
 dsn = "{self.server.dsn(self.dbname)}"
 {self.extra.replace("{directory}", str(self.directory))}

@@ -66,7 +66,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         ("[ports]\nevents = 0", ("[ports] events", "0", "1 to 65535")),
         ('[ports]\nevents = "7670"', ("[ports] events", "port number")),
         ("[ports]\nevents = true", ("[ports] events", "port number")),
-        ("[ports]\nevents = 7671", ("[ports]", "three different ports")),
+        ("[ports]\nevents = 7671", ("[ports]", "four different ports")),
         ('[node]\nstate_dir = "relative"', ("[node] state_dir", "absolute path")),
         ('[node]\nname = "a b"', ("[node] name", "letters")),
         ('[node]\nrun_dir = "/' + "x" * 107 + '"', ("[node] run_dir", "107 bytes")),

@@ -1,4 +1,4 @@
-"""Tokens are good once and for a time; a lag is never told shorter than it is."""
+"""Who may come through the join door, and for how long; a lag is never told shorter than it is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.cluster.tokens import MAX_WRONG, Tokens
+from broker.cluster.attempts import MAX_OF_ADDRESS, MAX_OF_ALL, Attempts
+from broker.cluster.joiners import SILENCE_S, Joiners
+from broker.cluster.tokens import MAX_TOKENS, Tokens
 from broker.heartbeats.lag import SAMPLE_S, HeadClock
-from pmgsync.errors import MembershipError, TokenExpiredError, TokenRefusedError, TooManyAttemptsError
+from pmgsync.errors import MembershipError, TooManyAttemptsError
 
 
 class Clock:
@@ -18,36 +20,80 @@ class Clock:
         return self.now
 
 
-def test_a_token_is_good_once_and_for_a_time() -> None:
+ONE, OTHER = b"1" * 32, b"2" * 32
+
+
+def test_a_token_is_good_for_a_time_and_for_whoever_has_used_it() -> None:
     clock = Clock()
     tokens = Tokens(clock)
-    first, second = tokens.issue(60), tokens.issue(60)
-    tokens.check(first)
-    tokens.check(first)
-    tokens.use(first.lower() + "\n")
-    with pytest.raises(TokenExpiredError, match="used"):
-        tokens.use(first)
+    first, second, bound = tokens.issue(60), tokens.issue(60), tokens.issue(60, key=ONE)
+    assert [tokens.problem(first, key) for key in (ONE, OTHER)] == ["", ""]
+    tokens.use(first.lower() + "\n", ONE)
+    assert tokens.problem(first, ONE) == "", "an interrupted join is taken up with the same token"
+    assert "another node" in tokens.problem(first, OTHER)
+    assert "another node" in tokens.problem(bound, OTHER)
+    assert "unknown" in tokens.problem("A" * 26, ONE)
     clock.now += 61
-    with pytest.raises(TokenExpiredError, match="expired"):
-        tokens.check(second)
-    with pytest.raises(TokenRefusedError, match="does not know"):
-        tokens.check("A" * 26)
+    assert all("expired" in tokens.problem(token, ONE) for token in (first, second, bound))
     for ttl in (0, 1e9):
         with pytest.raises(MembershipError):
             tokens.issue(ttl)
 
 
-def test_guessing_closes_the_door_for_a_while() -> None:
+def test_so_many_tokens_are_open_at_once() -> None:
     clock = Clock()
     tokens = Tokens(clock)
-    good = tokens.issue(600)
-    for _ in range(MAX_WRONG):
-        with pytest.raises(TokenRefusedError):
-            tokens.check("wrong")
-    with pytest.raises(TooManyAttemptsError, match="too many"):
-        tokens.use(good)
+    for _ in range(MAX_TOKENS):
+        tokens.issue(60)
+    with pytest.raises(MembershipError, match="open already"):
+        tokens.issue(60)
     clock.now += 61
-    tokens.use(good)
+    tokens.issue(60)
+
+
+def test_whoever_guesses_waits_longer_and_is_then_not_heard() -> None:
+    clock = Clock()
+    attempts = Attempts(clock)
+    delays = []
+    for _ in range(MAX_OF_ADDRESS):
+        attempts.check("192.0.2.1")
+        delays.append(attempts.wrong("192.0.2.1"))
+    assert delays == sorted(delays)
+    assert delays[0] < delays[-1]
+    with pytest.raises(TooManyAttemptsError, match=r"192\.0\.2\.1"):
+        attempts.check("192.0.2.1")
+    attempts.check("192.0.2.2")
+    clock.now += 61
+    attempts.check("192.0.2.1")
+
+
+def test_guessing_from_many_addresses_closes_the_door_for_all() -> None:
+    clock = Clock()
+    attempts = Attempts(clock)
+    for number in range(MAX_OF_ALL):
+        attempts.check(f"2001:db8::{number:x}")
+        attempts.wrong(f"2001:db8::{number:x}")
+    with pytest.raises(TooManyAttemptsError, match="closed"):
+        attempts.check("192.0.2.1")
+    clock.now += 61
+    attempts.check("192.0.2.1")
+
+
+def test_a_joining_node_that_falls_silent_is_named_and_one_that_speaks_is_not() -> None:
+    clock = Clock()
+    joiners = Joiners(clock)
+    joiners.expect({3, 4})
+    clock.now += SILENCE_S - 1
+    joiners.heard(3)
+    joiners.tell(3, {"phase": "rows", "bytes": 10, "rows": -1, "bytes_total": "much"})
+    clock.now += 2
+    joiners.expect({3, 4})
+    assert joiners.silent() == [4]
+    assert joiners.progress(3) == {"phase": "rows", "bytes": 10, "rows": 0, "bytes_total": 0}
+    joiners.expect({3})
+    assert joiners.silent() == []
+    joiners.expect(set())
+    assert joiners.progress(3) is None
 
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.integers(0, 5)), min_size=1, max_size=60), st.data())

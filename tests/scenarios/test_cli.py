@@ -234,7 +234,7 @@ def door(tmp_path: Path) -> Iterator[tuple[int, NodeKeys]]:
     server = StateDirectory(tmp_path / "master").keys()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = sockets.open_socket(context, zmq.ROUTER)
-    sockets.serve(socket, server, DOOR_DOMAIN, "127.0.0.1", port, "join")
+    sockets.serve(socket, server.curve_secret, DOOR_DOMAIN, "127.0.0.1", port, "join")
     yield port, server
     context.destroy(linger=0)
 

@@ -56,7 +56,7 @@ def test_refusals_change_nothing(new_cluster: NewCluster) -> None:
     for arguments, sentence in (
         (replaced(good, "--fingerprint", wrong_key), "does not match"),
         (replaced(good, "--fingerprint", "xyz"), "is not a fingerprint"),
-        (replaced(good, "--token", "A" * 26), "does not know this token"),
+        (replaced(good, "--token", "A" * 26), "does not accept this token"),
         (replaced(good, "--port", str(free_ports(1)[0])), "unreachable"),
     ):
         done = newcomer.pmgcm(*arguments, check=False)
@@ -72,7 +72,7 @@ def test_refusals_change_nothing(new_cluster: NewCluster) -> None:
     third.start()
     used = third.pmgcm(*good, check=False)
     assert used.returncode == 1
-    assert "used already" in used.stderr
+    assert "does not accept this token" in used.stderr
     cluster.nodes.remove(third)
     third.close()
     assert newcomer.pmgcm("create", check=False).returncode == 1

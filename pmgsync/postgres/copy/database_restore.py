@@ -83,6 +83,11 @@ class DatabaseRestore:
         """Of the new database, as long as it is beside the old one; `provision` may work on it before the swap."""
         return str(psycopg2.extensions.make_dsn(self._dsn, dbname=self.name + NEW_SUFFIX))
 
+    def progress(self) -> dict[str, Any]:
+        """Return how far it is: phase, bytes, rows, and the bytes that are expected. May be called from any thread."""
+        plan = self.plan.get("bytes", 0)
+        return {"phase": "copying", "bytes": self.bytes, "rows": self.rows, "bytes_total": plan}
+
     def begin(self) -> None:
         """Clear away what an interrupted run left, and make the new database, empty.
 
