@@ -45,7 +45,7 @@ class _Owed:
 
 
 class Actions:
-    """Runs them in a thread of its own. What is owed is on disk before a batch is placed, so a crash runs it later."""
+    """Runs them in a thread of its own. What is owed is on disk before a batch is placed: it runs after a crash too."""
 
     def __init__(
         self, profile: Profile, cache: Cache, *, applied: Callable[[int, int], bool], changed: Callable[[], None]
@@ -101,7 +101,7 @@ class Actions:
                 ready = [command for command, owed in self._owed.items() if owed.due <= now and self._in_place(owed)]
                 if not ready:
                     waits = [owed.due - now for owed in self._owed.values()]
-                    # Rows that are still to come are asked for again and again.
+                    # Whether the rows have come is asked again and again.
                     self._condition.wait(max(0.1, min(waits)) if waits else None)
                     continue
             for command in ready:

@@ -111,7 +111,7 @@ class ApplyWorker(Worker):
                 link.send({"op": "applied", "origin": self.origin, "incarnation": incarnation, **place})
                 link.send({"op": "credit", "id": stream, "bytes": used})
             elif thread.idle:
-                # Only what was applied ends an error, or that there is nothing to apply: not that it takes long.
+                # An error is over when something was applied, or there is nothing to apply; not because time passes.
                 self.recovered()
             if self.report_due:
                 describe()
@@ -163,7 +163,7 @@ class ApplyWorker(Worker):
             self.state, self.alerts = "A", []
 
     def _conclude(self, resync: Resync, tables: Sequence[tuple[bytes, bytes]]) -> None:
-        """Take the result; a fetch of single tables that failed is tried again later, and the chain goes on."""
+        """Take the result. When a fetch of single tables has failed, it is tried again later and the chain goes on."""
         try:
             resync.result()
         except UnreachableError as error:

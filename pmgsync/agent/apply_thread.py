@@ -1,4 +1,4 @@
-"""The thread that applies: it holds the database session, so that a long statement never silences the worker."""
+"""The thread that applies: it owns the database session, so that the worker reports even during long statements."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pmgsync.wire.waiting import Wakeup
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 1 << 20
-"""Bytes of frames that are applied in one local transaction, when so many are waiting."""
+"""Bytes of frames that are applied in one local transaction, when that many are waiting."""
 FLUSH_IDLE_S = 0.05
 """What is visible is made durable when nothing more has come for so long, and every FLUSH_BUSY_S in any case."""
 FLUSH_BUSY_S = 0.2
 MAINTAIN_S = 2.0
-"""So often it is seen whether stale tables can be fetched anew."""
+"""Seconds between two looks at which stale tables can be fetched again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class ApplyThread:
             self._apply()
         except PmgsyncError as error:
             failed = error
-        except Exception as error:  # a thread that ended without a word would look like a slave with nothing to do
+        except Exception as error:  # a thread that just ended would look like a slave with nothing to do
             log.exception("action=apply-failed origin=%d", self._applier.origin)
             failed = PmgsyncError(f"applying failed unexpectedly ({type(error).__name__}: {error})")
         else:

@@ -1,4 +1,4 @@
-"""The capture worker: WAL messages become frames, frames go to the broker, and what is on disk there is confirmed."""
+"""The capture worker: WAL messages become frames, frames go to the broker, and what it has on disk is confirmed."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ class CaptureWorker(Worker):
         start = max(position.lsn + 1, safe)
         reader = SlotReader(self.config.dsn, slot=facts.slot, publication=facts.publication, start_lsn=start)
         try:
-            # From here on nobody else can read the slot. Until here somebody could, and what he confirmed the server
-            # passes over without a word.
+            # From here on nobody else can read the slot. Until here somebody could, and the server silently skips what
+            # that reader has confirmed.
             again, state = read_node(self.config.dsn)
             if again.incarnation != facts.incarnation:
                 raise UnreachableError("another process has begun a new chain of this database just now")
@@ -116,7 +116,7 @@ class CaptureWorker(Worker):
         return reader, state
 
     def _renew(self, facts: NodeFacts) -> None:
-        """Begin a new chain, with signs of life: making the slot waits for every open transaction."""
+        """Begin a new chain, and go on reporting: making the slot waits for every open transaction."""
         failed: list[PmgsyncError] = []
 
         def renew() -> None:
@@ -188,7 +188,7 @@ class _Stream:
             self._worker.report()
 
     def _forged(self) -> list[dict[str, str]]:
-        """Return the alert that somebody writes messages in pmgsync's name."""
+        """Return the alert that somebody else writes messages under pmgsync's prefixes."""
         count = self._framer.forged
         if not count:
             return []
@@ -246,7 +246,7 @@ class _Stream:
     def _durable(self, position: Position, watermark: int) -> None:
         while self._outstanding and self._outstanding[0][0] <= position:
             self._outstanding_bytes -= self._outstanding.popleft()[1]
-        # A transaction of which only some parts are on disk is sent again after a crash: it is not safe yet.
+        # After a crash, a transaction of which only some parts are on disk is sent again: it is not safe yet.
         complete = position.lsn + 1 if position.complete else 0
         self._safe = max(self._safe, complete, watermark)
         self._worker.recovered()

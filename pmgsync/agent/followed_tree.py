@@ -1,4 +1,4 @@
-"""A tree that another node answers for: its announcements are taken in, what is missing is fetched and put in place."""
+"""A tree that another node answers for: follows its announcements, fetches what is missing and puts it in place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pmgsync.files.staging import WrongContentError
 from pmgsync.wire.waiting import Waiter
 
 CONFIG_QUIET_S = 0.2
-"""An edit on this node is looked at after this: whoever makes it may not be finished."""
+"""Seconds before an edit on this node is looked at: whoever makes it may not be finished."""
 REST_S = 60.0
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 KEPT_SHOWN = 5
@@ -70,7 +70,7 @@ class FollowedTree(TreeThread):
         self._compare_due = True
         try:
             if not self.place.path.is_dir() and not self._client.sums(self.tree.owner, self.tree.name)[1].strip(b"\0"):
-                # Nothing there, and nothing here to put it into: no directory is made for it.
+                # The owner has nothing, and here is no directory to put it into: none is made.
                 self.recovered()
                 Waiter(wakeup=self.wakeup).wait(REST_S)
                 return
@@ -95,7 +95,7 @@ class FollowedTree(TreeThread):
             try:
                 self._bring_in_line(intake)
             except (UnreachableError, FilesError) as error:
-                # The tree stays open: what is known of it took a while to read.
+                # The tree stays open: scanning it again would take a while.
                 self._compare_due = True
                 self._count(intake)
                 self.trouble(error)
@@ -129,7 +129,7 @@ class FollowedTree(TreeThread):
     # -- what the owner says ------------------------------------------------------------------------------------------
 
     def _hear(self, intake: Intake) -> None:
-        """Take in what was announced; what does not follow from what is known is asked for."""
+        """Take in what was announced; ask for a comparison when the changes do not follow what is known."""
         while True:
             try:
                 news = self._news.get_nowait()
@@ -141,7 +141,7 @@ class FollowedTree(TreeThread):
                 continue
             if news.changes is not None and intake.owner.digest == news.base and intake.known:
                 intake.offer(news.changes)
-            # Names that this node does not have synchronised make a difference that stays; entries tell.
+            # Names that this node does not synchronise make a difference that stays; comparing entries shows which.
             self._compare_due = self._compare_due or intake.owner.digest != news.digest
 
     def _compare(self, intake: Intake) -> None:
@@ -179,7 +179,7 @@ class FollowedTree(TreeThread):
             self._retry_at = time.monotonic() + self._retries.failed()
 
     def _fetch(self, intake: Intake, batch: Batch) -> set[bytes]:
-        """Stage what a batch needs; return the digests of what could not be had."""
+        """Stage what a batch needs; return the digests of what the owner does not have any more."""
         missing = intake.missing(batch)
         wanted = [(need.name, need.digest, offset) for need, offset in missing]
         lost: set[bytes] = set()
@@ -196,7 +196,7 @@ class FollowedTree(TreeThread):
                     try:
                         intake.stage(need, offset, piece, last=last)
                     except WrongContentError:
-                        # It was written while it was read; the owner will announce what it is now.
+                        # The owner read it while it was written; it will announce the new content.
                         lost.add(need.digest)
         finally:
             intake.let_go()

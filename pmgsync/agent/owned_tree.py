@@ -19,12 +19,12 @@ from pmgsync.wire.waiting import Waiter
 log = logging.getLogger(__name__)
 
 ROOT_S = 5.0
-"""A root that does not exist is looked for so often."""
+"""Seconds between two looks for a root that does not exist."""
 SPOOL_QUIET_S = 0.01
 CONFIG_QUIET_S = 0.15
-"""What changes within such pauses belongs together: a program that writes several files writes them one by one."""
+"""Changes with shorter pauses between them belong together: a program writes several files one after the other."""
 LONGEST_S = 2.0
-"""It is announced after this even if it goes on."""
+"""After so long changes are announced even if more of them come."""
 
 News = Manifest | list[Change]
 """The whole manifest, at the start, then changes of it."""
@@ -50,7 +50,7 @@ class OwnedTree(TreeThread):
         try:
             local = LocalTree(self.tree, self.place.path, self.place.cache, self.place.limits, create=False)
         except RootMissingError:
-            # Nothing is there to be kept the same; a root that was there once is another matter.
+            # There is nothing to keep the same. (A root that was there once is an error, not this one.)
             self._tell(Manifest())
             self._backoff.succeeded()
             self.recovered()
@@ -98,7 +98,7 @@ class OwnedTree(TreeThread):
         return list(found.items())
 
     def _note_position(self) -> None:
-        """Note where the own chain is: actions for these files run when the rows so far are in place, too."""
+        """Note where the own chain is: elsewhere, actions for these files wait until the rows so far are applied."""
         try:
             self.lsn = self._client.barrier()
         except PmgsyncError as error:

@@ -22,7 +22,7 @@ Piece = tuple[Mapping[str, Any], bytes | None]
 QUEUED_PIECES = 8
 """Pieces of at most 1 MiB that are made ahead of the receiver's credit."""
 WAIT_NOTICE_S = 3.0
-"""The receiver is told that it is waited for something after this much silence."""
+"""After this much silence the receiver is told that something is being waited for."""
 
 
 class Serving:

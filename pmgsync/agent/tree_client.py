@@ -21,7 +21,7 @@ BUCKETS_AT_ONCE = 256
 REQUEST_BYTES = 256 << 10
 """Of the names and digests in one request; a message may have 1 MiB."""
 IDLE_S = 60.0
-"""A session that was not used for so long is begun anew: the broker forgets those that say nothing."""
+"""After so long without use a session is begun again: the broker forgets silent ones."""
 
 Wanted = tuple[bytes, bytes, int]
 """Name, digest, and the byte to begin at."""
@@ -119,7 +119,7 @@ class TreeClient:
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def _call(self, target: int, method: str, args: dict[str, Any]) -> Generator[tuple[Message, Sequence[bytes]]]:
-        """Like `Peer.call`, but never waits so long that the thread could not be stopped."""
+        """Like `Peer.call`, but asks every POLL_S whether the thread is to stop."""
         link = self._session()
         request = link.new_id()
         head = {"op": "call", "id": request, "target": target, "method": method}
@@ -151,7 +151,7 @@ class TreeClient:
                 raise StoppedError(f"{method} was given up")
             received = link.receive(POLL_S)
             if received is None:
-                # The broker may be another one by now, and would never answer.
+                # A broker that was restarted does not know the call; it answers a ping with an error.
                 link.send({"op": "ping", "id": 0})
                 continue
             answer, parts = received

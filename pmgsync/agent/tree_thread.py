@@ -1,4 +1,4 @@
-"""A thread for each tree of files: what owned and followed trees do the same way, and how they are."""
+"""The thread of one tree of files: what owned and followed trees have in common, and their status."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHOWN_FINDINGS = 3
 
 @dataclass(slots=True)
 class TreeStatus:
-    """How one tree is on this node; written by its thread, read by the worker."""
+    """The status of one tree on this node; written by its thread, read by the worker."""
 
     files: int = 0
     size: int = 0
@@ -101,7 +101,7 @@ class TreeThread(ABC):
         self._thread.start()
 
     def stop(self) -> None:
-        """End, and return when the tree is let go of."""
+        """End the thread; the tree is closed when this returns."""
         self._stopping.set()
         self.wakeup.wake()
         self._thread.join()
@@ -138,7 +138,7 @@ class TreeThread(ABC):
         """Look after the tree; returns when the thread is to end."""
 
     def recovered(self) -> None:
-        """Note that the tree is well."""
+        """Note that the tree is without errors."""
         self._backoff.succeeded()
         if self.status.error:
             log.info("action=tree-recovered tree=%s", self.tree.name)
@@ -161,7 +161,7 @@ class TreeThread(ABC):
             except PmgsyncError as error:
                 self.trouble(error)
             except Exception as error:
-                # A tree must not take the others with it.
+                # An error in one tree must not stop the others.
                 log.exception("action=tree-failed tree=%s", self.tree.name)
                 self.trouble(PmgsyncError(f"{self.tree.name}: {type(error).__name__}: {error}"))
             if not self.stopping:

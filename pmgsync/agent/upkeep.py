@@ -1,7 +1,7 @@
 """Upkeep: what the capture worker does in the database beside capture, in a thread and a session of its own.
 
-Guard, watch and sequences, each at its interval. Whatever fails or is locked is shown as an alert and tried again;
-capture never waits for any of it.
+Guard, watch and sequences, each at its own interval. What fails or is locked is shown as an alert and tried again.
+Capture never waits for any of it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Upkeep:
                         time.sleep(ROUND_S)
                         self._round(session)
             except UnreachableError as error:
-                # That the database is away is shown by whoever cannot work without it.
+                # Capture and apply report that the database is away.
                 log.info("action=upkeep-later error=%s", error)
                 pause_s = backoff.failed()
             # Whether the newest message was committed is not known.

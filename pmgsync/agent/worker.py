@@ -1,4 +1,4 @@
-"""What all workers share: a session with the local broker, a sign of life every second, and patience after errors."""
+"""What all workers share: a session with the local broker, a report every second, and growing pauses after errors."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ REPORT_S = 0.7
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 JITTER = 0.2
-"""Share by which a pause may be shorter or longer, so that the workers of many nodes do not come back together."""
+"""Share by which a pause may be shorter or longer, so that the workers of many nodes do not all try at one moment."""
 GRACE_S = 3.0
-"""What may pass by itself is shown as synchronising for so long, then as an error."""
+"""An error that may pass by itself is shown as synchronising for so long, and as an error after that."""
 
 
 class SessionOverError(UnreachableError):
@@ -96,7 +96,7 @@ class Worker(ABC):
         self.rest(pause_s)
 
     def recovered(self) -> None:
-        """Note that the work goes on: the error is over, the next one starts with a short pause."""
+        """Note that the work goes on: the error is over, and the next one begins with a short pause."""
         self._backoff.succeeded()
         if self._error is not None:
             log.info("action=recovered worker=%s", self.name)
@@ -161,7 +161,7 @@ class Worker(ABC):
         ) and new.document.member(self.cid) is not None
 
     def rest(self, seconds: float) -> None:
-        """Wait, with signs of life; a message that ends the session ends the wait too."""
+        """Wait, and go on reporting; a message that ends the session ends the wait too."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             if self.link is None:
@@ -177,7 +177,7 @@ class Worker(ABC):
                 return
 
     def waiting(self, message: Message, attachments: Sequence[bytes]) -> None:
-        """Handle a message that comes while the worker rests; what belongs to work that was given up is dropped."""
+        """Handle a message that comes while the worker waits; answers to work that was given up are dropped."""
         if message["op"] in {"document", "error"}:
             try:
                 self.handle(message, attachments)

@@ -11,7 +11,7 @@ from pmgsync.core.positions import MAX_LSN
 from pmgsync.errors import ProtocolError
 
 MAX_CHANGES_BYTES = 48 << 10
-"""More are not published: the others ask for what they lack."""
+"""Longer changes are not published: the others ask for what they lack."""
 MAX_TREE_NAME = 1000
 
 

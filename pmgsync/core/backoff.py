@@ -1,4 +1,4 @@
-"""Backoff: pauses between attempts that grow with each failure, up to a longest one. Pure: no clock, no chance."""
+"""Backoff: pauses between attempts that grow with each failure, up to a longest one. Pure: no clock, no randomness."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Backoff:
 
         Args:
             factor: each pause is so many times as long as the one before.
-            jitter: returns what each pause is multiplied with, so that many who failed together do not come back
-                together; None: nothing.
+            jitter: returns a factor for each pause, so that many that failed together do not all try again at one
+                moment; None: no factor.
         """
         self._first_s, self._longest_s, self._factor = first_s, longest_s, factor
         self._jitter = jitter

@@ -1,12 +1,12 @@
 """Sequences: how far ahead of the master's value the other nodes' copies stand, so that none is handed out twice. Pure.
 
-Sequences leave no trace in a chain of row changes. The master publishes a *ceiling* now and then, a value that it has
-not handed out yet, and the others set their copy to it; a node that is promoted goes on behind the ceiling.
+A chain of row changes does not have the values of sequences. So now and then the master publishes a *ceiling*, a value
+that it has not handed out yet, and the others set their copy to it; a node that is promoted goes on behind the ceiling.
 
-What holds: the master looks at a sequence at an interval. As long as it hands out at most `Ceiling.allowance` values
+Invariant: the master looks at a sequence at an interval. As long as it hands out at most `Ceiling.allowance` values
 from one look to the next, no value handed out is beyond the ceiling that was in force meanwhile. A ceiling comes before
 the rows with its values in the chain, so this is true of every prefix of the chain that a node may be promoted with.
-The allowance is at least half of `MIN_MARGIN` and four times the most that was seen lately.
+The allowance is at least half of `MIN_MARGIN`, and four times the highest recent consumption.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pmgsync.errors import ProtocolError
 PREFIX = "pmgsync.sequence"
 """Of the logical message that carries ceilings."""
 MIN_MARGIN = 4096
-"""Values a ceiling is ahead at least; that many are skipped when a node is promoted."""
+"""A ceiling is at least so many values ahead; that many are skipped when a node is promoted."""
 FACTOR = 8
-"""How many times the highest recent consumption of an interval a ceiling is ahead."""
+"""A ceiling is so many times the highest recent consumption of an interval ahead."""
 SHARE = 16
-"""At most one part in so many of all values of a sequence is skipped: a smallint sequence must not end early."""
+"""At most 1/SHARE of all values of a sequence are skipped: a smallint sequence must not end early."""
 FORGET = 16
 """An interval's consumption counts half after so many intervals."""
 MAX_NAME = 1024
@@ -69,7 +69,7 @@ class Sequence:
         if steps <= self.room:
             return self.last + steps * self.increment
         if not self.cycle:
-            # At the end a promoted node has none left, as the master will have soon: never one twice.
+            # At the end a promoted node has no values left, as the master soon will have none; no value is used twice.
             return self._end
         first = self.minimum if self.increment > 0 else self.maximum
         return first + (steps - self.room - 1) % self.size * self.increment
@@ -86,7 +86,7 @@ class Value(NamedTuple):
     """What a node sets its copy of a sequence to.
 
     Attributes:
-        exact: also when that is behind: the master's was set back, or it cycles. Otherwise only forward.
+        exact: set it even if that is backward: the master's was set back, or it cycles. Otherwise only forward.
     """
 
     schema: bytes
@@ -120,7 +120,7 @@ def margin(sequence: Sequence, recent: int) -> int:
 def look(ceiling: Ceiling, sequence: Sequence) -> tuple[Ceiling, bool, bool]:
     """Return what is known after a look, whether a ceiling is to be published, and whether it is exact."""
     used = 0 if ceiling.value is None else sequence.used_since(ceiling.last)
-    # Where it was set back nothing is known of what was used; what was used before is still expected.
+    # When it was set back, nothing is known of what was used; the earlier consumption is still expected.
     recent = max(used or 0, ceiling.recent - -(-ceiling.recent // FORGET))
     wanted = margin(sequence, recent)
     if ceiling.value is not None and used is not None:
@@ -152,12 +152,12 @@ class Ceilings:
         return values
 
     def repeat(self) -> None:
-        """Publish every ceiling at the next look: a snapshot has where the sequences stood, not the ceilings, so who
-        has joined since they were published does not know them."""
+        """Publish every ceiling at the next look: a snapshot has the sequences' values, not their ceilings, so a node
+        that has joined since they were published does not know them."""
         self._repeat = True
 
     def forget(self) -> None:
-        """Publish every ceiling again at the next look: whether the newest ones are in the chain is not known."""
+        """Publish every ceiling again at the next look: it is not known whether the newest ones are in the chain."""
         self._known.clear()
 
 

@@ -1,14 +1,14 @@
-"""Epochs: whom a member votes for, whose requests it acknowledges, and which document it takes. Pure.
+"""Epochs: whom a member votes for, whose requests it acknowledges, and which document it accepts. Pure.
 
-Everything here is decided from what is handed in, and changes nothing by itself. What a member must remember over a
-crash is its `Record`; whoever gets one back writes it to disk *before* it sends anything that follows from it.
+Every function decides by its arguments and changes nothing. What a member must remember over a crash is its `Record`;
+a caller that gets one back writes it to disk *before* it sends anything that follows from it.
 
 Invariants, for any losses, delays, repeats, crashes and partitions:
 
 1. A member votes at most once an epoch, and in growing epochs (`Record.epoch`).
 2. At most one master has the votes of a majority for an epoch, since two majorities have a member in common.
-3. A document that a majority holds is in every later epoch that was voted for: who voted holds just the document that
-   the epoch was made from, and from its vote on takes and acknowledges nothing of an earlier epoch.
+3. A document that a majority holds is in every later epoch that was voted for: a voter holds exactly the document that
+   the epoch was made from, and after its vote it takes and acknowledges nothing of an earlier epoch.
 4. No two leases overlap (`lease`): a vote is given only to the master that one is promised to, or when the promise is
    over.
 
@@ -140,8 +140,8 @@ def may_acknowledge(
 def may_lead(cid: int, document: ClusterDocument, record: Record) -> bool:
     """Say whether a node acts as master: asks for acknowledgements, opens its tables, changes the document.
 
-    Whoever has voted in a later epoch, also for itself, does not any more: the vote does not know of what it would do.
-    If nobody wins, it stands itself, for yet a later one.
+    A node that has voted in a later epoch, also for itself, does not any more: the vote does not include what it would
+    do now. If nobody wins, it becomes a candidate itself, for a later epoch.
     """
     return document.master == cid and record.epoch <= document.epoch
 
@@ -152,7 +152,7 @@ def may_take(held: ClusterDocument, record: Record, offered: SignedDocument) -> 
     Raises:
         MembershipError: as `signed.accept_document`.
     """
-    # Who has voted in an epoch must not hold, and so seem to acknowledge, what its vote does not know of.
+    # A voter must not hold a document that its vote does not include: it would seem to acknowledge it.
     return offered.document.epoch >= record.epoch and accept_document(held, offered)
 
 
@@ -183,8 +183,8 @@ class Candidacy:
     def lacks_own(self) -> bool:
         """True when the candidate's own vote is all that is missing.
 
-        It votes last: whoever has voted follows the master no more, so a candidate that nobody wants would shut itself
-        out.
+        It votes last: a node that has voted does not follow the master any more, so a candidate that nobody votes for
+        would lock itself out.
         """
         cid = self.ballot.candidate
         return cid not in self.votes and self.held.document.is_majority({cid, *self.votes})

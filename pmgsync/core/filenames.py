@@ -13,7 +13,7 @@ CONFLICT_MARK = b".pmgsync-"
 """In the name of a copy that was kept beside a file; such copies are never synchronised."""
 MAX_COMPONENT = 255
 MAX_NAME = 3000
-"""Bytes of a whole name; the kernel takes 4095 for a path, and the root has its part of them."""
+"""Bytes of a whole name; the kernel takes 4095 for a path, and the root needs some of them."""
 MAX_DEPTH = 64
 
 
@@ -71,7 +71,7 @@ class Selection:
                 self._exclude_from_root.append(tuple(map(_regex, parts)))
 
     def excludes(self, name: bytes) -> bool:
-        """True when the name itself is never synchronised; the directories above it are asked for by themselves."""
+        """True when the name itself is never synchronised; ask for the directories above it separately."""
         last = name.rpartition(b"/")[2]
         if name == OWN_DIRECTORY or CONFLICT_MARK in last:
             return True

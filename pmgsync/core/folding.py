@@ -1,9 +1,9 @@
 """Folding: many changes of one table, in order, into few sets that can each be done by one statement. Pure, no I/O.
 
 Invariant: whenever executing a phase succeeds, executing its changes one by one would have succeeded too and left the
-same rows. A phase is executed as: rows that must not be there are looked for, then deletes, updates, inserts; each
-must meet exactly the rows that it names. What cannot be said in these terms begins a new phase: its error, if it is
-one, shows there.
+same rows. A phase is executed in this order: a check that rows which must be absent are, then deletes, updates,
+inserts. Each must hit exactly the rows that it names. A change that does not fit begins a new phase; if it is an error,
+it shows there.
 
 The changes of one row are folded into one where no constraint but the key could have seen the values in between.
 """
@@ -48,7 +48,7 @@ class Phase:
     def insert(self, new: Row) -> bool:
         """Add an insert; False when it does not fit into this phase."""
         if self._places is None:
-            # Nothing but inserts yet: nothing need be compared, for the key itself refuses a second row.
+            # Only inserts so far: nothing need be compared, because the key itself refuses a second row.
             self.inserted.append(new)
             self.count += 1
             return True
@@ -107,7 +107,7 @@ class Phase:
         return key in self._places or key in self.updated or key in self.deleted or key in self.absent
 
     def _inserted_places(self) -> dict[Any, int] | None:
-        """Return where each inserted row is, by key; None when two have the same, which only the server may judge."""
+        """Return where each inserted row is, by key; None when two have one key: then the server has to decide."""
         if self._places is None and self._key is not None:
             places = {self._key(row): at for at, row in enumerate(self.inserted) if row is not None}
             if len(places) != len(self.inserted):

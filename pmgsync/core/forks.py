@@ -1,8 +1,8 @@
 """Forks: which changes to master-owned tables count, and what a node has that is past the fork. Pure, no I/O.
 
 Invariant: for any transaction and any history, all members that hold the history judge alike, wherever they got the
-frame from and whatever run of capture has marked it. So those who follow one history have the same master-owned
-tables, up to how far they have come.
+frame from and whatever run of capture has marked it. So members that follow one history have the same master-owned
+tables, as far as each has applied.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def judge(history: Sequence[Epoch], *, origin: int, epoch: int, incarnation: int
     if fork is None:
         return Standing.COUNTS
     # The mark may be later than the transaction: a capture that begins again marks what it reads with the epoch of now.
-    # What was up to the fork was the master's, and everybody else has taken it.
+    # What is up to the fork was written by the master, and everybody else has taken it.
     return Standing.COUNTS if incarnation == fork.incarnation and lsn <= fork.lsn else Standing.PAST_FORK
 
 

@@ -1,4 +1,4 @@
-"""The lease: until when a master may write, and until when the others have promised to help nobody else. Pure.
+"""The lease: until when a master may write, and until when members have promised to support no other. Pure.
 
 The master sends requests with its heartbeats; members acknowledge them. Times are seconds of the node's own monotonic
 clock, handed in by the caller; no two clocks are ever compared, they only must not differ in rate by more than
@@ -11,10 +11,10 @@ Invariant: at no instant do two masters have a live lease, if the members that v
 - a master counts an acknowledgement from when it *sent* the request, which was earlier, and for less than a whole
   lease;
 - a majority is needed, and two majorities have a member in common;
-- who was restarted has perhaps promised: it waits for a whole lease, except towards the master that its record names.
+- a member that was restarted may have promised: it waits for a whole lease, except for the master in its record.
   The record (`epochs.Record`) is on disk before the first acknowledgement to that master is sent;
-- a master that lets go (`Lease.released`) does not count what was acknowledged before, and names the last request
-  that it has sent; a promise that came from a later one stays.
+- a master that releases its lease (`Lease.released`) does not count what was acknowledged before, and names the last
+  request that it has sent; a promise that came from a later one stays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Who answers for a row: the node whose CID stands in its owner column, the master for nodes that are gone. Pure.
 
-The rule is here twice, as a decision about a value and as an SQL condition, and nowhere else. A CID stands in a column
-when the column's text is the number in decimal digits; spaces around it do not count, for character(n) is padded.
+The rule is here twice, as a decision about a value and as an SQL condition, and nowhere else. A column has a CID when
+its text is the number in decimal digits. Spaces around it do not count, because character(n) is padded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Writers:
     members: frozenset[int]
     _own: bytes = field(init=False, repr=False, compare=False)
     _others: frozenset[bytes] | None = field(init=False, repr=False, compare=False)
-    """What the master's own rows do not have; None when the origin is not the master."""
+    """Owner columns that the master's rows do not have; None when the origin is not the master."""
 
     def __post_init__(self) -> None:
         others = frozenset(b"%d" % cid for cid in self.members if cid != self.origin)

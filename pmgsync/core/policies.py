@@ -46,13 +46,13 @@ def owner_index(rule: TableRule, relation: Relation) -> int | None:
 def select(
     rule: TableRule, relation: Relation, change: RowChange, writers: Writers, owner: int | None
 ) -> RowChange | None:
-    """Return what a change comes to on this node: itself, another kind of change, or None when it does not count.
+    """Return the change to make on this node: the same, one of another kind, or None when it does not count.
 
     Args:
         owner: the place of the owner column, as `owner_index` says.
 
     Raises:
-        ApplyError: when the owner of the row cannot be told.
+        ApplyError: when the change does not say whose row it is.
     """
     wholly = counts_wholly(rule, writers)
     if wholly is not None:
@@ -61,7 +61,7 @@ def select(
         if isinstance(change, Delete):
             if not rule.deletes or owner is None:
                 return change if rule.deletes else None
-            _demand_owner(relation, owner, change.old_is_key)
+            _require_owner(relation, owner, change.old_is_key)
             return change if writers.answers_for(change.old[owner]) else None
         if isinstance(change, Insert) and owner is not None:
             return change if writers.answers_for(change.new[owner]) else None
@@ -71,7 +71,7 @@ def select(
         case Insert():
             return change if writers.answers_for(change.new[owner]) else None
         case Delete():
-            _demand_owner(relation, owner, change.old_is_key)
+            _require_owner(relation, owner, change.old_is_key)
             return change if writers.answers_for(change.old[owner]) else None
         case Update():
             return _select_update(relation, change, owner, writers)
@@ -81,13 +81,13 @@ def _select_update(relation: Relation, change: Update, owner: int, writers: Writ
     whose = change.new[owner]
     before = whose
     if change.old is not None:
-        _demand_owner(relation, owner, change.old_is_key)
+        _require_owner(relation, owner, change.old_is_key)
         before = change.old[owner]
         if whose is UNCHANGED:
             whose = before
     was, is_now = writers.answers_for(before), writers.answers_for(whose)
     if was and not is_now:
-        # The row goes to another owner, who may write it now; here it must not be left in its old form.
+        # The row goes to another owner, who writes it from now on. Its old form must not stay here.
         assert change.old is not None
         return Delete(change.relation_id, change.old, change.old_is_key)
     if is_now and not was:
@@ -97,7 +97,7 @@ def _select_update(relation: Relation, change: Update, owner: int, writers: Writ
     return change if is_now else None
 
 
-def _demand_owner(relation: Relation, owner: int, old_is_key: bool) -> None:
+def _require_owner(relation: Relation, owner: int, old_is_key: bool) -> None:
     if old_is_key and not relation.columns[owner].key:
         raise ApplyError(
             f"a change of {relation.qualified} does not say whose row it was",

@@ -1,4 +1,4 @@
-"""The plan of a rename pass: in what order a tree is brought from what it holds to what its owner says. Pure."""
+"""The plan of a rename pass: the steps, in order, from what a tree holds to what its owner says. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Step(NamedTuple):
     Attributes:
         what: `remove` the name; `directory`: make it; `put` a verified file in its place; `set` mode, owner and time.
         entry: what the name is afterwards, None when it is gone.
-        keep: what is there now came from nobody but this node: it is kept under another name. Of a directory that is
+        keep: what is there now was written on this node only: it is kept under another name. Of a directory that is
             removed: it must make room even if something is left in it.
     """
 
@@ -29,9 +29,9 @@ class Step(NamedTuple):
 def plan_pass(wanted: Manifest, actual: Manifest, held: Manifest, names: Iterable[bytes]) -> list[Step]:
     """Return the steps after which these names are as wanted.
 
-    First goes what is in the way (a file where a directory is to be, and the other way), then directories are made,
-    outer ones first, then files take their places, and only then the rest is removed, inner names first: so what refers
-    to a new file finds it, and what refers to an old one still does.
+    First what is in the way is removed (a file where a directory is to be, or the other way round). Then directories
+    are made, outer ones first. Then files are put in place. Only then the rest is removed, inner names first. So a file
+    that refers to a new file finds it, and one that refers to an old file still finds that.
 
     Args:
         actual: what the tree has now, as far as it is known.

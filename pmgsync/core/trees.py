@@ -12,7 +12,8 @@ from pmgsync.core.profile import FileTree, Profile
 
 EMPTIED_CONFIG = 2
 EMPTIED_SPOOL = 100
-"""So many files never go all at once; fewer may: a small quarantine is purged in one night."""
+"""A tree with this many files never loses all of them at once; a smaller one may: a small quarantine is purged in one
+night."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def looks_vanished(before: int, after: int, *, config: bool) -> bool:
 
 
 def profile_path(tree: Tree, name: bytes) -> bytes:
-    """Return the absolute path of a name as the profile's actions say it."""
+    """Return the absolute path of a name as the profile's actions name it."""
     return posixpath.join(tree.name.encode("utf-8", "surrogateescape"), name)
 
 

@@ -19,7 +19,7 @@ REPLY_TIMEOUT_S = 10.0
 CALL_CREDIT = 4 << 20
 """Bytes of a call's result that may be under way at once."""
 CALL_SILENCE_S = 60.0
-"""A call that has sent nothing for so long is given up; serving agents send `progress` in between."""
+"""A call that has sent nothing for so long is given up; a serving agent that waits sends a piece `wait` in between."""
 
 
 class Peer:
@@ -119,7 +119,7 @@ class Peer:
 
 
 class BrokerLink(Peer):
-    """A session with the broker of this node; it is over with the connection, and a new link begins the next one."""
+    """A session with the broker of this node. It ends with its connection; the next one needs a new link."""
 
     def __init__(self, path: Path, worker: str, *, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
         self._own_context = context is None
@@ -150,7 +150,7 @@ class BrokerLink(Peer):
         super().send(message, *attachments)
 
     def _watch(self, timeout_s: float) -> None:
-        """Take over what the monitor tells, after waiting for it."""
+        """Wait for events of the monitor and take them over."""
         while self._monitor.poll(round(timeout_s * 1000)):
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
             self._ended = self._ended or (self._begun and event == zmq.EVENT_DISCONNECTED)

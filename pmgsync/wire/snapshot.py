@@ -1,4 +1,4 @@
-"""Taking a snapshot in: the pieces that a `snapshot` call brings go into a restore, one by one, to the end."""
+"""Fetching a snapshot: the pieces of a `snapshot` call are fed to a restore, one by one, until the end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fetch_snapshot(
         ProtocolError: when it sends what cannot be.
         PmgsyncError: the error that the call ended with, or the restore's.
     """
-    # Closed before the socket is: whoever sends is told that nobody takes the rest.
+    # Closed before the socket, so that the sender is told that the rest is not wanted.
     with closing(peer.call("snapshot", args, target=target)) as messages:
         for message, parts in messages:
             if on_message is not None:

@@ -25,7 +25,7 @@ class Wakeup:
         os.eventfd_write(self._descriptor, 1)
 
     def clear(self) -> None:
-        """Take the wake-ups so far away; what they announced must be looked at after this."""
+        """Clear the wake-ups so far; look at what they announced only after this."""
         try:
             os.eventfd_read(self._descriptor)
         except BlockingIOError:
@@ -52,11 +52,11 @@ class Waiter:
         self._poller.register(source, zmq.POLLIN)
 
     def ignore(self, source: Source) -> None:
-        """Let a source end the wait no more."""
+        """Let a source not end the wait any more."""
         self._poller.unregister(source)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait, at most so many seconds; wake-ups are taken away before this returns."""
+        """Wait, at most so many seconds; wake-ups are cleared before this returns."""
         self._poller.poll(math.ceil(max(0.0, timeout_s) * 1000))
         if self._wakeup is not None:
             self._wakeup.clear()
