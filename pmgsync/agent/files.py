@@ -1,4 +1,4 @@
-"""The files worker: a thread for each tree; it passes announcements, calls and reports between them and the broker."""
+"""The files worker: a thread for each tree, and between them and the broker announcements, calls and reports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pmgsync.wire.waiting import Waiter
 log = logging.getLogger(__name__)
 
 ANNOUNCE_S = 2.0
-"""Each tree is announced again after so many seconds: what was published may be lost."""
+"""What was published may be lost: each tree is announced again so often."""
 MAX_ALERTS = 20
 
 
@@ -57,7 +57,7 @@ class FilesWorker(Worker):
     def session(self, link: BrokerLink) -> None:
         """Serve until something ends the session; the trees go on without one."""
         link.send({"op": "serve", "methods": [*METHODS, "files.accept"]})
-        self._run_trees()
+        self._meet_trees()
         waiter = Waiter(link.socket, wakeup=self.wakeup)
         try:
             while True:
@@ -77,12 +77,12 @@ class FilesWorker(Worker):
             self._serving.clear()
 
     def keeps_session(self, data: bytes) -> bool:
-        """Follow a new document without a new session, unless this node leaves the cluster."""
+        """A new member or role is met without a new session, unless this node leaves the cluster."""
         super().keeps_session(data)
         if not data or self.document.member(self.cid) is None:
             self._stop_trees(set())
             return False
-        self._run_trees()
+        self._meet_trees()
         return True
 
     def _take(self, link: BrokerLink, message: Message, attachments: Sequence[bytes]) -> None:
@@ -106,8 +106,8 @@ class FilesWorker(Worker):
 
     # -- trees --------------------------------------------------------------------------------------------------------
 
-    def _run_trees(self) -> None:
-        """Run one thread for each tree: an owned one when this node answers for the tree, else a followed one."""
+    def _meet_trees(self) -> None:
+        """Have a thread for each tree, of the kind that its owner asks for."""
         trees = trees_of(self._profile, self.document)
         self._stop_trees(set(trees.values()))
         for tree in trees.values():
@@ -159,7 +159,7 @@ class FilesWorker(Worker):
             link.send({"op": "announce"}, news.pack())
 
     def _collect(self, name: str, owned: OwnedTree) -> list[Change]:
-        """Take the newest changes of a tree's thread into the manifest that is announced, and return them."""
+        """Take what a tree's thread has found since the last time into the manifest that others are told of."""
         changes: dict[bytes, Any] = {}
         while True:
             try:
@@ -182,7 +182,7 @@ class FilesWorker(Worker):
             log.warning("action=refused origin=%d error=%s", origin, error)
             return
         followed = self._followed.get(news.tree)
-        # This node decides who may speak for a tree, not the announcement.
+        # Who may speak for a tree is this node's to know, not the announcement's to say.
         if followed is not None and followed.tree.owner == origin:
             followed.hear(news)
 
