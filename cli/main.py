@@ -21,6 +21,7 @@ from cli.join import join
 from cli.join_cmd import join_cmd
 from cli.leave import leave
 from cli.status import status
+from cli.verify import verify
 from cli.wait import wait
 from pmgsync.errors import PmgsyncError
 
@@ -59,6 +60,7 @@ app.command()(delete)
 app.command()(leave)
 app.command()(doctor)
 app.command()(files)
+app.command()(verify)
 app.command()(demo)
 
 

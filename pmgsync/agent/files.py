@@ -13,6 +13,7 @@ from pmgsync.agent.actions import Actions
 from pmgsync.agent.followed_tree import FollowedTree
 from pmgsync.agent.owned_tree import OwnedTree
 from pmgsync.agent.serving import Serving
+from pmgsync.agent.tree_checks import read_names, verify_tree
 from pmgsync.agent.tree_client import TreeClient
 from pmgsync.agent.tree_server import METHODS, answer
 from pmgsync.agent.tree_thread import Place
@@ -56,7 +57,7 @@ class FilesWorker(Worker):
 
     def session(self, link: BrokerLink) -> None:
         """Serve until something ends the session; the trees go on without one."""
-        link.send({"op": "serve", "methods": [*METHODS, "files.accept"]})
+        link.send({"op": "serve", "methods": [*METHODS, "files.accept", "files.verify", "files.repair"]})
         self._meet_trees()
         waiter = Waiter(link.socket, wakeup=self.wakeup)
         try:
@@ -194,20 +195,44 @@ class FilesWorker(Worker):
         if method == "files.accept":
             self._accept(link, request, message, name)
             return
+        if method == "files.verify":
+            self._verify(request, message, args)
+            return
+        if method == "files.repair":
+            self._refetch(link, request, args)
+            return
         owned = self._owned.get(name) if isinstance(name, str) else None
         if owned is None:
             raise MembershipError(f"node {self.cid} does not answer for the tree {name!r:.100}")
         pieces = answer(method, args, owned.place, self._published.get(owned.tree.name))
         self._serving[request] = Serving(pieces, int(message.get("credit", 0)), self.wakeup)
 
-    def _accept(self, link: BrokerLink, request: int, message: Message, name: object) -> None:
-        if message.get("caller") != self.cid:
-            raise MembershipError("only this node's own administrator can say that a tree is right")
+    def _thread(self, name: object) -> OwnedTree | FollowedTree:
         thread = self._owned.get(str(name)) or self._followed.get(str(name))
         if thread is None:
             known = ", ".join(sorted([*self._owned, *self._followed]))
             raise ProtocolError(f"there is no tree {name!r:.100}", hint=f"the trees are {known}")
-        thread.accept()
+        return thread
+
+    def _verify(self, request: int, message: Message, args: Mapping[str, Any]) -> None:
+        share = args.get("share", 100)
+        if type(share) is not int or not 1 <= share <= 100:
+            raise ProtocolError(f"a tree was to be verified with the share {share!r:.20}")
+        pieces = verify_tree(self._thread(args.get("tree")).place, read_names(args.get("names")), share)
+        self._serving[request] = Serving(pieces, int(message.get("credit", 0)), self.wakeup)
+
+    def _refetch(self, link: BrokerLink, request: int, args: Mapping[str, Any]) -> None:
+        thread, names = self._thread(args.get("tree")), read_names(args.get("names"))
+        if not isinstance(thread, FollowedTree) or names is None:
+            raise ProtocolError("only what another node answers for is fetched again, by name")
+        thread.refetch(names)
+        log.warning("action=refetch tree=%s names=%d", thread.tree.name, len(names))
+        link.send({"op": "done", "id": request, "result": {}})
+
+    def _accept(self, link: BrokerLink, request: int, message: Message, name: object) -> None:
+        if message.get("caller") != self.cid:
+            raise MembershipError("only this node's own administrator can say that a tree is right")
+        self._thread(name).accept()
         log.warning("action=tree-accepted tree=%s", name)
         link.send({"op": "done", "id": request, "result": {}})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pmgsync.agent.actions import Actions
@@ -53,6 +53,7 @@ class FollowedTree(TreeThread):
         self._actions = actions
         self._client = TreeClient(broker, stopping=lambda: self.stopping)
         self._news: queue.SimpleQueue[Announcement] = queue.SimpleQueue()
+        self._doubted: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
         self._announced = b""
         self._lsn = 0
         self._compare_due = True
@@ -63,6 +64,11 @@ class FollowedTree(TreeThread):
     def hear(self, announcement: Announcement) -> None:
         """Take an announcement of the owner's; may be called from any thread."""
         self._news.put(announcement)
+        self.wakeup.wake()
+
+    def refetch(self, names: Sequence[bytes]) -> None:
+        """Compare names with the owner's content again, and fetch what differs; may be called from any thread."""
+        self._doubted.put(list(names))
         self.wakeup.wake()
 
     def work(self) -> None:
@@ -114,6 +120,8 @@ class FollowedTree(TreeThread):
             intake.postponed.clear()
         if self._compare_due:
             self._compare(intake)
+        while not self._doubted.empty():
+            intake.refetch(self._doubted.get())
         while not self.stopping and (batch := intake.batch()) is not None:
             self._take_in(intake, batch)
             self._note(intake)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from pmgsync.agent import row_checks
 from pmgsync.agent.serving import Serving
 from pmgsync.agent.worker import REPORT_S, Worker
 from pmgsync.config import NodeConfig
@@ -39,7 +40,7 @@ class SnapshotWorker(Worker):
 
     def session(self, link: BrokerLink) -> None:
         """Answer calls until something ends the session."""
-        link.send({"op": "serve", "methods": ["snapshot", "facts"]})
+        link.send({"op": "serve", "methods": ["snapshot", "facts", *row_checks.METHODS]})
         waiter = Waiter(link.socket, wakeup=self.wakeup)
         try:
             while True:
@@ -83,6 +84,11 @@ class SnapshotWorker(Worker):
         if method == "facts":
             link.send({"op": "done", "id": request, "result": read_facts(self.config.dsn, self._profile)})
             return
+        credit = int(message.get("credit", 0))
+        if method in row_checks.METHODS:
+            pieces = row_checks.answer_rows(method, args, self.config.dsn, self._profile)
+            self._serving[request] = Serving(pieces, credit, self.wakeup)
+            return
         facts, _ = read_node(self.config.dsn)
         own = (self.cid, facts.incarnation)
         match args:
@@ -101,11 +107,12 @@ class SnapshotWorker(Worker):
             case _:
                 raise ProtocolError(f"a snapshot was asked for with {args!r:.100}")
         log.info("action=snapshot id=%d caller=%s args=%s", request, message.get("caller"), args)
-        self._serving[request] = Serving(pieces, int(message.get("credit", 0)), self.wakeup)
+        self._serving[request] = Serving(pieces, credit, self.wakeup)
 
     def _send(self, link: BrokerLink, request: int) -> None:
         serving = self._serving[request]
         if serving.send(link, request):
             del self._serving[request]
-            if (result := serving.result) is not None:
+            result = serving.result
+            if result is not None and "bytes" in result:
                 log.info("action=snapshot-done id=%d rows=%s bytes=%s", request, result["rows"], result["bytes"])

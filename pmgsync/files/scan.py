@@ -88,8 +88,11 @@ class Scanner:
         self._restamped: set[bytes] = set()
         self._settling = True
 
-    def scan(self) -> list[Change]:
+    def scan(self, *, settling: bool = True) -> list[Change]:
         """Look at the whole tree; return the entries that changed.
+
+        Args:
+            settling: as for `look`.
 
         Raises:
             FilesError: when the root cannot be read, or holds more than it may.
@@ -97,6 +100,7 @@ class Scanner:
         seen: set[bytes] = set()
         unread: list[bytes] = []
         self.found.unsettled.clear()
+        self._settling = settling
         self._entered(b"")
         try:
             with self.root.directory(b"") as fd:

@@ -41,7 +41,11 @@ include = ["spam/", "virus/"]
 files = ["/etc/gateway/main.conf"]
 run = ["sh", "-c", "date +%s.%N >> $PMGSYNC_TEST_ACTIONS"]
 """
-SCHEMA = "CREATE TABLE t (id int PRIMARY KEY)"
+SCHEMA = """
+CREATE TABLE t (id int PRIMARY KEY);
+CREATE TABLE loose (a int, b text);
+CREATE TABLE named (id int PRIMARY KEY, name text);
+"""
 EXTRA = '[files]\nconfig_root = "{directory}/etc"\nspool_root = "{directory}/spool"'
 
 
