@@ -35,7 +35,7 @@ HEARTBEAT_S = 0.5
 ACK_S = 0.05
 TICK_S = 0.25
 RETRY_S = 1.0
-"""So often a document that could not be put in force is tried again."""
+"""Seconds between two attempts to put a document in force that could not be."""
 BIND_S = 0.05
 
 
@@ -123,7 +123,7 @@ class Broker:
     # -- the cluster document -----------------------------------------------------------------------------------------
 
     def _put_in_force(self, signed: SignedDocument | None) -> None:
-        """Go by a document from now on.
+        """Put a document in force.
 
         Raises:
             PmgsyncError: when it cannot be; the node is in no cluster then, and tries again.
@@ -176,7 +176,7 @@ class Broker:
             self._put_in_force(taken)
 
     def _stand_aside(self) -> None:
-        """Be in no cluster until the document can be put in force; it is tried again."""
+        """Leave the cluster until the document can be put in force; `_retry` tries that again."""
         self._leave()
         ports = self._resources.ports
         for port in (ports.events, ports.control, ports.join):

@@ -43,12 +43,12 @@ log = logging.getLogger(__name__)
 CONFIRM_S = 1.0
 """So often a node whose copy is in place says so to the master, until the document calls it a member."""
 CUT_LINGER_MS = 200
-"""A removed member should learn it from the document, not from silence: so long may that still be sent."""
+"""So long the document that removes a member may still be sent to it: it should not learn that by silence."""
 
 
 @dataclass(frozen=True)
 class Ports:
-    """The TCP ports of a node. They outlive its part in a cluster: one just closed may be taken a while longer."""
+    """The TCP ports of a node. They outlive its part in a cluster: one just closed may be in use a while longer."""
 
     events: Port
     control: Port
@@ -282,7 +282,7 @@ class Participation:
         self._members.send_all(message)
 
     def tick(self) -> None:
-        """Look after time-outs."""
+        """Check all time-outs."""
         self._chains.tick()
         self._members.tick()
         document = self._signed.document

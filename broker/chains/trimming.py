@@ -1,4 +1,4 @@
-"""Keeps the journals within their limits: asks the retention rules, trims, and says who is left behind."""
+"""Keeps the journals within their limits: asks the retention rules, trims, and reports members left behind."""
 
 from __future__ import annotations
 

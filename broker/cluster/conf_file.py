@@ -18,12 +18,12 @@ from pmgsync.profile_file import load_profile
 log = logging.getLogger(__name__)
 
 NEW_MODE = 0o644
-"""Of a file that was not there: daemons of other users read it, and nothing in it is secret."""
+"""Mode of a new file: daemons of other users read it, and nothing in it is secret."""
 MAX_BYTES = 1 << 20
 
 
 class ConfFile:
-    """Keeps the file in line with the document; a failure is shown, and tried again.
+    """Keeps the file in line with the document. A failure is shown, and the write is tried again.
 
     Attributes:
         problem: why the file is not as it should be, "" when it is.

@@ -22,7 +22,7 @@ from pmgsync.wire.link import Peer
 
 CONNECT_S = 10.0
 REFUSED_S = 2.0
-"""A port that refuses connections may be about to be bound; after this it counts as closed."""
+"""For so long a port that refuses connections counts as about to be bound, after that as closed."""
 ANSWER_S = 15.0
 """The master asks its database before it answers."""
 HANDSHAKE_FAILED = frozenset(
@@ -36,8 +36,8 @@ HANDSHAKE_FAILED = frozenset(
 
 
 class Handshake:
-    """Watches a DEALER's first connection. libzmq itself says nothing when the server's key is another than expected:
-    the socket just stays silent, and only its monitor tells."""
+    """Watches a DEALER's first connection. When the server has another key than expected, libzmq just stays silent;
+    only the socket's monitor tells."""
 
     def __init__(self, socket: Socket, where: str) -> None:
         self._where = where

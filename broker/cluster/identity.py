@@ -10,11 +10,11 @@ from pmgsync.profile_file import load_profile
 from pmgsync.subscription import read_level
 
 FIRST_CID = 1
-"""Of the node that creates a cluster; the master gives all others theirs."""
+"""CID of the node that creates a cluster; the master gives CIDs to all others."""
 
 
 def own_member(config: NodeConfig, keys: NodeKeys) -> Member:
-    """Return this node as a member; its CID is that of a founder until a master says another.
+    """Return this node as a member; it has the first CID until a master gives it another.
 
     Raises:
         ProtocolError: when its name or address cannot stand in a document.

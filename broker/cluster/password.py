@@ -1,4 +1,4 @@
-"""The master's root password, asked of PAM for whoever joins with it. A process of its own does each check.
+"""The check of the master's root password for a node that joins with it: by PAM, each in a process of its own.
 
 PAM modules block (a wrong password costs seconds on purpose), may keep what they were given, and may crash: none of
 that is to happen to the broker. The password goes to that process through a pipe, stands in no argument list and in no
@@ -25,7 +25,7 @@ USER = "root"
 MAX_BYTES = 1024
 """Of a password, in UTF-8; a pipe takes so much without making the writer wait."""
 MAX_OPEN = 4
-"""Checks at one time: whoever guesses waits in line, and does not fill this machine with processes."""
+"""Checks at one time: guesses wait in a queue, and do not fill this machine with processes."""
 MAX_ANSWER = 500
 GOOD = b"good"
 

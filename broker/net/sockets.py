@@ -15,7 +15,7 @@ from pmgsync.errors import ConfigError
 DEAD_MS = 5_000
 """How long TCP may go without an acknowledgement, or with a peer that reads nothing. ZMTP's heartbeats are not used:
 libzmq 4.3.5 aborts the process ("Assertion failed: !_io_error", its issues 4364 and 4767) when one falls due on a
-connection that has ended while its receive queue was full. Silence above TCP is noticed by `broker.members.links`."""
+connection that has ended while its receive queue was full. `broker.members.link` notices silence above TCP."""
 EVENTS_HWM = 1_000
 """Frames of at most 64 KiB (larger only for single huge rows): 64 MiB for a subscriber that stalls."""
 CONTROL_HWM = 10_000
@@ -25,7 +25,7 @@ JOIN_HWM = 100
 
 
 class PortInUseError(ConfigError):
-    """A port is taken, perhaps only for an instant longer by a socket that this process has just closed."""
+    """A port is in use, perhaps only for an instant by a socket that this process has just closed."""
 
 
 def open_socket(

@@ -1,4 +1,4 @@
-"""The ZAP handler: libzmq asks it who may come through a CURVE handshake, and under which name."""
+"""The ZAP handler: libzmq asks it which CURVE keys may connect, and under which name."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How this node and its cluster are, for status and for the heartbeat."""
+"""The state of this node and its cluster, for status and for the heartbeat."""

@@ -1,4 +1,4 @@
-"""How this node is: what its heartbeat says of it, and the status map of the whole cluster as seen from here."""
+"""The health of this node: its heartbeat, and the status map of the whole cluster as this node sees it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument
 
 GRACE_S = 5.0
-"""After its start a broker does not call workers missing that have had no time to connect."""
+"""For so long after its start a broker does not report missing workers: they need time to connect."""
 DISK_ALERT_PCT = 90.0
 
 Alerts = list[dict[str, str]]
