@@ -111,7 +111,7 @@ class ApplyThread:
                 self._report(0)
             if now >= maintain_at:
                 maintain_at = now + MAINTAIN_S
-                if tables := self._applier.tend():
+                if tables := self._applier.maintain():
                     reason = f"tables of node {self._applier.origin} can be kept in step again"
                     raise ResyncRequiredError(reason, tables=tables)
             try:

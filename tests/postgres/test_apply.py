@@ -588,10 +588,10 @@ def test_a_missing_table_is_left_out_and_noted(make_pair: MakePair) -> None:
     pair.run("INSERT INTO t VALUES (2)")
     with pair.applier() as applier:
         applier.apply(pair.frames())
-        assert applier.stats.stale == 1 and applier.tend() == []
+        assert applier.stats.stale == 1 and applier.maintain() == []
         assert pair.table("t", on=pair.target) == [(b"(1)",), (b"(2)",)]
         pair.run("CREATE TABLE u (id int PRIMARY KEY)", on=pair.target)
-        assert applier.tend() == [(b"public", b"u")] and applier.tend() == []  # one fetch at a time
+        assert applier.maintain() == [(b"public", b"u")] and applier.maintain() == []  # one fetch at a time
 
 
 def test_what_passes_is_transient(make_pair: MakePair, server: EmbeddedPostgres) -> None:

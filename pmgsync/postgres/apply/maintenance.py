@@ -1,4 +1,4 @@
-"""Tending: what an applier does every few seconds beside applying: stale tables, conflict log, rows to be repaired."""
+"""Maintenance: what an applier does every few seconds beside applying: stale tables, conflict log, rows to repair."""
 
 from __future__ import annotations
 
