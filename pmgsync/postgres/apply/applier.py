@@ -81,8 +81,6 @@ class Applier:
         self._session = ChainSession(dsn, origin, waits=waits)
         self._execution = Execution(self._session, profile, self.stats, self.stale)
 
-    # -- the session
-
     def connect(self) -> tuple[int, Position] | None:
         """Open the session and return what the database says of this chain: incarnation and position; None: nothing.
 
@@ -144,8 +142,6 @@ class Applier:
         if self._half is not None:
             self._half = None
             self._execution.rollback()
-
-    # -- frames
 
     def apply(self, frames: Sequence[Frame]) -> Position:
         """Apply what follows the position, and return the newest complete position that is committed.
@@ -264,8 +260,6 @@ class Applier:
             self._execution.finish(cursor, header.here, time, transactions=1, changes=half.changes)
         self._half = None
 
-    # -- beside applying
-
     def maintain(self) -> list[TableName]:
         """Return the stale tables that can be fetched anew now; to be called every few seconds, between two `apply`.
 
@@ -283,13 +277,7 @@ class Applier:
                 repairing = maintenance.repairs_wait(cursor, self.origin)
                 self.failures = maintenance.schema_failures(cursor, self.origin)
                 self.stale.sweep(cursor, self.position.lsn)
-                found: dict[TableName, object] = {}
-                for table in self.stale.waiting():
-                    newest = self.stale.newest.get(table.key)
-                    rule = None if newest is None else self._execution.planner.rule(newest)
-                    signature = maintenance.agreed(cursor, table, newest, rule)
-                    if signature is not None and self.stale.due(table.key, signature):
-                        found[table.key] = signature
+                found = maintenance.fetchable(cursor, self.stale, self._execution.planner.rule)
         except psycopg2.Error as error:
             raise self._session.failed(error, "", 0) from error
         if repairing:

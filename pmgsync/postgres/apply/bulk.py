@@ -183,12 +183,12 @@ class BulkExecutor:
         self, cursor: Cursor, target: Target, shape: tuple[Any, ...], columns: Sequence[Sequence[Value]],
         script: list[bytes],
     ) -> None:  # fmt: skip
-        name = self._rows.prepared(cursor, target, shape, lambda: set_statement(target, *shape))
+        name = self._rows.prepared.name(cursor, target, shape, lambda: set_statement(target, *shape))
         literals = b",".join([array_literal(target, values) for values in columns])
         script.append(b"EXECUTE %s(%s)" % (name, literals))
         if sum(map(len, script)) > SCRIPT_BYTES:
             self._rows.send(cursor, script)
-            self._rows.trim(cursor)
+            self._rows.prepared.trim(cursor)
 
 
 def set_statement(target: Target, what: bytes, written: tuple[int, ...] = ()) -> tuple[bytes, list[bytes]]:

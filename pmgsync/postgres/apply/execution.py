@@ -89,7 +89,7 @@ class Execution:
         try:
             self.rollback()
             with self._session.cursor() as cursor:
-                self._rows.forget(cursor)
+                self._rows.prepared.forget(cursor)
         except psycopg2.Error:
             self._session.close()
 
@@ -225,7 +225,7 @@ class Execution:
                 # Locks taken since the savepoint are gone.
                 self._rows.begin()
                 self.planner.forget()
-                self._rows.forget(cursor)
+                self._rows.prepared.forget(cursor)
                 self.planner.renew(cursor, planned.items, planned.lsn)
                 try:
                     self._one_by_one(cursor, planned)

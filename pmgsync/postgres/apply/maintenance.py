@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 
 import psycopg2
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
@@ -11,7 +12,7 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812
 from pmgsync.core.pgoutput import Relation
 from pmgsync.core.profile import TableRule
 from pmgsync.errors import ApplyError, UnreachableError
-from pmgsync.postgres.apply.stale import StaleTable
+from pmgsync.postgres.apply.stale import StaleTable, StaleTables, TableName
 from pmgsync.postgres.apply.target import load_target
 from pmgsync.postgres.session import connect, quote_literal, rows
 
@@ -56,6 +57,26 @@ def agreed(cursor: Cursor, table: StaleTable, newest: Relation | None, rule: Tab
         if table.kind == "table" and any(column.required for column in target.rest):
             return None
     return (tuple(shape), None if newest is None else newest.raw)
+
+
+def fetchable(
+    cursor: Cursor, stale: StaleTables, rule: Callable[[Relation], TableRule | None]
+) -> dict[TableName, object]:
+    """Return the stale tables that can be fetched anew now, with what fetching them depends on.
+
+    Args:
+        rule: returns what the profile says of a table.
+
+    Raises:
+        psycopg2.Error: when the server does not answer.
+    """
+    found: dict[TableName, object] = {}
+    for table in stale.waiting():
+        newest = stale.newest.get(table.key)
+        signature = agreed(cursor, table, newest, None if newest is None else rule(newest))
+        if signature is not None and stale.due(table.key, signature):
+            found[table.key] = signature
+    return found
 
 
 def trim_conflicts(cursor: Cursor, origin: int, trimmed: int, conflicts: int) -> int:

@@ -28,6 +28,7 @@ from pmgsync.postgres.apply.plan import (
     SequenceItem,
     TruncateItem,
 )
+from pmgsync.postgres.apply.prepared import PreparedStatements
 from pmgsync.postgres.apply.schema import repeat
 from pmgsync.postgres.apply.stale import StaleTables
 from pmgsync.postgres.apply.statements import OLD, Statement
@@ -41,8 +42,6 @@ SCRIPT_BYTES = 256 << 10
 """A script is sent when it is this long."""
 COPY_ROWS = 8
 """A run of inserts into one table is copied from this length on."""
-MAX_PREPARED = 1000
-"""Prepared statements that are kept; each holds a plan in the server's memory."""
 MERGE_LOCK = 0x706D_6773
 """First key of the advisory locks under which rows without a unique key are merged; the second is the table's OID."""
 
@@ -56,14 +55,17 @@ class _Prepared(NamedTuple):
 
 
 class RowExecutor:
-    """Executes plans on a session. One session, one executor: it knows what is prepared there."""
+    """Executes plans on a session. One session, one executor: it knows what is prepared there.
+
+    Attributes:
+        prepared: the session's prepared statements.
+    """
 
     def __init__(self, origin: int, stats: ApplyStats, stale: StaleTables) -> None:
         self._origin = origin
         self._stale = stale
         self._stats = stats
-        self._count = 0
-        self._prepared: list[Target] = []
+        self.prepared = PreparedStatements()
         self._locked: set[int] = set()
         self._labels: dict[int, str] = {}
 
@@ -102,7 +104,7 @@ class RowExecutor:
                 continue
             if not isinstance(item, Item):
                 self.send(cursor, script)
-                self.trim(cursor)
+                self.prepared.trim(cursor)
                 self._other(cursor, item)
                 size = 0
                 continue
@@ -122,7 +124,7 @@ class RowExecutor:
             size += len(statement)
             if size > SCRIPT_BYTES:
                 self.send(cursor, script)
-                self.trim(cursor)
+                self.prepared.trim(cursor)
                 size = 0
 
     def send(self, cursor: Cursor, script: list[bytes]) -> None:
@@ -138,11 +140,6 @@ class RowExecutor:
                 raise ProtocolError("a row has a value with a byte 0, which PostgreSQL never writes")
             cursor.execute(text)
 
-    def trim(self, cursor: Cursor) -> None:
-        """Drop the prepared statements when there are many; no script may wait that refers to them."""
-        if self._count > MAX_PREPARED:
-            self.forget(cursor)
-
     def _lock(self, target: Target, script: list[bytes]) -> None:
         """Have the lock taken under which rows are merged without a unique key: two appliers must not both find that
         a row is not here. One lock a table, for locks are a bounded resource of the server's."""
@@ -150,14 +147,6 @@ class RowExecutor:
             # Half of the OIDs are negative to a function that takes an integer.
             script.append(b"SELECT pg_catalog.pg_advisory_xact_lock(%d, %d)" % (MERGE_LOCK, target.oid & 0x7FFF_FFFF))
             self._locked.add(target.oid)
-
-    def forget(self, cursor: Cursor) -> None:
-        """Drop the prepared statements."""
-        cursor.execute(b"DEALLOCATE ALL")
-        for target in self._prepared:
-            target.prepared.clear()
-        self._prepared.clear()
-        self._count = 0
 
     # -- one by one
 
@@ -173,7 +162,7 @@ class RowExecutor:
             return
         target = item.target
         owned_insert = item.kind == "I" and target.rule.policy is Policy.OWNED and target.arbiter
-        self.trim(cursor)
+        self.prepared.trim(cursor)
         lock: list[bytes] = []
         self._lock(target, lock)
         self.send(cursor, lock)
@@ -213,7 +202,7 @@ class RowExecutor:
             self.send(cursor, self._noted(item))
             return
         if isinstance(item, SchemaItem):
-            self.forget(cursor)
+            self.prepared.forget(cursor)
             notes = repeat(cursor, item, self._stale)
             self.send(cursor, [statement for note in notes for statement in self._noted(note)])
             return
@@ -231,28 +220,6 @@ class RowExecutor:
         return [stale.record_relation(item.relation)]
 
     # -- statements
-
-    def prepared(
-        self, cursor: Cursor, target: Target, shape: object, make: Callable[[], tuple[bytes, Sequence[bytes]]]
-    ) -> bytes:
-        """Return the name of a prepared statement on a target, prepared now if it was not.
-
-        Args:
-            make: returns the statement and its parameters' types.
-        """
-        name = target.prepared.get(shape)
-        if name is None:
-            target.prepared[shape] = name = self._name(cursor, target, *make())
-        assert isinstance(name, bytes)
-        return name
-
-    def _name(self, cursor: Cursor, target: Target, sql: bytes, types: Sequence[bytes]) -> bytes:
-        if not target.prepared:
-            self._prepared.append(target)
-        self._count += 1
-        name = b"p%d_%d" % (target.number, self._count)
-        cursor.execute(b"PREPARE %s%s AS %s" % (name, b"(%s)" % b", ".join(types) if types else b"", sql))
-        return name
 
     def _call(self, cursor: Cursor, item: Item, *, exact: bool, variant: str = "") -> bytes:
         """Return the EXECUTE of an item's statement, prepared now if it was not."""
@@ -311,17 +278,18 @@ class RowExecutor:
         exact, variant, kind, same_key, nulls, written = shape
         name = target.relation.qualified
         try:
-            statement = self._build(target, variant, kind, same_key, nulls, written)
+            statement = _statement(target, self._origin, variant, kind, same_key, nulls, written)
         except ValueError as error:
             raise ApplyError(
                 f"{name} has nothing that a row could be found by", table=name,
                 hint="give the table a primary key, or name a key in the profile",
             ) from error  # fmt: skip
         merged = target.rule.policy is Policy.MERGE
+        self._labels[target.number] = name
         if not exact and kind != "I" and not (merged and kind == "U"):
             otherwise = b"pmgsync.diverged()" if target.strict else b"pmgsync.missing(%d)" % target.number
             statement = statements.checked(statement, otherwise)
-        prepared_name = self._name(cursor, target, statement.sql, statement.types)
+        prepared_name = self.prepared.prepare(cursor, target, statement.sql, statement.types)
         width = len(target.relation.columns)
         # An update that kept its key has no old row, a delete no new one.
         shift = 0 if same_key or kind == "I" else width
@@ -331,28 +299,6 @@ class RowExecutor:
         )
         target.prepared[shape] = prepared
         return prepared
-
-    def _build(
-        self, target: Target, variant: str, kind: str, same_key: bool, nulls: frozenset[int],
-        written: tuple[int, ...] | None,
-    ) -> Statement:  # fmt: skip
-        if target.rule.policy is Policy.MERGE and kind != "D":
-            complete = kind == "I" or written is None or set(target.columns) <= {*target.key, *written}
-            given = list(target.columns) if complete else sorted({*target.key, *(written or ())})
-            self._labels[target.number] = target.relation.qualified
-            # Where deletes do not travel, what is gone was purged here, and comes back on purpose.
-            returns = kind == "U" and target.rule.deletes
-            return merge_row(target, given, may_insert=complete, origin=self._origin, returns=returns)
-        if kind == "I":
-            plain = statements.insert(target)
-            if variant == "nothing":
-                return plain._replace(body=plain.body + b" ON CONFLICT DO NOTHING")
-            return statements.upsert(target) if variant == "upsert" else plain
-        if kind == "D":
-            return statements.delete(target, nulls)
-        if written is None:
-            written = tuple(place for place in target.columns if not (same_key and place in target.key))
-        return statements.update(target, written, nulls)
 
 
 def copy_rows(cursor: Cursor, target: Target, new: Sequence[Row]) -> None:
@@ -365,3 +311,25 @@ def copy_rows(cursor: Cursor, target: Target, new: Sequence[Row]) -> None:
     data = copy_text(target, new)
     names = b", ".join(column.name for column in target.columns.values())
     cursor.copy_expert(b"COPY %s (%s) FROM STDIN" % (target.name, names), io.BytesIO(data), 1 << 18)
+
+
+def _statement(
+    target: Target, origin: int, variant: str, kind: str, same_key: bool, nulls: frozenset[int],
+    written: tuple[int, ...] | None,
+) -> Statement:  # fmt: skip
+    if target.rule.policy is Policy.MERGE and kind != "D":
+        complete = kind == "I" or written is None or set(target.columns) <= {*target.key, *written}
+        given = list(target.columns) if complete else sorted({*target.key, *(written or ())})
+        # Where deletes do not travel, what is gone was purged here, and comes back on purpose.
+        returns = kind == "U" and target.rule.deletes
+        return merge_row(target, given, may_insert=complete, origin=origin, returns=returns)
+    if kind == "I":
+        plain = statements.insert(target)
+        if variant == "nothing":
+            return plain._replace(body=plain.body + b" ON CONFLICT DO NOTHING")
+        return statements.upsert(target) if variant == "upsert" else plain
+    if kind == "D":
+        return statements.delete(target, nulls)
+    if written is None:
+        written = tuple(place for place in target.columns if not (same_key and place in target.key))
+    return statements.update(target, written, nulls)
