@@ -65,8 +65,8 @@ def refuse_open_files(directory: Path) -> None:
         shown = ", ".join(map(str, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
         raise ConfigError(
             f"other users can get at {shown}",
-            hint=f"this node's keys may be known to them. To close it: chmod -R go= {directory}; if they were open for "
-            "others to read, make new ones: `pmgcm update-fingerprints`",
+            hint=f"to close it: chmod -R go= {directory}; when somebody may have read its keys, delete the node, "
+            "remove the directory, and join again",
         )
 
 

@@ -82,7 +82,8 @@ class StateDirectory:
             if is_open(path):
                 raise ConfigError(
                     f"other users can get at {path}",
-                    hint=f"chmod 0600 {path}; if they could read it, make new keys: `pmgcm update-fingerprints`",
+                    hint=f"to close it: chmod 0600 {path}; when somebody may have read it, delete the node, remove the "
+                    "file, and join again",
                 )
             try:
                 version, curve_public, curve_secret, sign_private = msgpack.unpackb(path.read_bytes())

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -147,6 +151,41 @@ class Machine:
         if check and done.returncode:
             raise AssertionError(f"on {self.name}: {script}\nexit {done.returncode}\n{said}")
         return done
+
+    def answer(self, command: str, answers: Sequence[tuple[str, str]], *, timeout_s: float = 120.0) -> str:
+        """Run a command on a terminal in the machine and type an answer to each question; returns all that was shown.
+
+        Raises:
+            AssertionError: when a question does not come, or the command fails.
+        """
+        pid, terminal = pty.fork()
+        if pid == 0:
+            argv = self.within("sh", "-ec", command)
+            os.execvp(argv[0], argv)
+        shown, waiting, deadline = "", list(answers), time.monotonic() + timeout_s
+        seen = 0
+        try:
+            while time.monotonic() < deadline:
+                if not select.select([terminal], [], [], 0.5)[0]:
+                    continue
+                try:
+                    data = os.read(terminal, 4096)
+                except OSError:  # so a terminal says that nobody has it any more
+                    break
+                if not data:
+                    break
+                shown += data.decode(errors="replace")
+                if waiting and waiting[0][0] in shown[seen:]:
+                    seen = len(shown)
+                    os.write(terminal, (waiting.pop(0)[1] + "\n").encode())
+            else:
+                os.kill(pid, signal.SIGKILL)
+        finally:
+            os.close(terminal)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        self.transcript += [f"{self.name}# {command}", shown.replace("\r", "").rstrip()]
+        assert not waiting and status == 0, f"on {self.name}: {command}\nexit {status}, {len(waiting)} left\n{shown}"
+        return shown
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
         """Write a file in the machine."""

@@ -69,7 +69,25 @@ def test_three_debian_hosts_become_a_cluster(programs: Path) -> None:
             line = master.sh("pmgcm join-cmd").stdout.strip().splitlines()[-1]
             assert line.startswith(f"pmgcm join {master.address} --port 7672 ")
             second.sh(f"{line} --yes")
-            third.sh(master.sh("pmgcm join-cmd").stdout.strip().splitlines()[-1] + " --yes")
+            # The other way: nothing but the address, and the password of root on the master.
+            master.sh("chpasswd", given=f"root:{PASSWORD}\n")
+            del master.transcript[-2:]
+            known = line.partition(" --token")[0]
+            wrong = third.sh(f"printf wrong > /root/w; {known} --yes --password-file /root/w", check=False)
+            assert wrong.returncode == 1
+            assert "does not accept this token or password" in wrong.stderr
+            fingerprint = line.split("--fingerprint ")[1].split()[0]
+            said = third.answer(
+                f"pmgcm join {master.address}",
+                [("Is it the master's?", "yes"), ("password of root on the master", PASSWORD), ("Go on?", "yes")],
+            )
+            assert fingerprint in said
+            assert PASSWORD not in said
+            logs = "".join(machine.sh("cat /var/log/pmgsync-*.log").stdout for machine in machines)
+            for machine in machines:
+                del machine.transcript[-2:]
+            assert "action=join-attempt" in logs
+            assert PASSWORD not in logs
             master.sh("pmgcm wait --timeout 60")
             master.sh("psql -qX Proxmox_ruledb -c \"INSERT INTO rule (name, priority) VALUES ('first', 1)\"")
             master.sh("pmgcm wait --timeout 60")
