@@ -87,6 +87,8 @@ class Lease:
         sent: for each other member, when the newest request was sent that it has acknowledged; seconds of our clock.
         not_before: acknowledgements of requests sent earlier do not count, for the lease was let go then.
         closing: it has been let go and not been taken up again.
+        told: the deadline that the database goes by. It may be later than `until` says now: with one more voter a
+            majority is more than those who have acknowledged.
     """
 
     epoch: int
@@ -94,6 +96,11 @@ class Lease:
     sent: Mapping[int, float] = field(default_factory=dict)
     not_before: float = -math.inf
     closing: bool = False
+    told: float = -math.inf
+
+    def tell(self, until: float) -> Lease:
+        """Return the lease when the database is told a deadline; an earlier one than before, when it has confirmed."""
+        return replace(self, told=until)
 
     def acknowledged(self, cid: int, sent: float) -> Lease:
         """Return the lease after a member has acknowledged the request that was sent at `sent`."""
@@ -105,7 +112,7 @@ class Lease:
         """Return the lease let go; only after the database has confirmed that it is closed. Then the others are
         told.
         """
-        return replace(self, sent={}, not_before=math.inf, closing=True)
+        return replace(self, sent={}, not_before=math.inf, closing=True, told=-math.inf)
 
     def taken_up(self, now: float) -> Lease:
         """Return the lease of a master that goes on after all; only requests sent from now on count."""
@@ -129,7 +136,7 @@ class Lease:
         To be kept as the promise whenever the lease is replaced, also by one of the same master in a later epoch: what
         the database was told stays there.
         """
-        own = min(self.until(document), now + document.lease_ms / 1000)
+        own = min(max(self.told, self.until(document)), now + document.lease_ms / 1000)
         return Promise(self.cid, own) if own > promise.until else promise
 
     def missing(self, document: ClusterDocument, now: float) -> frozenset[int]:

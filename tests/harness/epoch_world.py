@@ -290,6 +290,7 @@ class World:
         was = self.is_open(node)
         if until > -math.inf:
             node.database = Database(until, node.document)
+            node.lease = node.lease.tell(until)
         if self.is_open(node) and not was:
             self.tell(f"{node.cid} opens its tables in epoch {node.document.epoch}")
 

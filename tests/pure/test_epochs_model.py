@@ -161,6 +161,10 @@ def test_bad_days(seed: int) -> None:
     run(seed)
 
 
+def test_one_more_voter_does_not_make_a_master_forget_how_long_it_writes() -> None:
+    run(1145, 250)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_after_a_bad_day_one_is_master_again(seed: int) -> None:
     world = run(seed, forced=False)
