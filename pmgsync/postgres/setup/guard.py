@@ -1,6 +1,8 @@
-"""The guard: on nodes that are not the master, tables that the master writes refuse everybody but pmgsync.
+"""The guard: where this node may not write, tables that the master writes refuse everybody but pmgsync.
 
-sql/guard.sql has the triggers. Guarding and opening are done table by table, with locks that are waited for only an
+That is on every node that is not the master, and on a master that is fenced while its lease (`lease`) does not hold.
+There the triggers stand too, so that closing waits for no lock. sql/guard.sql has the triggers. Guarding and opening
+are done table by table, with locks that are waited for only an
 instant: nobody queues up behind them, and what is in use now is tried again.
 """
 
@@ -31,12 +33,15 @@ PATIENCE_S = 30.0
 PAUSE_S = 0.2
 
 
-def ensure_guard(dsn: str, profile: Profile, *, master: Member | None, patience_s: float = PATIENCE_S) -> None:
+def ensure_guard(
+    dsn: str, profile: Profile, *, master: Member | None, fenced: bool = False, patience_s: float = PATIENCE_S
+) -> None:
     """Guard this node's database against writes to what the master writes, or open it.
 
     Args:
-        master: of the cluster; None when it is this node: nothing is refused then from this function's first
-            commit on, and what is left of the triggers is removed.
+        master: of the cluster; None when it is this node and not fenced: nothing is refused then from this function's
+            first commit on, and what is left of the triggers is removed.
+        fenced: the master is this node, and writes while its lease holds.
         patience_s: seconds in which it is tried again while tables are in use.
 
     Raises:
@@ -47,7 +52,7 @@ def ensure_guard(dsn: str, profile: Profile, *, master: Member | None, patience_
         connection.autocommit = True
         while True:
             try:
-                pending = keep_guard(connection, profile, master=master)
+                pending = keep_guard(connection, profile, master=master, fenced=fenced)
             except psycopg2.Error as error:
                 kind = UnreachableError if isinstance(error, psycopg2.OperationalError) else PmgsyncError
                 raise kind(f"the database could not be guarded ({str(error).strip()})") from error
@@ -67,7 +72,7 @@ def in_use(pending: list[str]) -> UnreachableError:
     )
 
 
-def keep_guard(connection: Connection, profile: Profile, *, master: Member | None) -> list[str]:
+def keep_guard(connection: Connection, profile: Profile, *, master: Member | None, fenced: bool = False) -> list[str]:
     """Do what can be done at once; return the tables that are in use. A second time costs one query.
 
     Args:
@@ -83,7 +88,7 @@ def keep_guard(connection: Connection, profile: Profile, *, master: Member | Non
     if master is None:
         _open(connection)
         return _each(connection, _GUARDED, _drop)
-    _close(connection, master)
+    _close(connection, master, fenced)
     # What is not the master's any more (renamed, another policy) is opened again.
     return _each(connection, _UNGUARDED, _create) + _each(connection, _SUPERFLUOUS, _drop)
 
@@ -96,12 +101,12 @@ def unguarded(connection: Connection) -> list[str]:
 
 
 def guarded_by(connection: Connection) -> str | None:
-    """Return the master's name that a refused write is told, None when nothing is refused."""
+    """Return the master's name that a refused write is told, None when this node is the master."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_catalog.to_regclass('pmgsync.guard') IS NOT NULL")
         if cursor.fetchone() != (True,):
             return None
-        cursor.execute("SELECT master FROM pmgsync.guard")
+        cursor.execute("SELECT master FROM pmgsync.guard WHERE NOT fenced")
         row = cursor.fetchone()
     return None if row is None else as_text(row[0])
 
@@ -123,7 +128,7 @@ _SUPERFLUOUS = _GUARDED + "AND c.oid NOT IN (SELECT g.relation FROM pmgsync.guar
 
 def _installed(connection: Connection) -> bool:
     with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_catalog.to_regprocedure('pmgsync.guard_new()') IS NOT NULL")
+        cursor.execute("SELECT pg_catalog.to_regprocedure('pmgsync.refuse_commit()') IS NOT NULL")
         return cursor.fetchone() == (True,)
 
 
@@ -136,16 +141,20 @@ def _open(connection: Connection) -> None:
     disarm(connection, GUARD_TRIGGER)
 
 
-def _close(connection: Connection, master: Member) -> None:
+def _close(connection: Connection, master: Member, fenced: bool) -> None:
     with connection.cursor() as cursor:
-        cursor.execute("SELECT master, address FROM pmgsync.guard")
-        if [tuple(map(as_text, row)) for row in cursor.fetchall()] != [(master.name, master.address)]:
+        cursor.execute("SELECT master, address, fenced FROM pmgsync.guard")
+        rows = [(as_text(name), as_text(address), lease) for name, address, lease in cursor.fetchall()]
+        if rows != [(master.name, master.address, fenced)]:
+            if not fenced:
+                # Before the row, and seen by every transaction, whatever its snapshot: one that is open cannot commit.
+                cursor.execute("SELECT pmgsync.set_lease(NULL)")
             cursor.execute(
-                "INSERT INTO pmgsync.guard (master, address) VALUES (%s, %s) "
-                "ON CONFLICT (one) DO UPDATE SET (master, address) = (EXCLUDED.master, EXCLUDED.address)",
-                (master.name, master.address),
+                "INSERT INTO pmgsync.guard (master, address, fenced) VALUES (%s, %s, %s) ON CONFLICT (one) DO UPDATE "
+                "SET (master, address, fenced) = (EXCLUDED.master, EXCLUDED.address, EXCLUDED.fenced)",
+                (master.name, master.address, fenced),
             )
-            log.info("action=guard-closed master=%s", master.name)
+            log.info("action=guard-closed master=%s fenced=%s", master.name, fenced)
         cursor.execute("SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = %s", (GUARD_TRIGGER,))
         if cursor.rowcount == 0:
             with _transaction(connection) as making:
@@ -159,17 +168,23 @@ def _close(connection: Connection, master: Member) -> None:
 def _each(connection: Connection, query: str, statement: Callable[[bytes, bytes], bytes]) -> list[str]:
     """Do something to each table that a query finds; return those that are in use."""
     pending = []
-    with connection.cursor() as cursor:
-        cursor.execute(query)
-        for schema, name in cursor.fetchall():
-            try:
-                with _transaction(connection) as inner:
-                    inner.execute(f"SET LOCAL lock_timeout = {LOCK_MS}")
-                    inner.execute(statement(schema, name))
-            except (psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected):
-                pending.append(f"{as_text(schema)}.{as_text(name)}")
-            except (psycopg2.errors.UndefinedTable, psycopg2.errors.DuplicateObject, psycopg2.errors.UndefinedObject):
-                continue  # dropped or done by somebody else meanwhile
+    try:
+        # Looking into a partitioned table waits for whoever has locked it whole, too.
+        with _transaction(connection) as cursor:
+            cursor.execute(f"SET LOCAL lock_timeout = {LOCK_MS}")
+            cursor.execute(query)
+            found = cursor.fetchall()
+    except psycopg2.errors.LockNotAvailable:
+        return ["one that is locked as a whole"]
+    for schema, name in found:
+        try:
+            with _transaction(connection) as inner:
+                inner.execute(f"SET LOCAL lock_timeout = {LOCK_MS}")
+                inner.execute(statement(schema, name))
+        except (psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected):
+            pending.append(f"{as_text(schema)}.{as_text(name)}")
+        except (psycopg2.errors.UndefinedTable, psycopg2.errors.DuplicateObject, psycopg2.errors.UndefinedObject):
+            continue  # dropped or done by somebody else meanwhile
     return pending
 
 

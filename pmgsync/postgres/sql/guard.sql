@@ -1,29 +1,121 @@
--- The guard: on nodes that are not the master it refuses to write tables that the master writes. Running it again
--- changes nothing. Triggers do not fire under session_replication_role = replica: applying is not refused.
+-- The guard: on nodes that are not the master it refuses to write tables that the master writes, and on a master that is
+-- fenced it does so while its lease does not hold. Running it again changes nothing. Triggers do not fire under
+-- session_replication_role = replica: applying is not refused.
 
--- One row on a node that is guarded, none on the master: removing it opens every table at once.
+-- Closing takes no lock on any table: it changes a row here, or a value of pmgsync.lease.
+-- One row on a node that is guarded: not fenced: another node is the master; fenced: this one is. None: nothing is refused.
 CREATE TABLE IF NOT EXISTS pmgsync.guard (
     one boolean PRIMARY KEY DEFAULT true CHECK (one),
     master text NOT NULL,
     address text NOT NULL
 );
+ALTER TABLE pmgsync.guard ADD COLUMN IF NOT EXISTS fenced boolean NOT NULL DEFAULT false;
+
+-- The lease: until when this master may write, by this server's clock in ms since 1970, times 2^20, plus the ms that it had
+-- to go when it was written. A sequence, not a row: every transaction sees its newest value, also one in REPEATABLE READ
+-- that began before the last renewal, and writing it each second leaves nothing to vacuum. Unlogged: after a crash it is 0,
+-- so a server that comes back is closed until a majority has been heard.
+CREATE UNLOGGED SEQUENCE IF NOT EXISTS pmgsync.lease AS bigint MINVALUE 0 START 0;
+
+-- One row for each open transaction that has written a table of the master's, so that its commit is checked too: a trigger
+-- that waits for the commit is one for each row, which nobody wants on tables that take millions of them.
+CREATE UNLOGGED TABLE IF NOT EXISTS pmgsync.writer (xid xid8 NOT NULL);
+
+-- A clock that was set back to before the lease was written closes, one set back less than that cannot make the lease last
+-- twice as long. A second is let pass: clocks are corrected by that much all the time.
+CREATE OR REPLACE FUNCTION pmgsync.lease_holds() RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    value bigint;
+    now_ms bigint := floor(extract(epoch FROM clock_timestamp()) * 1000);
+BEGIN
+    SELECT l.last_value INTO value FROM pmgsync.lease AS l;
+    RETURN now_ms < value >> 20 AND now_ms >= (value >> 20) - (value & 1048575) - 1000;
+END
+$$;
+
+-- Takes the deadline as a time of this server's clock; NULL closes at once.
+CREATE OR REPLACE FUNCTION pmgsync.set_lease(until_ms bigint) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    now_ms bigint := floor(extract(epoch FROM clock_timestamp()) * 1000);
+    left_ms bigint := least(until_ms - now_ms, 1048575);
+BEGIN
+    PERFORM setval('pmgsync.lease', CASE WHEN until_ms > now_ms THEN ((now_ms + left_ms) << 20) + left_ms ELSE 0 END);
+END
+$$;
+REVOKE EXECUTE ON FUNCTION pmgsync.set_lease(bigint) FROM PUBLIC;
+
+CREATE OR REPLACE FUNCTION pmgsync.raise_closed(what text, schema text, name text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    g record;
+BEGIN
+    SELECT m.master, m.address, m.fenced INTO g FROM pmgsync.guard AS m;
+    IF g.fenced THEN
+        RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction',
+            MESSAGE = format('%s: this node, %s, is the master of the cluster, but a majority of the members does not '
+                             'answer it', what, g.master),
+            HINT = 'It opens by itself when they do; `pmgcm status` says who is missing. If another node was promoted '
+                   'meanwhile, make this change there.',
+            SCHEMA = schema, TABLE = name;
+    END IF;
+    RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction',
+        MESSAGE = format('%s by the master of the cluster alone, %s (%s)', what, g.master, g.address),
+        HINT = format('Make this change on %s; it comes to this node by itself.', g.master),
+        SCHEMA = schema, TABLE = name;
+END
+$$;
 
 CREATE OR REPLACE FUNCTION pmgsync.refuse() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    g record;
+    fenced boolean;
+    mine text;
+    place tid;
 BEGIN
-    SELECT m.master, m.address INTO g FROM pmgsync.guard AS m;
-    IF FOUND THEN
-        RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction',
-            MESSAGE = format('the table %I.%I is written by the master of the cluster alone, %s (%s)',
-                             tg_table_schema, tg_table_name, g.master, g.address),
-            HINT = format('Make this change on %s; it comes to this node by itself.', g.master),
-            SCHEMA = tg_table_schema, TABLE = tg_table_name;
+    SELECT m.fenced INTO fenced FROM pmgsync.guard AS m;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    IF NOT fenced THEN
+        PERFORM pmgsync.raise_closed(format('the table %I.%I is written', tg_table_schema, tg_table_name),
+                                     tg_table_schema, tg_table_name);
+    ELSIF NOT pmgsync.lease_holds() THEN
+        PERFORM pmgsync.raise_closed(format('the table %I.%I is closed', tg_table_schema, tg_table_name),
+                                     tg_table_schema, tg_table_name);
+    END IF;
+    mine := pg_current_xact_id()::text;
+    IF split_part(current_setting('pmgsync.writer', true), ' ', 1) IS DISTINCT FROM mine THEN
+        INSERT INTO pmgsync.writer (xid) VALUES (pg_current_xact_id()) RETURNING ctid INTO place;
+        -- Taken back with the row, should this happen below a savepoint.
+        PERFORM set_config('pmgsync.writer', mine || ' ' || place::text, true);
     END IF;
     RETURN NULL;
 END
 $$;
+
+CREATE OR REPLACE FUNCTION pmgsync.refuse_commit() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    fenced boolean;
+    note text := current_setting('pmgsync.writer', true);
+BEGIN
+    SELECT m.fenced INTO fenced FROM pmgsync.guard AS m;
+    IF FOUND AND NOT (fenced AND pmgsync.lease_holds()) THEN
+        PERFORM pmgsync.raise_closed(
+            CASE WHEN fenced THEN 'the transaction cannot be committed any more' ELSE 'what the transaction wrote is written' END,
+            '', '');
+    END IF;
+    -- By its place: the table is mostly of dead rows.
+    DELETE FROM pmgsync.writer AS w WHERE w.ctid = split_part(note, ' ', 2)::tid AND w.xid = NEW.xid;
+    RETURN NULL;
+END
+$$;
+
+DROP TRIGGER IF EXISTS pmgsync_commit ON pmgsync.writer;
+CREATE CONSTRAINT TRIGGER pmgsync_commit AFTER INSERT ON pmgsync.writer DEFERRABLE INITIALLY DEFERRED
+FOR EACH ROW EXECUTE FUNCTION pmgsync.refuse_commit();
 
 -- The tables that are to be guarded, and partitioned ones whose rows are all in such: a statement on those does not fire
 -- the triggers of their partitions.
