@@ -15,7 +15,7 @@ from pmgsync.core.membership import (
     Member,
     SignedDocument,
     accept_document,
-    found_cluster,
+    first_document,
     no_cluster,
     require_master,
     sign,
@@ -102,7 +102,7 @@ class Documents:
         if self.signed is not None and self.is_member_of(cluster):
             return self.signed
         self.refuse_second()
-        return self._store(found_cluster(cluster, name, profile, founder), founder.cid)
+        return self._store(first_document(cluster, name, profile, founder), founder.cid)
 
     def enter(self, signed: SignedDocument) -> SignedDocument:
         """Store the document of a cluster that has taken this node in, unless that was done already.

@@ -24,8 +24,8 @@ __all__ = [
     "Member",
     "SignedDocument",
     "accept_document",
+    "first_document",
     "format_fingerprint",
-    "found_cluster",
     "new_epoch",
     "no_cluster",
     "parse_fingerprint",
@@ -61,7 +61,7 @@ def require_master(document: ClusterDocument, cid: int) -> ClusterDocument:
     return document
 
 
-def found_cluster(
+def first_document(
     cluster: bytes,
     name: str,
     profile: str,

@@ -23,7 +23,7 @@ from broker import node
 from broker.cluster.state_directory import StateDirectory
 from pmgsync.config import load_config
 from pmgsync.core.frames import Frame, Header, make_frame, read_frames
-from pmgsync.core.membership import Member, SignedDocument, found_cluster, sign, with_member, without_member
+from pmgsync.core.membership import Member, SignedDocument, first_document, sign, with_member, without_member
 from pmgsync.core.positions import LAST, ZERO, Position
 from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
 from pmgsync.wire.link import BrokerLink
@@ -87,7 +87,7 @@ class Broker:
 def pair(tmp_path: Path) -> Iterator[tuple[Broker, Broker]]:
     one, two = Broker(tmp_path, "one"), Broker(tmp_path, "two")
     try:
-        document = with_member(found_cluster(CLUSTER, "test", "mirror", one.member()), two.member())
+        document = with_member(first_document(CLUSTER, "test", "mirror", one.member()), two.member())
         signed = sign(document, 1, StateDirectory(one.state_dir).keys().sign_private)
         for broker in (one, two):
             StateDirectory(broker.state_dir).store_document(signed)
@@ -341,7 +341,7 @@ def test_a_port_that_is_not_free_yet_does_not_hold_the_loop_up(tmp_path: Path, m
     one, two = Broker(tmp_path, "one"), Broker(tmp_path, "two")
     state = StateDirectory(one.state_dir)
     keys = state.keys()
-    both = with_member(found_cluster(CLUSTER, "test", "mirror", one.member()), two.member())
+    both = with_member(first_document(CLUSTER, "test", "mirror", one.member()), two.member())
     state.store_document(sign(both, 1, keys.sign_private))
     served = node.Broker(load_config(one.config))
     port = served._resources.ports.control
@@ -384,7 +384,7 @@ def test_a_port_that_stays_taken_puts_the_broker_out_of_the_cluster_until_it_is_
         one.start()
         cli = one.link("cli")
         state = StateDirectory(one.state_dir)
-        signed = sign(found_cluster(CLUSTER, "test", "mirror", one.member()), 1, state.keys().sign_private)
+        signed = sign(first_document(CLUSTER, "test", "mirror", one.member()), 1, state.keys().sign_private)
         with pytest.raises(PmgsyncError, match=f"control port {one.ports[1]} .* cannot be bound"):
             cli.request({"op": "cluster.enter"}, signed.pack())
         with pytest.raises(PmgsyncError, match="no cluster defined"):

@@ -11,7 +11,7 @@ import pytest
 
 from broker.cluster.conf_file import write_cluster_conf
 from pmgsync.config import NodeConfig, load_config
-from pmgsync.core.membership import ClusterDocument, Member, found_cluster, with_member
+from pmgsync.core.membership import ClusterDocument, Member, first_document, with_member
 from pmgsync.errors import ConfigError
 from pmgsync.gateway import cluster_conf_path, read_host_keys
 from pmgsync.profile_file import load_profile
@@ -31,7 +31,7 @@ def a_member(number: int, host_keys: tuple[tuple[str, str], ...] = ()) -> Member
 
 def a_document() -> ClusterDocument:
     founder = a_member(1, host_keys=(("fingerprint", "AA:BB"),))
-    return with_member(found_cluster(b"c" * 16, "mail", "pmg", founder), a_member(2))
+    return with_member(first_document(b"c" * 16, "mail", "pmg", founder), a_member(2))
 
 
 def test_a_new_file_is_for_everybody_to_read(tmp_path: Path) -> None:

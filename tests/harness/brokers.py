@@ -17,7 +17,7 @@ import psutil
 from broker.cluster.state_directory import StateDirectory
 from pmgsync.core.chains import ChainHead, Verdict
 from pmgsync.core.frames import Frame, Header, make_frame, read_frames, unpack_body
-from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, found_cluster, sign, with_member
+from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, first_document, sign, with_member
 from pmgsync.core.positions import LAST, Position
 from pmgsync.errors import PmgsyncError, ResyncRequiredError
 from pmgsync.wire.link import BrokerLink
@@ -88,7 +88,7 @@ def document_of(brokers: Sequence[FaultyBroker], *others: Member) -> SignedDocum
     """Return a document with these brokers and other members, in this order, the first one master and signer."""
     document: ClusterDocument | None = None
     for member in [*(broker.member() for broker in brokers), *others]:
-        document = with_member(document, member) if document else found_cluster(CLUSTER, "test", "mirror", member)
+        document = with_member(document, member) if document else first_document(CLUSTER, "test", "mirror", member)
     assert document is not None
     return sign(document, 1, StateDirectory(brokers[0].state_dir).keys().sign_private)
 

@@ -23,7 +23,7 @@ from pmgsync.core.membership import (
     Member,
     SignedDocument,
     accept_document,
-    found_cluster,
+    first_document,
     new_epoch,
     sign,
     with_confirmed,
@@ -109,7 +109,7 @@ class World:
         self.names: dict[int, str] = {}
         self.runs = 0
         self.strict = False
-        document = found_cluster(b"w" * 16, "world", "mirror", _member(1), fence="lease", lease_ms=LEASE_MS)
+        document = first_document(b"w" * 16, "world", "mirror", _member(1), fence="lease", lease_ms=LEASE_MS)
         for cid in range(2, voters + 1):
             role = "witness" if cid > voters - witnesses else "node"
             document = with_member(document, replace(_member(cid), role=role))

@@ -16,8 +16,8 @@ from pmgsync.core.membership import (
     Member,
     SignedDocument,
     accept_document,
+    first_document,
     format_fingerprint,
-    found_cluster,
     new_epoch,
     parse_fingerprint,
     require_master,
@@ -38,7 +38,7 @@ def member(number: int) -> Member:
 
 
 def founded() -> ClusterDocument:
-    return found_cluster(b"c" * 16, "mail", "pmg", member(1))
+    return first_document(b"c" * 16, "mail", "pmg", member(1))
 
 
 def grown(count: int) -> ClusterDocument:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pmgsync.core.document import Fork
 from pmgsync.core.epochs import Record
 from pmgsync.core.lease import Lease, Request, fence_due, is_kept
-from pmgsync.core.membership import ClusterDocument, found_cluster, new_epoch, with_fence, with_member
+from pmgsync.core.membership import ClusterDocument, first_document, new_epoch, with_fence, with_member
 from pmgsync.core.positions import LAST, Position
 from pmgsync.core.promotion import ChainPoint, Fetch, Progress, Step, Survivor, Way, next_step, plan_promotion
 from pmgsync.core.votes import Ballot
@@ -158,7 +158,7 @@ def test_how_long_a_master_may_write() -> None:
     assert lease.released().until(document) == float("-inf")
     again = lease.released().taken_up(106.0).acknowledged(2, 105.9).acknowledged(3, 106.1)
     assert again.sent == {3: 106.1}
-    alone = with_fence(found_cluster(b"c" * 16, "mail", "pmg", member(1)), "lease")
+    alone = with_fence(first_document(b"c" * 16, "mail", "pmg", member(1)), "lease")
     assert lease.until(alone) == float("inf")
 
 

@@ -16,7 +16,7 @@ from cli.join_cmd import parse_ttl
 from cli.progress import estimate_left_s
 from cli.status import format_uptime, in_sync, notes, render
 from cli.wait import Behind, Goal
-from pmgsync.core.membership import Member, found_cluster
+from pmgsync.core.membership import Member, first_document
 from pmgsync.core.positions import format_lsn
 from pmgsync.errors import PmgsyncError
 from pmgsync.profile_file import load_profile
@@ -119,7 +119,7 @@ def test_clocks_that_differ_are_told_where_they_matter() -> None:
 @pytest.mark.parametrize(("name", "ok"), [("pmg", False), ("mirror", True)])
 def test_the_doctor_fails_for_clocks_only_where_they_matter(name: str, ok: bool) -> None:
     member = Member(1, "pmg1", "192.0.2.11", 1, 2, 3, b"c" * 32, b"s" * 32)
-    document = found_cluster(b"0" * 16, "test", name, member)
+    document = first_document(b"0" * 16, "test", name, member)
     nodes = status(node(1, clock_skew_s=0.0), node(2, clock_skew_s=-2.0))
     found = [each for each in check_cluster(nodes, document, load_profile(name)) if each.check == "clocks"]
     assert [each.ok for each in found] == [ok]

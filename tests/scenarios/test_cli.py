@@ -26,7 +26,7 @@ from broker.net.keys import NodeKeys
 from broker.net.zap import DOOR_DOMAIN
 from cli.demo.embedded import EmbeddedPostgres
 from cli.demo.hold import free_ports
-from pmgsync.core.membership import Member, found_cluster, sign, with_member, without_member
+from pmgsync.core.membership import Member, first_document, sign, with_member, without_member
 from pmgsync.errors import MembershipError, UnreachableError
 from pmgsync.postgres.session import connect
 from pmgsync.postgres.setup.provision import deprovision
@@ -91,7 +91,7 @@ def found(node: Node, *, master: bool = True, removed: bool = False) -> None:
     keys, other = state.keys(), StateDirectory(node.directory / "other").keys()
     mine, theirs = _member(1, "pmg1", keys, node.ports), _member(2, "pmg2", other, free_ports(3))
     founder, newcomer = (mine, theirs) if master else (theirs, mine)
-    document = found_cluster(b"c" * 16, "test", "pmg", Member.from_map({**founder.to_map(), "cid": 1}))
+    document = first_document(b"c" * 16, "test", "pmg", Member.from_map({**founder.to_map(), "cid": 1}))
     document = with_member(document, newcomer)
     if removed:
         document = without_member(document, 2)

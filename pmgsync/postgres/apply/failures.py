@@ -1,4 +1,4 @@
-"""Failures: from the server's errors to ours, above all which of them pass by themselves."""
+"""Failures: the server's errors as errors of ours, and which of them pass by themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def apply_error(error: psycopg2.Error, *, origin: int, table: str, lsn: int) -> 
         lsn: commit LSN of the transaction, 0 when it was none.
     """
     state = error.pgcode or ""
-    # Without a state the server did not say it: the connection is lost.
+    # An error without SQLSTATE does not come from the server: the connection is lost.
     lost = not state and isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
     passes = state.startswith(_TRANSIENT_CLASSES) and state != _DATABASE_DROPPED
     transient = lost or passes or state in _TRANSIENT_STATES
@@ -45,7 +45,7 @@ def apply_error(error: psycopg2.Error, *, origin: int, table: str, lsn: int) -> 
 
 
 def is_drift(error: psycopg2.Error, *, differs: bool) -> bool:
-    """Return True when a row was refused because its table is another here than on the origin: the origin has taken it.
+    """Return True when a row was refused because its table differs from the origin's: the origin has accepted the row.
 
     A constraint that stands against it (unique, foreign key, check) is no drift: the rows differ then, not the tables.
 

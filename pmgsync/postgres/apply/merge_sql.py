@@ -1,7 +1,7 @@
-"""The SQL that merges rows into a table, for whoever brings them: one by one from a chain, or all of a snapshot.
+"""The SQL that merges rows into a table, whether they come one by one from a chain or all together from a snapshot.
 
-Two rows are of one key when `same_key` says so, and come to what `merged` says; both stand here and nowhere else, so
-that a row comes to the same in whatever way it travelled. Pure; nothing is executed here.
+`same_key` says when two rows have one key, `merged` what they become. Both are here and nowhere else, so that a row
+becomes the same in whatever way it came. Pure; nothing is executed here.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def same_key(target: Target, mine: bytes, theirs: bytes) -> bytes:
 
 
 def merged(target: Target, given: Sequence[int], mine: bytes, theirs: bytes) -> Places:
-    """Return what the columns with a rule come to; the others keep the value that they have.
+    """Return the merged values of the columns with a rule; the others keep the value that they have.
 
     Args:
         given: the places whose incoming values are known.

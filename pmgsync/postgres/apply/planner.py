@@ -1,4 +1,4 @@
-"""The planner: from decoded changes to what is to be done here, by the profile's policies and the local catalog."""
+"""The planner: from decoded changes to a plan for this node, by the profile's policies and the local catalog."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class Planner:
         items.append(Item(target, "U", None, new))
 
     def _emitted(self, change: Emitted, items: list[PlanItem], lsn: int) -> None:
-        """A later version's messages are not for this one."""
+        """Do nothing: a message of a later version is left out."""
         from_master = self._writers.origin == self._writers.master
         if change.prefix == ddl.FETCH_PREFIX:
             tables = [table for table in ddl.unpack_missing(change.content) if self._fetches(table, lsn)]
@@ -219,7 +219,7 @@ class Planner:
             stale.relations[key] = relation.id
             items.append(NoteItem(relation=(*key, relation.id)))
             if known is not None:
-                # What it held when it got the name is not in the stream.
+                # The stream does not have what that table held when it got the name.
                 self._note(relation, "another table has its name there since", items, lsn)
         return stale.skips(key, lsn)
 

@@ -41,7 +41,7 @@ TableName = tuple[bytes, bytes]
 """Schema and name."""
 
 FIRST_PAUSE_S = 30.0
-"""A table is fetched again after this time, or as soon as one of the schemas changes; twice as long each time."""
+"""A failed fetch is tried again after this time, twice as long each time, or as soon as one of the schemas changes."""
 LONGEST_PAUSE_S = 900.0
 UNREACHABLE_PAUSE_S = 3.0
 
@@ -132,7 +132,7 @@ class StaleTables:
         return known is not None and (known.kind == "table" or lsn <= known.until)
 
     def note(self, table: StaleTable) -> StaleTable:
-        """Take note of what is left out from now on, besides what was; return what is to be written."""
+        """Note what is left out from now on, in addition to what was; return what is to be written."""
         known = self.tables.get(table.key)
         if known is not None and known.kind != "none":
             kind: Kind = "table" if "table" in {known.kind, table.kind} else "columns"
@@ -190,7 +190,7 @@ class StaleTables:
         return attempt.on_change and attempt.signature != signature
 
     def tried(self, keys: Iterable[TableName], signatures: dict[TableName, object]) -> None:
-        """Note that a fetch begins; until it is known to have gone well it counts as failed."""
+        """Note that a fetch begins; it counts as failed until it is known to have succeeded."""
         for key in keys:
             before = self._attempts.get(key)
             backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S) if before is None else before.backoff
@@ -198,7 +198,7 @@ class StaleTables:
             self._attempts[key] = _Attempt(signatures.get(key), backoff, not_before, on_change=True)
 
     def fetched(self, keys: Iterable[TableName]) -> None:
-        """Note that it went well. The next one waits for a change all the same: rows that do not fit may come again."""
+        """Note that it succeeded. The next one waits for a change all the same: rows that do not fit may come again."""
         for key in keys:
             self._attempts[key].backoff.succeeded()
             self._told = {told for told in self._told if told[0] != key}

@@ -238,7 +238,7 @@ class ChainRestore:
                 self._execute(b"ALTER TABLE %s ADD COLUMN %s text" % (STAGING, quote_ident(column)))
             self._copy = CopyIn(self._connection, copy_from(STAGING, columns))
             return
-        # The condition once more: rows of other owners are not this origin's to bring.
+        # The condition again: this origin may not bring rows of other owners.
         self._copy = CopyIn(self._connection, copy_from(table.quoted, columns, condition))
 
     def _find_target(self, schema: bytes, name: bytes, rule: TableRule, columns: Collection[bytes]) -> str | None:

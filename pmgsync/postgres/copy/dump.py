@@ -15,7 +15,7 @@ from pmgsync.core.profile import OWN_SCHEMA
 from pmgsync.errors import PmgsyncError
 
 LOCK_WAIT = "10s"
-"""pg_dump locks every table for an instant; one that is being altered is waited for so long."""
+"""pg_dump locks every table for an instant; it waits so long for one that is being altered."""
 POLL_S = 0.2
 
 _SECRETS = {"password": "PGPASSWORD", "passfile": "PGPASSFILE", "sslpassword": "PGSSLPASSWORD"}
@@ -40,7 +40,7 @@ def dump_schema(dsn: str, program: Path, *, section: str, snapshot: str) -> Gene
     """
     parameters = psycopg2.extensions.parse_dsn(dsn)
     environment = {key: value for key, value in os.environ.items() if key != "PGOPTIONS"}
-    # Command lines are everybody's to read; the environment is not.
+    # Everybody can read command lines, but not the environment.
     for key, variable in _SECRETS.items():
         if key in parameters:
             environment[variable] = parameters.pop(key)

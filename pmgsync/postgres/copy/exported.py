@@ -66,7 +66,7 @@ class ExportedSnapshot:
         self.lsn = lsn
 
     def close(self) -> None:
-        """Let go of it; sessions that use it already may go on."""
+        """Release it; sessions that use it already may go on."""
         with contextlib.suppress(psycopg2.Error):
             self._connection.close()
 

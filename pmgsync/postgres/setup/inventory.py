@@ -1,4 +1,4 @@
-"""What a node has of its own in its database, in numbers, and who uses it: for whoever is to give the database up."""
+"""A node's own rows in its database, in numbers, and who uses it, for the person who gives the database up."""
 
 from __future__ import annotations
 

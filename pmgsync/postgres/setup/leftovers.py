@@ -1,4 +1,4 @@
-"""What a cluster has made in a database, finished or not, in words: for whoever is to agree to its removal."""
+"""What a cluster has made in a database, finished or not, in words, for the person who agrees to its removal."""
 
 from __future__ import annotations
 

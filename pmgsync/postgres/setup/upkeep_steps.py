@@ -19,7 +19,7 @@ from pmgsync.postgres.setup.watch import arm, armed, left_out, tend
 
 
 class StepFailedError(PmgsyncError):
-    """A step could not be done, for a reason that is not the session's; it is to be tried again later."""
+    """A step could not be done, but the session works; the step is to be tried again later."""
 
     recoverable = True
 

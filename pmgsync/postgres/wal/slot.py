@@ -1,4 +1,4 @@
-"""Creating a slot, and waiting for transactions: says what it waits for, and can be given up at any time."""
+"""Creating a slot, and waiting for transactions: reports what it waits for, and a signal ends it at any time."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _in_words(found: Iterable[tuple[object, ...]]) -> list[str]:
 
 
 SETTLE_S = 0.5
-"""How long a statement may be without a transaction id and without waiting for a lock before it changes a table."""
+"""For so long a statement that will change a table may have neither a transaction id nor a lock to wait for."""
 
 # Whoever has a transaction id from before the horizon, prepared transactions too; and statements from before `since`
 # that have got one later, or still wait to begin. A statement sees the event triggers that there were at its start.
