@@ -103,9 +103,12 @@ class Streams:
                 self.pump(stream)
 
     def fall_back(self, origin: int, complete: Position) -> None:
-        """Move streams that stand in the middle of a transaction whose parts were dropped back to its start."""
+        """Move streams that stand in the middle of the transaction whose parts were dropped back to its start.
+
+        A stream that is still in the middle of an earlier one stays: it would miss the rest of that.
+        """
         for stream in self._by_owner.values():
-            if stream.origin == origin and not stream.position.complete:
+            if stream.origin == origin and stream.position > complete and not stream.position.complete:
                 stream.position = complete
 
     def fail(self, origin: int, error: PmgsyncError) -> None:
