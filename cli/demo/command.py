@@ -78,10 +78,12 @@ def _run(cluster: DemoCluster, seconds: float, rate: float) -> tuple[dict[str, A
     from cli.demo.compare import differences, read_contents
     from cli.demo.latency import Latency
     from cli.demo.traffic import write_history
+    from cli.demo.trees import change_configuration, compare_trees, write_configuration
     from pmgsync.profile_file import load_profile
 
     begun = time.monotonic()
     write_history(cluster.nodes[0].dsn)
+    write_configuration(cluster.nodes[0])
     cluster.define()
     _await_in_sync(cluster)
     set_up = time.monotonic() - begun
@@ -89,13 +91,17 @@ def _run(cluster: DemoCluster, seconds: float, rate: float) -> tuple[dict[str, A
     note(f"writing {rate:g} mails per second on each node for {seconds:g} s")
     writers = _write(cluster, latency, seconds, rate)
     begun = time.monotonic()
+    note("changing the master's configuration files")
+    change_configuration(cluster.nodes[0])
     note("pmgcm wait")
     cluster.pmgcm(cluster.nodes[0], "wait", "--timeout", str(WAIT_S), timeout_s=WAIT_S + 60)
     waited = time.monotonic() - begun
     note("comparing all synchronised tables on all nodes")
     profile = load_profile("pmg")
     contents = {node.name: read_contents(node.dsn, profile) for node in cluster.nodes}
-    differing = differences(contents)
+    note("comparing configuration and quarantine files on all nodes")
+    files, differing_files = compare_trees(cluster.nodes)
+    differing = [*differences(contents), *differing_files]
     tables = contents[cluster.nodes[0].name]
     summary = {
         "nodes": cluster.count,
@@ -107,6 +113,7 @@ def _run(cluster: DemoCluster, seconds: float, rate: float) -> tuple[dict[str, A
         "wait_s": round(waited, 1),
         "tables": len(tables),
         "rows_compared": sum(content.rows for content in tables.values()),
+        "files_compared": files,
         "equal": not differing,
         "differences": differing,
     }
@@ -138,7 +145,7 @@ def _write(cluster: DemoCluster, latency: Latency, seconds: float, rate: float) 
             for cid, node in zip(cids, cluster.nodes, strict=True)
             if cluster.count > 1
         ]
-        mails = [MailWriter(node.dsn, cid, rate, stop, latency) for cid, node in zip(cids, cluster.nodes, strict=True)]
+        mails = [MailWriter(node, cid, rate, stop, latency) for cid, node in zip(cids, cluster.nodes, strict=True)]
         writers: list[Writer] = [*mails, RuleWriter(cluster.nodes[0].dsn, cids[0], stop)]
         for thread in (*watchers, *writers):
             thread.start()
@@ -228,6 +235,7 @@ def render_summary(summary: dict[str, Any]) -> str:
             f"rows     {summary['rows']} written",
             f"lag      {lag}",
             f"tables   {summary['tables']} compared, {summary['rows_compared']} rows: {verdict}",
+            f"files    {summary['files_compared']} compared: {verdict}",
         ]
     )
 

@@ -102,11 +102,28 @@ def write_config(node: DemoNode, ports: Sequence[int]) -> None:
     Path(node.config).write_text(
         f"[node]\nname = {quoted['name']}\naddress = {json.dumps(ADDRESS)}\n"
         f"state_dir = {json.dumps(str(directory / 'state'))}\nrun_dir = {json.dumps(str(directory / 'run'))}\n"
-        f'profile = "pmg"\n[ports]\nevents = {events}\ncontrol = {control}\njoin = {join}\nkey = {key}\n'
+        f"profile = {json.dumps(str(write_profile(directory)))}\n"
+        f"[ports]\nevents = {events}\ncontrol = {control}\njoin = {join}\nkey = {key}\n"
         # Whatever gateway there is on this machine has nothing to do with it.
-        f'[postgres]\ndsn = {quoted["dsn"]}\n[files]\ncluster_conf = ""\n',
+        f'[postgres]\ndsn = {quoted["dsn"]}\n[files]\ncluster_conf = ""\n'
+        f"config_root = {json.dumps(str(directory / 'etc'))}\nspool_root = {json.dumps(str(directory / 'spool'))}\n",
         encoding="utf-8",
     )
+
+
+def write_profile(directory: Path) -> Path:
+    """Write the profile `pmg` without what would touch the gateway of this machine, and return its path.
+
+    That is a directory that no setting moves, and the commands to run after changes.
+    """
+    text = (resources.files("pmgsync") / "profiles/pmg.toml").read_text(encoding="utf-8")
+    first, elsewhere, rest = text.partition('[[files]]\nkind = "config"\nroot = "/etc/mail/spamassassin"')
+    spool, actions, _ = rest.partition("# --- what to do after a change")
+    if not elsewhere or not actions:
+        raise PmgsyncError("the profile pmg is not as the demo expects it")
+    path = directory / "pmg.toml"
+    path.write_text(first + "\n".join(spool.partition("\n\n")[2:]), encoding="utf-8")
+    return path
 
 
 def start_service(stack: ExitStack, node: DemoNode, service: str) -> None:
@@ -146,7 +163,7 @@ def start_cluster(stack: ExitStack, count: int) -> tuple[Path, list[DemoNode]]:
     nodes = []
     for number in range(1, count + 1):
         home = directory / f"pmg{number}"
-        home.mkdir()
+        (home / "spool").mkdir(parents=True)
         server = start_server(stack)
         node = DemoNode(f"pmg{number}", server.dsn(DATABASE), str(home / "node.toml"), str(home))
         write_config(node, ports[PORTS_OF_A_NODE * (number - 1) : PORTS_OF_A_NODE * number])

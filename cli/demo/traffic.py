@@ -9,7 +9,10 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from cli.demo.trees import mail_file
+
 if TYPE_CHECKING:
+    from cli.demo.hold import DemoNode
     from cli.demo.latency import Latency
 
 QUARANTINE_EVERY = 4
@@ -152,8 +155,9 @@ class MailWriter(Writer):
 
     counts_mail = True
 
-    def __init__(self, dsn: str, cid: int, rate: float, stop: threading.Event, latency: Latency) -> None:
-        super().__init__("mail", dsn, cid, rate, stop)
+    def __init__(self, node: DemoNode, cid: int, rate: float, stop: threading.Event, latency: Latency) -> None:
+        super().__init__("mail", node.dsn, cid, rate, stop)
+        self._node = node
         self._latency = latency
 
     def transaction(self, number: int) -> tuple[str, int]:
@@ -169,6 +173,7 @@ class MailWriter(Writer):
         statements = [_MAIL.format_map(values)]
         statements += [_RECEIVER.format(**values, to=to, blocked=bool(pick(2))) for to in receivers]
         if number % QUARANTINE_EVERY == 0:
+            self._store(number)
             statements.append(_STORED.format_map(values))
             # The ticket is what a receiver's row is found by; a mail never has the same one twice.
             tickets = self._random.sample(range(1 << 31), len(receivers))
@@ -181,6 +186,12 @@ class MailWriter(Writer):
         if number % PREFERENCE_EVERY == 0:
             statements.append(_PREFERENCE.format(**values, to=receivers[0]))
         return "".join(statements), len(statements)
+
+    def _store(self, number: int) -> None:
+        """Write a quarantined mail's file, as a gateway does before it commits the row."""
+        path = mail_file(self._node, self.cid, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"Subject: demo %d of node %d\n\n" % (number, self.cid) + self._random.randbytes(20_000))
 
     def committed(self, number: int) -> None:
         """Start the clock of a mail."""
