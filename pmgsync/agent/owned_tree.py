@@ -88,12 +88,14 @@ class OwnedTree(TreeThread):
         quiet_s = CONFIG_QUIET_S if self.tree.is_config else SPOOL_QUIET_S
         found = dict(local.changes())
         deadline = time.monotonic() + LONGEST_S
-        while (found or local.found.unsettled) and time.monotonic() < deadline and not self.stopping:
-            if self.tree.is_config or local.found.unsettled:
-                waiter.wait(quiet_s)
+        # Each mail stands for itself: what is known of a spool is told at once.
+        while (found and self.tree.is_config) or (local.found.unsettled and not found):
+            if time.monotonic() >= deadline or self.stopping:
+                break
+            waiter.wait(quiet_s)
             more = local.changes()
             found.update(more)
-            if not more and (not local.found.unsettled or (found and not self.tree.is_config)):
+            if not more and not local.found.unsettled:
                 break
         return list(found.items())
 

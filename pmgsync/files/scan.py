@@ -141,18 +141,22 @@ class Scanner:
 
     def _look(self, name: bytes, *, deep: bool) -> None:
         self.found.unsettled.discard(name)
+        known = self.found.manifest.get(name)
+        # Only what was a directory has something below it: looking for that means looking at every name of the tree.
+        was_directory = known.kind == "d" if known is not None else not self._selection.takes(name)
+        inner = self.found.manifest.below(name) if was_directory else []
         try:
             with self.root.parent(name) as (fd, last):
                 status = os.stat(last, dir_fd=fd, follow_symlinks=False)
-                is_directory = self._visit(name, status, new=name not in self.found.manifest)
+                is_directory = self._visit(name, status, new=known is None)
                 if not is_directory:
-                    if deep or stat.S_ISDIR(status.st_mode):
+                    if stat.S_ISDIR(status.st_mode):
                         return
-                    self._forget(self.found.manifest.below(name), ())
+                    self._forget(inner, ())
                 elif deep:
                     self._descend(fd, last, name)
         except (FileNotFoundError, NotADirectoryError):
-            self._forget([name, *self.found.manifest.below(name)], ())
+            self._forget([name, *inner], ())
             self.found.findings.pop(name, None)
         except OSError as error:
             self._finding(name, explain(error, f"cannot read {self.root.show(name)}").message)

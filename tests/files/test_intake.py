@@ -97,6 +97,7 @@ class Pair:
 
     def sync(self) -> list[bytes]:
         """Bring the target in line; return the names that changed."""
+        self.intake.postponed.clear()
         self.compare()
         if (local := self.intake.local) is not None:
             eventually(lambda: not (local.changes() or local.found.unsettled))
