@@ -281,7 +281,7 @@ def test_the_same_statements_end_the_same(server: EmbeddedPostgres, profile: Pro
     # What is published could be updated: PostgreSQL itself would have refused, and nothing waits to be put right.
     kept = attached.sql("SELECT count(*) FROM pmgsync.tables WHERE wanted AND NOT usable")
     assert kept == [(0,)]
-    attached.sql("SELECT pmgsync.tend()")
+    attached.sql("SELECT pmgsync.maintain()")
     deprovision(attached.dsn)
     # An identity whose index was dropped is none.
     content = (
@@ -331,14 +331,14 @@ def test_a_key_that_comes_later_is_used(server: EmbeddedPostgres) -> None:
     database.sql("CREATE TABLE public.t (id int NOT NULL)")
     assert database.sql(identity) == [(b"f",)]
     database.sql("ALTER TABLE public.t ADD PRIMARY KEY (id)")
-    database.sql("SELECT pmgsync.tend()")
+    database.sql("SELECT pmgsync.maintain()")
     assert database.sql(identity) == [(b"d",)]
     # What the application chose by itself stays.
     database.sql("CREATE TABLE public.own (id int PRIMARY KEY); ALTER TABLE public.own REPLICA IDENTITY FULL")
-    database.sql("SELECT pmgsync.tend()")
+    database.sql("SELECT pmgsync.maintain()")
     assert database.sql(identity.replace("'t'", "'own'")) == [(b"f",)]
     database.sql("DROP TABLE public.t, public.own")
-    database.sql("SELECT pmgsync.tend()")
+    database.sql("SELECT pmgsync.maintain()")
     assert database.sql("SELECT count(*) FROM pmgsync.replica_identity") == [(0,)]
 
 
@@ -370,5 +370,5 @@ def test_a_broken_watch_breaks_nothing(two_sessions: tuple[Database, Any, Any]) 
     first.execute("CREATE TABLE public.t (x int)")
     assert "pmgsync will look at this again" in first.connection.notices[-1]
     database.sql("ALTER TABLE pmgsync.gone RENAME TO replica_identity")
-    database.sql("SELECT pmgsync.tend()")
+    database.sql("SELECT pmgsync.maintain()")
     first.execute("INSERT INTO public.t VALUES (1); UPDATE public.t SET x = 2")

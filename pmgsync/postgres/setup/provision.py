@@ -116,7 +116,7 @@ def _make_watch(connection: Connection, profile: Profile) -> None:
     with _transaction(connection):
         for name in ("schema.sql", "apply.sql"):
             _execute(connection, sql.script(name))
-        watch.install(connection, profile, tending=False)
+        watch.install(connection, profile, complete=False)
         watch.arm(connection)
 
 
@@ -138,7 +138,7 @@ def _make_objects(
         stored = ", publish_generated_columns = stored" if connection.server_version >= 180000 else ""
         options = f"publish = 'insert, update, delete, truncate'{stored}"
         _execute(connection, f"CREATE PUBLICATION {PUBLICATION} WITH ({options})")
-        _execute(connection, "SELECT pmgsync.tend()")
+        _execute(connection, "SELECT pmgsync.maintain()")
         _execute(connection, "DELETE FROM pmgsync.node")
         with connection.cursor() as cursor:
             cursor.execute(

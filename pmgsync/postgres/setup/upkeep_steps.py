@@ -15,7 +15,7 @@ from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.postgres.session import connect
 from pmgsync.postgres.setup.guard import in_use, keep_guard
 from pmgsync.postgres.setup.sequence_values import publish_sequences
-from pmgsync.postgres.setup.watch import arm, armed, left_out, tend
+from pmgsync.postgres.setup.watch import arm, armed, left_out, maintain
 
 
 class StepFailedError(PmgsyncError):
@@ -63,7 +63,7 @@ class UpkeepSession:
         with _errors():
             if not armed(self._connection):
                 arm(self._connection)
-            tend(self._connection)
+            maintain(self._connection)
             tables = left_out(self._connection)
         if tables:
             raise StepFailedError(

@@ -1,6 +1,6 @@
 """The watch: event triggers that keep publication and replica identities right while tables come, change and go.
 
-sql/watch.sql has the rules. Made by provisioning, tended by the agent, gone with the node.
+sql/watch.sql has the rules. Made by provisioning, maintained by the agent, gone with the node.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pmgsync.postgres.session import quote_literal
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection  # noqa: N812
 
-TEND_LOCK_MS = 50
-"""Milliseconds that tending waits for a lock: everybody else queues up behind it meanwhile."""
+MAINTAIN_LOCK_MS = 50
+"""Milliseconds that maintenance waits for a lock: everybody else queues up behind it meanwhile."""
 
 _TAGS = (
     "CREATE TABLE", "CREATE TABLE AS", "SELECT INTO", "ALTER TABLE",
@@ -43,13 +43,13 @@ EVENT_TRIGGERS = (*_DDL_TRIGGERS, *_EVENT_TRIGGERS, GUARD_TRIGGER)
 """Event triggers that pmgsync may have made in a database."""
 
 
-def install(connection: Connection, profile: Profile, *, tending: bool = True) -> None:
+def install(connection: Connection, profile: Profile, *, complete: bool = True) -> None:
     """Make the functions, note the profile, and complete identities and publication, in the caller's transaction.
 
     The event triggers follow with `arm`; until then nothing happens by itself.
 
     Args:
-        tending: False leaves identities and publication as they are.
+        complete: False leaves identities and publication as they are.
 
     Raises:
         psycopg2.Error: LockNotAvailable among others, when a table without a key is in use and lock_timeout is set.
@@ -68,8 +68,8 @@ def install(connection: Connection, profile: Profile, *, tending: bool = True) -
         )
         if named:
             cursor.execute(b"INSERT INTO pmgsync.profile_table (schema, name, policy) VALUES " + named)
-        if tending:
-            cursor.execute("SELECT pmgsync.tend()")
+        if complete:
+            cursor.execute("SELECT pmgsync.maintain()")
 
 
 def arm(connection: Connection) -> None:
@@ -111,7 +111,7 @@ def armed(connection: Connection) -> bool:
     )
 
 
-def tend(connection: Connection) -> None:
+def maintain(connection: Connection) -> None:
     """Make good what the event triggers could not do; the session is in autocommit mode.
 
     Raises:
@@ -120,8 +120,8 @@ def tend(connection: Connection) -> None:
     with connection.cursor() as cursor:
         cursor.execute("BEGIN")
         try:
-            cursor.execute(f"SET LOCAL lock_timeout = {TEND_LOCK_MS}")
-            cursor.execute("SELECT pmgsync.tend()")
+            cursor.execute(f"SET LOCAL lock_timeout = {MAINTAIN_LOCK_MS}")
+            cursor.execute("SELECT pmgsync.maintain()")
             cursor.execute("COMMIT")
         except psycopg2.Error:
             if not connection.closed:

@@ -213,7 +213,7 @@ DECLARE
     enters boolean;
     filled oid[] := coalesce(string_to_array(nullif(current_setting('pmgsync.relogged', true), ''), ','), '{}')::oid[];
 BEGIN
-    IF current_setting('pmgsync.tending', true) = 'on' THEN
+    IF current_setting('pmgsync.maintaining', true) = 'on' THEN
         RETURN;
     END IF;
     IF tg_event = 'sql_drop' THEN
@@ -264,13 +264,13 @@ $$;
 
 -- What the agent does every few seconds: all of the above for all tables, and what would be too much inside somebody's
 -- DDL: records of tables that are gone go, and a table that was given a key uses it.
-CREATE OR REPLACE FUNCTION pmgsync.tend() RETURNS void
+CREATE OR REPLACE FUNCTION pmgsync.maintain() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
     t record;
 BEGIN
     -- All tables are looked at here, not again for each that is altered.
-    PERFORM set_config('pmgsync.tending', 'on', true);
+    PERFORM set_config('pmgsync.maintaining', 'on', true);
     -- Copied from another node by name.
     UPDATE pmgsync.replica_identity AS r SET relation = c.oid
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -291,6 +291,6 @@ BEGIN
     END LOOP;
     PERFORM pmgsync.keep_identity();
     PERFORM pmgsync.publish(late => true);
-    PERFORM set_config('pmgsync.tending', 'off', true);
+    PERFORM set_config('pmgsync.maintaining', 'off', true);
 END
 $$;
