@@ -10,9 +10,7 @@ them, and a network that loses, delays, repeats and reorders. After each event i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -22,7 +20,6 @@ from pmgsync.core.lease import Lease, Promise, Request, fence_due, is_kept, is_s
 from pmgsync.core.membership import (
     Member,
     SignedDocument,
-    accept_document,
     first_document,
     new_epoch,
     sign,
@@ -34,81 +31,23 @@ from pmgsync.core.membership import (
 from pmgsync.core.signed import Order, compare
 from pmgsync.core.votes import Ballot, Vote
 from pmgsync.errors import MembershipError, SplitBrainError
+from tests.harness.epoch_network import Network
+from tests.harness.epoch_observer import Database, Node, Violation
 
 LEASE_MS = 10_000
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number + 1]) * 32) for number in range(20)]
 PUBLIC = [key.public_key().public_bytes_raw() for key in KEYS]
 
 
-class Violation(AssertionError):  # noqa: N818
-    """Something that must never be was seen."""
-
-
-@dataclass
-class Message:
-    """On its way from one member to another."""
-
-    source: int
-    target: int
-    kind: str
-    content: tuple[Any, ...]
-
-
-@dataclass
-class Database:
-    """What stands in a member's database, and goes on counting whatever becomes of those who tend it.
-
-    Attributes:
-        until: by the member's clock; -inf: closed.
-        document: that its master went by when it was written.
-    """
-
-    until: float = -math.inf
-    document: ClusterDocument | None = None
-
-
-@dataclass
-class Node:
-    """A member: its disk (`held`, `record`), its database, and a memory that a crash takes away."""
-
-    cid: int
-    held: SignedDocument
-    rate: float = 1.0
-    offset: float = 0.0
-    record: Record = field(default_factory=Record)
-    database: Database = field(default_factory=Database)
-    up: bool = False
-    run: int = 0
-    number: int = 0
-    promise: Promise = field(default_factory=lambda: Promise(0, -math.inf))
-    lease: Lease = field(default_factory=lambda: Lease(0, 0))
-    sent: dict[Request, float] = field(default_factory=dict)
-    holding: dict[int, tuple[int, int]] = field(default_factory=dict)
-    candidacy: Candidacy | None = None
-    heard: int = 0
-
-    @property
-    def document(self) -> ClusterDocument:
-        return self.held.document
-
-
-class World:
+# Over 250 lines: it plays the whole broker, one short method an event.
+class World(Network):
     """Members, the network between them, and what was seen so far."""
 
     def __init__(self, voters: int, *, witnesses: int = 0, faults: frozenset[str] = frozenset()) -> None:
         """Found a cluster of so many members with a vote, the last ones witnesses, everybody up and well."""
+        super().__init__()
         self.faults = faults
-        self.now = 1000.0
-        self.network: list[Message] = []
-        self.cut: set[frozenset[int]] = set()
-        self.log: list[str] = []
-        self.parents: dict[bytes, frozenset[bytes]] = {}
-        self.settled: dict[bytes, ClusterDocument] = {}
-        self.epochs: dict[bytes, ClusterDocument] = {}
-        self.votes_seen: dict[tuple[int, int], Ballot] = {}
-        self.names: dict[int, str] = {}
         self.runs = 0
-        self.strict = False
         document = first_document(b"w" * 16, "world", "mirror", _member(1), fence="lease", lease_ms=LEASE_MS)
         for cid in range(2, voters + 1):
             role = "witness" if cid > voters - witnesses else "node"
@@ -123,82 +62,6 @@ class World:
             f"{document.name}: master 1, {voters - witnesses - 1} slaves, {witnesses} witnesses, fence {document.fence}"
         )
 
-    # -- time and the network -----------------------------------------------------------------------------------------
-
-    def clock(self, node: Node) -> float:
-        return node.offset + self.now * node.rate
-
-    def set_clock(self, cid: int, rate: float, offset: float = 0.0) -> None:
-        """Give a member a clock, before anything has happened."""
-        node = self.nodes[cid]
-        node.rate, node.offset = rate, offset
-        node.promise = Promise(0, -math.inf)
-
-    def tell(self, what: str) -> None:
-        self.log.append(f"{self.now - 1000:7.1f} s  {what}")
-
-    def story(self) -> str:
-        """Return what happened, one event a line."""
-        return "\n".join(self.log)
-
-    def pass_time(self, seconds: float) -> None:
-        self.now += seconds
-        self.check()
-
-    def send(self, node: Node, target: int, kind: str, *content: Any) -> None:
-        if kind == "vote":
-            self._see_vote(node.cid, content[0])
-        self.network.append(Message(node.cid, target, kind, content))
-
-    def send_all(self, node: Node, kind: str, *content: Any) -> None:
-        for cid in sorted(node.document.cids - {node.cid}):
-            self.send(node, cid, kind, *content)
-
-    def deliver(self, number: int, *, keep: bool = False, crash: bool = False) -> None:
-        """Hand a message over; `keep`: it will come again; `crash`: the receiver dies when its disk is written."""
-        message = self.network[number]
-        if not keep:
-            self.network.pop(number)
-        node = self.nodes.get(message.target)
-        if node is None or not node.up or frozenset((message.source, message.target)) in self.cut:
-            return
-        handler: Callable[..., None] = getattr(self, f"_on_{message.kind}")
-        outgoing = len(self.network)
-        handler(node, message.source, *message.content)
-        if crash:
-            del self.network[outgoing:]
-            self.crash(node.cid)
-        self.check()
-
-    def lose(self, number: int) -> None:
-        self.network.pop(number)
-
-    def pick(self, kind: str, source: int = 0, target: int = 0) -> None:
-        """Deliver what is of this kind now, between these two when they are named; the rest stays on its way."""
-        chosen = [
-            message
-            for message in self.network
-            if message.kind == kind and source in {0, message.source} and target in {0, message.target}
-        ]
-        for message in chosen:
-            self.deliver(next(number for number, one in enumerate(self.network) if one is message))
-
-    def isolate(self, cid: int) -> None:
-        """Cut a member off from all others, and lose what is on its way."""
-        self.cut |= {frozenset((cid, other)) for other in self.nodes if other != cid}
-        self.network.clear()
-
-    def beat(self, cid: int) -> None:
-        """Have a master ask, and everybody answer who hears it."""
-        self.request(cid)
-        self.pick("request", cid)
-        self.pick("ack")
-
-    def settle(self) -> None:
-        """Deliver everything there is, and what comes of it."""
-        while self.network:
-            self.deliver(0)
-
     # -- what befalls members -----------------------------------------------------------------------------------------
 
     def crash(self, cid: int, *, machine: bool = False) -> None:
@@ -208,6 +71,18 @@ class World:
         if machine:
             node.database = Database()
         self.tell(f"{cid} {'loses its machine' if machine else 'is killed'}")
+
+    def beat(self, cid: int) -> None:
+        """Have a master ask, and everybody answer who hears it."""
+        self.request(cid)
+        self.pick("request", cid)
+        self.pick("ack")
+
+    def set_clock(self, cid: int, rate: float, offset: float = 0.0) -> None:
+        """Give a member a clock, before anything has happened."""
+        node = self.nodes[cid]
+        node.rate, node.offset = rate, offset
+        node.promise = Promise(0, -math.inf)
 
     def restart(self, cid: int) -> None:
         node = self.nodes[cid]
@@ -275,7 +150,7 @@ class World:
         if version[0] == epoch:
             node.holding[source] = max(version, node.holding.get(source, (0, 0)))
         if is_settled(node.document, node.holding):
-            self._see_settled(node)
+            self.see_settled(node)
         self._admit(node)
         self._write_lease(node)
 
@@ -293,9 +168,6 @@ class World:
             node.lease = node.lease.tell(until)
         if self.is_open(node) and not was:
             self.tell(f"{node.cid} opens its tables in epoch {node.document.epoch}")
-
-    def is_open(self, node: Node) -> bool:
-        return node.database.until > self.clock(node)
 
     def hand_over(self, cid: int) -> None:
         """Have a master close its database and let its lease go."""
@@ -373,7 +245,7 @@ class World:
 
     def _take(self, node: Node, offered: SignedDocument) -> None:
         old, new = node.document, offered.document
-        self._see_taken(node, old, offered)
+        self.see_taken(node, old, offered)
         if "forgets its lease" not in self.faults:
             node.promise = self._promise(node)
         node.held = offered
@@ -454,7 +326,7 @@ class World:
             node.record = answer.record
         vote = ballot.sign(node.cid, KEYS[node.cid - 1])
         if node.cid == candidate:
-            self._see_vote(node.cid, ballot)
+            self.see_vote(node.cid, ballot)
             self._on_vote(node, node.cid, ballot, vote)
         else:
             self.tell(f"{node.cid} votes for {candidate} in epoch {ballot.epoch}")
@@ -481,7 +353,7 @@ class World:
             voters = sorted(node.candidacy.votes)
             node.candidacy = None
             self._take(node, signed)
-            self._see_epoch(node, signed)
+            self.see_epoch(node, signed)
             self.tell(f"{node.cid} is master of epoch {document.epoch}, by the votes of {voters}")
             self.send_all(node, "document", node.held)
 
@@ -503,71 +375,6 @@ class World:
         self._take(node, self._signed(document, cid, node.held))
         self.tell(f"{cid} is made master of epoch {document.epoch} by force")
         self.send_all(node, "document", node.held)
-
-    # -- what must hold -----------------------------------------------------------------------------------------------
-
-    def _see_vote(self, voter: int, ballot: Ballot) -> None:
-        if self.votes_seen.setdefault((voter, ballot.epoch), ballot) != ballot:
-            raise Violation(f"{voter} votes twice in epoch {ballot.epoch}")
-
-    def _see_taken(self, node: Node, old: ClusterDocument, offered: SignedDocument) -> None:
-        new = offered.document
-        if new.epoch < old.epoch:
-            raise Violation(f"{node.cid} goes from epoch {old.epoch} to {new.epoch}")
-        mine, theirs = _tails(old, new)
-        if mine and not any(entry.forced for entry in mine) and any(entry.forced for entry in theirs):
-            raise Violation(f"{node.cid} lets a forced epoch replace one that was voted for")
-        if offered.body != self.first.body and not accept_document(self.first.document, offered):
-            raise Violation("a document that was taken cannot be checked by somebody who has the first one alone")
-
-    def _see_epoch(self, node: Node, signed: SignedDocument) -> None:
-        new = signed.document
-        for writer in self.nodes.values():
-            old = writer.database.document
-            if writer is node or not self.is_open(writer) or old is None or old.fence == "none":
-                continue
-            if not any(entry.forced for tail in _tails(old, new) for entry in tail):
-                raise Violation(f"epoch {new.epoch} begins while {writer.cid} still writes")
-        for other in self.epochs.values():
-            if other.epoch == new.epoch and (other.master != new.master):
-                mine, theirs = _tails(other, new)
-                if not any(entry.forced for entry in (*mine, *theirs)):
-                    raise Violation(f"epoch {new.epoch} has two masters that were voted for")
-        self.epochs[signed.body] = new
-        for body, document in self.settled.items():
-            self._lost(body, document, signed.body, new)
-
-    def _see_settled(self, node: Node) -> None:
-        self.settled[node.held.body] = node.document
-        for body, document in self.epochs.items():
-            self._lost(node.held.body, node.document, body, document)
-
-    def _lost(self, settled: bytes, old: ClusterDocument, epoch: bytes, new: ClusterDocument) -> None:
-        forced = any(entry.forced for tail in _tails(old, new) for entry in tail)
-        if new.epoch > old.epoch and not forced and settled not in self.parents[epoch]:
-            raise Violation(f"epoch {new.epoch} has lost document {old.version}, which a majority had acknowledged")
-
-    def check(self) -> None:
-        """Look at all databases: of two that are open, one has a master by force, or was never fenced."""
-        open_now = [node for node in self.nodes.values() if self.is_open(node)]
-        for number, one in enumerate(open_now):
-            for other in open_now[number + 1 :]:
-                first, second = one.database.document, other.database.document
-                assert first is not None
-                assert second is not None
-                if "none" in {first.fence, second.fence}:
-                    continue
-                if self.strict or not any(entry.forced for tail in _tails(first, second) for entry in tail):
-                    raise Violation(f"{one.cid} and {other.cid} write at one time, in {first.epoch} and {second.epoch}")
-
-
-def _tails(one: ClusterDocument, other: ClusterDocument) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    common = 0
-    for mine, theirs in zip(one.history, other.history, strict=False):
-        if mine != theirs:
-            break
-        common += 1
-    return one.history[common:], other.history[common:]
 
 
 def _version(signed: SignedDocument) -> str:

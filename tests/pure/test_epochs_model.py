@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from pmgsync.errors import MembershipError
-from tests.harness.epoch_world import Violation, World
+from tests.harness.epoch_observer import Violation
+from tests.harness.epoch_world import World
 
 RATES = [0.96, 1.0, 1.04]
 """Clocks that differ by more than any real ones, and by less than the lease's margin."""
