@@ -19,7 +19,7 @@ test: check
 	$(BIN)/pytest $(PYTEST)
 
 campaign: $(STAMP)
-	$(BIN)/pytest $(PYTEST) --every-version -m "not soak"
+	PMGSYNC_EXAMPLES=10 $(BIN)/pytest $(PYTEST) --every-version -m "not soak"
 
 # Hours of random faults: `make soak ROUNDS=2000`, and SEED=… to repeat a run.
 soak: $(STAMP)

@@ -22,6 +22,7 @@ from pmgsync.postgres.programs import BINDIR_VARIABLE, find_binaries
 
 SCRATCH_VARIABLE = "PMGSYNC_TESTS_SCRATCH"
 VERSIONS_VARIABLE = "PMGSYNC_TESTS_VERSIONS"
+EXAMPLES_VARIABLE = "PMGSYNC_EXAMPLES"
 _PREFIX = "pmgsync-tests-"
 _LOCK = "lock"
 _MEMORY = Path("/dev/shm")
@@ -60,6 +61,11 @@ def begin() -> None:
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
         # Hundreds of processes would compile everything anew.
         os.environ["PYTHONPYCACHEPREFIX"] = str(scratch / "pycache")
+
+
+def examples(usual: int) -> int:
+    """Return how many examples a property test has: `usual`, ten times as many in the campaign."""
+    return usual * int(os.environ.get(EXAMPLES_VARIABLE) or 1)
 
 
 def scratch_directory() -> Path:

@@ -15,6 +15,7 @@ from pmgsync.core.profile import MergeRule, Policy
 from pmgsync.errors import PmgsyncError
 from pmgsync.postgres.apply import bulk
 from tests.harness.server import INCARNATION, Pair, make_profile, rule
+from tests.harness.session import examples
 
 pytestmark = pytest.mark.cluster
 
@@ -197,7 +198,7 @@ def compare(pairs: tuple[Pair, Pair], done: list[list[str]], harmful: list[str])
     return found[0]
 
 
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(20), suppress_health_check=list(HealthCheck))
 @given(done=transactions)
 def test_the_same_rows(pairs: tuple[Pair, Pair], done: list[list[str]]) -> None:
     found = compare(pairs, done, [])
@@ -206,7 +207,7 @@ def test_the_same_rows(pairs: tuple[Pair, Pair], done: list[list[str]]) -> None:
         assert found[name] == pairs[0].table(name), name
 
 
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(20), suppress_health_check=list(HealthCheck))
 @given(done=transactions, harmful=harm)
 def test_the_same_errors(pairs: tuple[Pair, Pair], done: list[list[str]], harmful: list[str]) -> None:
     compare(pairs, done, harmful)

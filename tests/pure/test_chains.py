@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pmgsync.core.chains import ChainHead, Verdict
 from pmgsync.core.frames import Header
 from pmgsync.core.positions import LAST, ZERO, Position
+from tests.harness.session import examples
 
 ORIGIN, INCARNATION = 3, 77
 
@@ -139,7 +140,7 @@ class Receiver:
                 break
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.data())
 def test_each_transaction_once_in_order_and_whole(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.booleans(), min_size=1, max_size=8), label="large")
