@@ -13,6 +13,7 @@ from pmgsync.agent.actions import Actions
 from pmgsync.agent.followed_tree import FollowedTree
 from pmgsync.agent.owned_tree import OwnedTree
 from pmgsync.agent.serving import Serving
+from pmgsync.agent.table_actions import TableActions
 from pmgsync.agent.tree_checks import read_names, verify_tree
 from pmgsync.agent.tree_client import TreeClient
 from pmgsync.agent.tree_server import METHODS, answer
@@ -51,6 +52,7 @@ class FilesWorker(Worker):
         self._announce_due = 0.0
         self._serving: dict[int, Serving] = {}
         self._applied: dict[int, int] = {}
+        self._tables: TableActions | None = None
         self._actions = Actions(self._profile, self._cache, applied=self._is_applied, changed=self.wakeup.wake)
 
     # -- the session --------------------------------------------------------------------------------------------------
@@ -109,6 +111,7 @@ class FilesWorker(Worker):
 
     def _meet_trees(self) -> None:
         """Have a thread for each tree, of the kind that its owner asks for."""
+        self._watch_tables(self.document.master != self.cid)
         trees = trees_of(self._profile, self.document)
         self._stop_trees(set(trees.values()))
         for tree in trees.values():
@@ -130,6 +133,14 @@ class FilesWorker(Worker):
                     actions=self._actions,
                 )
                 followed.start()
+
+    def _watch_tables(self, wanted: bool) -> None:
+        wanted = wanted and any(action.tables for action in self._profile.actions)
+        if wanted and self._tables is None:
+            self._tables = TableActions(self.config.dsn, self._profile, self._cache, self._actions)
+        elif not wanted and self._tables is not None:
+            self._tables.stop()
+            self._tables = None
 
     def _stop_trees(self, kept: set[Tree]) -> None:
         for threads in (self._owned, self._followed):

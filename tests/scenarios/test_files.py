@@ -40,6 +40,10 @@ include = ["spam/", "virus/"]
 [[actions]]
 files = ["/etc/gateway/main.conf"]
 run = ["sh", "-c", "date +%s.%N >> $PMGSYNC_TEST_ACTIONS"]
+
+[[actions]]
+tables = ["named"]
+run = ["sh", "-c", "echo named >> $PMGSYNC_TEST_ACTIONS.tables"]
 """
 SCHEMA = """
 CREATE TABLE t (id int PRIMARY KEY);
@@ -142,6 +146,12 @@ def test_configuration_and_spools_are_the_same_everywhere(new_cluster: NewCluste
     eventually(lambda: not (files.etc(2) / "conf.d/a.conf").exists() and (files.etc(3) / "conf.d/19.conf").exists())
     assert (files.etc(3) / "main.conf").stat().st_mode & 0o777 == 0o600
     eventually(lambda: files.actions.read_text().count("\n") == before + 2)
+    # A table that changed has its action run on the others, not on the master that wrote it.
+    told_of_tables = Path(f"{files.actions}.tables")
+    told_of_tables.touch()
+    copied = told_of_tables.read_text().count("named")
+    master.sql("INSERT INTO named VALUES (1, 'x')")
+    eventually(lambda: told_of_tables.read_text().count("named") >= copied + 2)
     # An edit on a slave is put back, kept and told.
     (files.etc(2) / "main.conf").write_text("edited by mistake")
     eventually(lambda: (files.etc(2) / "main.conf").read_text() == "two")
