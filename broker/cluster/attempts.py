@@ -1,4 +1,4 @@
-"""Wrong tokens and passwords: counted by address and in all, answered late, and in the end not looked at."""
+"""Wrong tokens and passwords: counted by address and in all, answered late, and refused unseen when too many."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ WINDOW_S = 60.0
 MAX_OF_ADDRESS = 5
 """Wrong attempts from one address within the window; then it has to wait."""
 MAX_OF_ALL = 30
-"""The same from all addresses together: whoever guesses may have many."""
+"""The same from all addresses together: an attacker may have many."""
 FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 2.0
 MAX_ADDRESSES = 10_000
-"""Addresses that are remembered; those that were wrong longest ago are forgotten first."""
+"""Addresses that are remembered; the one whose last wrong attempt is oldest is forgotten first."""
 
 
 class Attempts:

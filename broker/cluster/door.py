@@ -91,9 +91,9 @@ class Door:
     # -- who may come in ----------------------------------------------------------------------------------------------
 
     def _prove(self, caller: _Caller, message: Message, then: Callable[[str], None]) -> None:
-        """Go on with a token when the caller has proved that it may join; its proof is looked at before anything else.
+        """Call `then` with a token once the caller has proved that it may join; the proof is checked before all else.
 
-        A node that is joining already has proved it before: its key says who it is.
+        A node that is joining has proved it before: its key says who it is.
         """
         document = self._cluster.master_document()
         known = document.by_key(caller.key)
@@ -113,7 +113,7 @@ class Door:
             then(token)
 
     def _judged(self, caller: _Caller, good: bool, then: Callable[[str], None]) -> None:
-        """Go on after a password was looked at: from now on a token stands for it, which only this caller can use."""
+        """Go on after a password was checked: a token that only this caller can use stands for it from now on."""
         if not good:
             self._wrong(caller, "its password is wrong")
             return
@@ -170,7 +170,7 @@ class Door:
                 hint=f"run `pmgcm delete {known.cid}` on the master first",
             )
         if known is not None and (known.name, known.address) != (newcomer.name, newcomer.address):
-            # It has begun to join under another name or address: that was nobody's yet.
+            # It began to join under another name or address; that entry is replaced.
             document, known = without_member(document, known.cid), None
         changed = document if known is not None else with_member(document, newcomer)
         if token:
@@ -186,7 +186,7 @@ class Door:
 
 
 def _level(document: ClusterDocument) -> str:
-    """Return the master's subscription level, which the others' is to be."""
+    """Return the master's subscription level; the others must have the same."""
     master = document.member(document.master)
     return master.level if master is not None else ""
 

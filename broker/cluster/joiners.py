@@ -1,7 +1,7 @@
 """Nodes that are joining, as the master sees them: how far each is, and which has fallen silent.
 
-A node is *joining* from its admission until it says that its copy is in place. It has no vote, nobody waits for it, and
-when nothing is heard of it for a while it goes by itself: an interrupted join leaves nothing behind.
+A node is *joining* from its admission until it says that its copy is in place. It has no vote and nobody waits for it.
+When nothing is heard of it for a while the master removes it: an interrupted join leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Joiners:
         self._progress: dict[int, dict[str, Any]] = {}
 
     def expect(self, joining: Set[int]) -> None:
-        """Take over who is joining by the document in force; the time of each begins when it is first in it."""
+        """Set which members are joining; the silence of a new one counts from now."""
         now = self._clock()
         self._heard = {cid: self._heard.get(cid, now) for cid in joining}
         self._progress = {cid: told for cid, told in self._progress.items() if cid in joining}
 
     def heard(self, cid: int) -> None:
-        """Note a sign of life of a member; one that is not joining is ignored."""
+        """Note that a member was heard; one that is not joining is ignored."""
         if cid in self._heard:
             self._heard[cid] = self._clock()
 

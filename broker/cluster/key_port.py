@@ -1,4 +1,4 @@
-"""The key port: tells whoever asks this node's CURVE public key, and nothing else.
+"""The key port: tells this node's CURVE public key to anybody, and nothing else.
 
 Its own key pair is known to everybody, so that a newcomer that has no fingerprint yet need not speak in clear text.
 That proves nothing: the person who joins compares the fingerprint before anything else is said.

@@ -53,7 +53,7 @@ def remote_member(member: Member, keys: NodeKeys) -> Iterator[Peer]:
 class JoinReporter:
     """Tells the master every other second how far this node's copy is, on a connection and in a thread of its own.
 
-    The copy itself may be silent for long, while indexes are built; without a sign of life the master gives it up.
+    The copy itself may be silent for long, while indexes are built; the master removes a joining node that is silent.
     """
 
     def __init__(self, master: Member, keys: NodeKeys, progress: Callable[[], Mapping[str, Any]]) -> None:
@@ -83,6 +83,6 @@ class JoinReporter:
                     if self._failed:
                         peer.send({"op": "join.abandoned"})
             except PmgsyncError as error:
-                # That the master is away is told by the copy, which cannot go on without it.
+                # The copy reports that the master is away: it cannot go on without it.
                 log.debug("action=join-progress error=%s", error)
                 self._over.wait(REPORT_S)

@@ -1,7 +1,7 @@
 """Join tokens: one-time, short-lived, and kept in memory only.
 
-A token that was used stays good for the key that has used it, until it expires: a join that was interrupted is taken up
-with the same line. Whoever presents a wrong token is not told what is wrong with it; the log says it.
+A used token stays good for the key that has used it, until it expires: the same line takes up a join that was
+interrupted. A node with a wrong token is not told what is wrong with it; the log says that.
 """
 
 from __future__ import annotations
