@@ -5,6 +5,14 @@ clock. So the two are read together and the deadline is told in the server's tim
 afterwards does not make the lease longer. Should the wall clock be set back, the next renewal puts it right; while
 nobody renews, the triggers notice when it is set back to before the renewal, else the lease lasts at most twice as
 long.
+
+The lease is a sequence: a transaction in REPEATABLE READ would see a row as it was, and a row would leave a dead one
+each second. Commits are checked by one row per transaction: a deferred trigger per row would cost every bulk load.
+
+What can still be written late, each for less than a lease if not said otherwise: under a clock that was set back while
+nobody renews, as above; by a commit that stalls after its check, or by COMMIT PREPARED, or after SET CONSTRAINTS ALL
+IMMEDIATE, for as long as that takes; in a virtual machine that its host stops, whose clocks stop with it. What such a
+commit brings is past the fork: it is exported, not mixed in.
 """
 
 from __future__ import annotations
