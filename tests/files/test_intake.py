@@ -1,5 +1,6 @@
 """A tree that another node owns: whatever happens, it ends up as the owner has it, and nothing written here is lost."""
 
+# Longer than a module should be: one subject, and its tests share most of what they set up.
 from __future__ import annotations
 
 import errno

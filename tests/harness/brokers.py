@@ -22,7 +22,7 @@ from pmgsync.core.positions import LAST, Position
 from pmgsync.errors import PmgsyncError, ResyncRequiredError
 from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message
-from tests.broker.test_broker import Broker
+from tests.harness.broker_process import Broker
 from tests.harness.cluster import eventually
 from tests.harness.proxy import Link
 

@@ -7,6 +7,7 @@ them, and a network that loses, delays, repeats and reorders. After each event i
 `faults` names rules to break on purpose; the tests use them to prove that the checks would notice.
 """
 
+# Longer than a module should be, and its class too: one simulated world whose rules depend on each other.
 from __future__ import annotations
 
 import math

@@ -1,5 +1,6 @@
 """The launcher of real servers, above all that it leaves nothing behind."""
 
+# Longer than a module should be: its tests share one server and how its processes are watched.
 from __future__ import annotations
 
 import contextlib

@@ -1,5 +1,6 @@
 """Every type, odd values, names and tables: snapshot and stream bring them to another node, byte for byte."""
 
+# Longer than a module should be: a table of each type, what is written to it, and one test that compares them all.
 from __future__ import annotations
 
 import contextlib

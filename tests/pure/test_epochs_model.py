@@ -1,5 +1,6 @@
 """Votes, leases and documents under partitions, crashes, pauses and a bad network: never two masters, nothing lost."""
 
+# Longer than a module should be: one state machine.
 from __future__ import annotations
 
 import random
