@@ -64,8 +64,8 @@ def join(
     profile = load_profile(config.profile)
     state = StateDirectory(config.state_dir)
     held_documents(config).refuse_second()
-    here = check_here(config, profile)
     master_key = server_key(master_ip, key_port, fingerprint, yes=yes)
+    here = check_here(config, profile)
     proved = proof(token, password_file)
     keys = state.keys()
     with DoorClient(master_ip, port, master_key, keys) as door:

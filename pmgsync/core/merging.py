@@ -17,10 +17,10 @@ update per change. The application's own transaction is never changed: a trigger
 another row than the application wrote. The application sees the cluster's value some seconds later, just as if another
 node had written it.
 
-What that needs: no node purges a row before the others have heard of its last write. A node that purges what it has
-just written, and then takes a lesser row from a node that had not heard of it, keeps that until the row's next change:
-the others have the better row from the node itself, and owe it nothing. Purging is by age, so this takes a node that
-was cut off for as long as rows are kept.
+What that needs: no node purges a row while a write or a repair of it is still on its way to anybody. A node that has
+purged takes a lesser row that arrives later, and keeps it until the row's next change; whoever has both keeps the
+better one, and owes nothing, since it has merged into just what came. Purging is by age, so this takes a node that was
+cut off for as long as rows are kept.
 
 Deletes that travel. An update wins over a delete of the same row that it did not know of: whoever deleted the row gets
 it back with the update and repairs it everywhere, in whatever order the others hear of the two. INSERT … ON CONFLICT DO

@@ -43,9 +43,14 @@ class Model:
         self.chains[replica].append(row)
 
     def purge(self, replica: int) -> None:
-        """Forget the row, when the others have heard what was written of it: rows are purged by age."""
-        others = (heard for number, heard in enumerate(self.heard) if number != replica)
-        if all(heard[replica] == len(self.chains[replica]) for heard in others):
+        """Forget the row, unless something of it is still on its way: rows are purged by age, long after all that."""
+        arrived = all(
+            heard[origin] == len(self.chains[origin])
+            for number, heard in enumerate(self.heard)
+            for origin in range(REPLICAS)
+            if origin != number
+        )
+        if arrived and not any(self.owed):
             self.rows[replica] = None
 
     def repair(self, replica: int) -> bool:
@@ -124,6 +129,22 @@ def test_a_purge_before_the_others_have_heard_is_a_known_limit() -> None:
     assert [row and row["mtime"] for row in model.rows] == [7, 3, 7]
     # Until the next change.
     model.write(0, {**row, "mtime": 8})
+    model.settle()
+    assert [row and row["mtime"] for row in model.rows] == [8, 8, 8]
+
+
+def test_a_purge_while_another_write_is_on_its_way_is_the_same_limit() -> None:
+    """Who has purged takes the lesser row that comes later; the one who has both keeps the better."""
+    model = Model()
+    row: Row = dict.fromkeys(("key", "high", "low", "status", "seen", "seenmtime", "data", "more"))
+    model.write(1, {**row, "mtime": 7})
+    model.deliver(1, 0)
+    model.write(2, {**row, "mtime": 3})
+    model.deliver(1, 2)
+    model.rows[0] = model.rows[1] = None
+    model.settle()
+    assert [row and row["mtime"] for row in model.rows] == [3, 3, 7]
+    model.write(2, {**row, "mtime": 8})
     model.settle()
     assert [row and row["mtime"] for row in model.rows] == [8, 8, 8]
 

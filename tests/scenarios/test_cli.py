@@ -138,8 +138,10 @@ def test_delete_asks_and_takes_silence_for_no(node: Node) -> None:
 # -- join ------------------------------------------------------------------------------------------------------------
 
 
-def test_join_explains_where_the_fingerprint_comes_from(node: Node) -> None:
-    refused(node.pmgcm("join", "127.0.0.1"), "fingerprint is missing", "pmgcm join-cmd")
+def test_join_trusts_nobody_unseen(node: Node) -> None:
+    refused(node.pmgcm("join", "127.0.0.1", "--yes"), "--fingerprint", "pmgcm join-cmd")
+    (port,) = free_ports(1)
+    refused(node.pmgcm("join", "127.0.0.1", "--key-port", str(port)), "is unreachable: the connection was refused")
 
 
 def test_join_refuses_what_is_no_fingerprint(node: Node) -> None:
