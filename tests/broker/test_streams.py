@@ -9,7 +9,7 @@ from broker.chains.streams import Stream, Streams
 from pmgsync.core.chains import Verdict
 from pmgsync.core.frames import Frame
 from pmgsync.core.positions import Position
-from tests.broker.test_journal import INCARNATION, OWN, START, frame, opened
+from tests.harness.journals import INCARNATION, OWN, START, frame, opened
 
 
 def test_a_transaction_begun_again_does_not_move_a_stream_that_is_still_before_it(tmp_path: Path) -> None:
