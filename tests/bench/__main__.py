@@ -10,7 +10,9 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -193,6 +195,8 @@ def main() -> None:
     if unknown := set(chosen.only) - set(names):
         parser.error(f"there is no line {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     bench = Bench(chosen)
+    # What ends it early, a time limit for example, does not take away what was measured before.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         bench.run()
     finally:
