@@ -1,8 +1,18 @@
 """The bulk executor: many changes at once, folded by row, as COPY and as one statement for many rows of a table.
 
-It takes the same plans as the row executor and does what it cannot do in sets through that one. Tables are independent
-of each other here, for no foreign key is checked in replica role, so each table's changes are executed together;
-tables whose triggers or rules fire keep their place in the order. Whatever does not go as planned fails the whole.
+It takes the same plans as the row executor, and passes on to that what cannot be done in sets: groups of fewer than 40
+changes, tables without a unique index on their key, array and composite types (unnest would take them apart), changes
+of a key, merges. The changes of one table are executed together: COPY for inserts, and one `DELETE` or `UPDATE … FROM
+unnest($1::t[], …)` for up to 5000 rows. Several changes of one row become one where no constraint but the key could see
+the values between: 5000 transfers on ten branches are ten updates.
+
+That is sound because no foreign key fires in replica role, so tables are independent of each other; tables whose
+triggers or rules fire all the same keep their place in the order. Each set must hit exactly the rows that it names.
+Anything unexpected fails the whole: the group is rolled back and done again with one statement a row, and if that fails
+too, one by one. Only what fails then is an error.
+
+Measured on 65 000 changes, CPU of the backend: mail 0.59 s before, 0.13 s after; TPC-B 1.21 s and 0.26 s. What remains
+is Python: some 9 µs a row, a third of it decoding.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ Places = dict[int, bytes]
 def column_text(column: LocalColumn, expression: bytes) -> bytes:
     """Return the expression of the text by which values of a column are compared with a rule's, and in a tie.
 
-    It is what the type's output function writes. The blanks at the end of a character(n) are none of the value's.
+    It is what the type's output function writes: a cast to text differs for boolean and inet. The blanks at the end of
+    a character(n) are not part of the value.
     """
     return b"pg_catalog.rtrim(%s)" % output(expression) if column.type_oid == _CHARACTER_OID else output(expression)
 
