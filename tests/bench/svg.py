@@ -17,7 +17,8 @@ Points = Sequence[tuple[float, float]]
 def ticks(low: float, high: float, *, logarithmic: bool) -> list[float]:
     """Return round numbers that cover a range: of an axis that is logarithmic 1, 2 and 5 of each power of ten."""
     if logarithmic:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        # One power more on both sides: the logarithm of what is all but a power of ten is that power.
+        powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
         return [value for power in powers for value in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)]
     # One value alone has a range too; without it the step would become 0.
     span = max(high - low, abs(high) * 1e-3, 1e-9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.bench import report, svg
@@ -64,6 +64,7 @@ def test_ticks_cover_the_range(low: float, factor: float, logarithmic: bool) -> 
 
 
 @given(st.lists(st.floats(0.01, 1e4), min_size=1, max_size=2000), st.booleans())
+@example([9999.999999999998], True)
 def test_a_picture_has_every_line_within_its_frame(latencies: list[float], logarithmic: bool) -> None:
     points = svg.distribution(latencies)
     assert points[-1] == (max(latencies), 100.0)
