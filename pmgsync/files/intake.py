@@ -56,6 +56,7 @@ class Batch:
     names: list[bytes]
 
 
+# Over 250 lines: one tree's state (offered, staged, put in place), of which every step reads and changes a part.
 class Intake:
     """One tree that another node owns; used by one thread.
 

@@ -31,6 +31,7 @@ from pmgsync.postgres.session import quote_ident
 _Route = tuple[TableRule | None, bool | None, int | None]
 
 
+# Over 250 lines: every kind of change shares the route of its table and what makes the table stale.
 class Planner:
     """Keeps what it has learned of tables until it is told to forget."""
 

@@ -38,6 +38,7 @@ STAGING = b"pg_temp.pmgsync_staging"
 Connection = psycopg2.extensions.connection
 
 
+# Over 250 lines: one transaction from the first piece to the position, and each step needs its session and its order.
 class ChainRestore:
     """Takes the pieces of a chain snapshot into the database that is there.
 

@@ -41,6 +41,7 @@ NAME_BYTES = 63
 Connection = psycopg2.extensions.connection
 
 
+# Over 250 lines: the life of one new database, from its making to the swap, and each step needs what came before.
 class DatabaseRestore:
     """Makes the database of a dsn anew from the pieces of a snapshot.
 
