@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -317,7 +318,10 @@ def test_who_is_behind_the_journal_is_told_to_resynchronise(tmp_path: Path) -> N
         with pytest.raises(ResyncRequiredError):
             until(lambda: False, Receiver(two, known=True).step, what="whoever asks later is told too")
         until(lambda: time.monotonic() > again, source.step)
-        assert two.log().count("action=resync-required") == 1
+        # Killed, it may have lost what was not written yet, and learns from apply that it stands further on.
+        told = re.findall(r"action=resync-required origin=1 position=(\S+)", two.log())
+        assert len(told) in {1, 2}
+        assert len(set(told)) == len(told), "found again and again, it is logged once for each position"
         # A snapshot later: it stands at the end, and what follows reaches it.
         source.transactions = [*source.transactions, *blocks(10, start=START + count)]
         source.restart()
