@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 WRITE_AFTER_S = 0.002
 """Seconds after which the journal's thread begins to write: by then the frame is on its way to whoever applies it. The
 thread asks for the interpreter lock with every statement. When it began at once, the loop lost the lock to it at each
-send: half of the time from commit to visible. Only the slot's confirmation waits for the journal."""
+send; what waiting brings lies within the spread of the runs that were made. Only the slot's confirmation waits for the
+journal."""
 MAX_DAMAGE = 10
 """Sentences about damage that status goes on showing."""
 
