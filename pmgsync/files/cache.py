@@ -29,6 +29,10 @@ class Cache:
     """The file; several threads may use it. It only saves work: without it, everything is hashed and compared again.
 
     A part is `seen` (what this node's disk has) or `held` (what was put in place from the owner).
+
+    Attributes:
+        most: by tree, how many files it had at most of late, and when that was (monotonic seconds). Not in the file: it
+            outlives a tree that is opened anew, not the process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,6 +41,7 @@ class Cache:
         Raises:
             FilesError: when it cannot be written.
         """
+        self.most: dict[str, tuple[int, float]] = {}
         self._lock = threading.Lock()
         self._path = path
         try:

@@ -16,6 +16,8 @@ from pmgsync.files.marker import ACCEPT_HINT, check_marker, open_root, write_mar
 from pmgsync.files.scan import SETTLE_S, Found, Limits, Scanner
 from pmgsync.files.watch import Watch
 
+EMPTIED_S = 60.0
+"""A tree that loses all its files within this time is taken for one whose disk is gone."""
 SCAN_S = 300.0
 SCAN_SHARE = 300
 """A scan comes after so many seconds, and after so many times its own duration: it catches what a watch has missed."""
@@ -142,17 +144,24 @@ class LocalTree:
         return self._judged(found, before)
 
     def _judged(self, changes: list[Change], before: int) -> list[Change]:
-        after = self.found.manifest.files
-        if looks_vanished(before, after, config=self.tree.is_config) and not self._accepted:
+        after, now = self.found.manifest.files, time.monotonic()
+        # A look comes soon after the first file has gone: what is emptied at once for a person takes several looks.
+        most, noted = self._cache.most.get(self.tree.name, (0, now))
+        if max(before, after) >= most or (now - noted > EMPTIED_S and after):
+            most, noted = max(before, after), now
+        self._cache.most[self.tree.name] = most, noted
+        if looks_vanished(most, after, config=self.tree.is_config) and not self._accepted:
             # The cache still has what was there: that is what is known until somebody says otherwise.
             self._scanner = self._new_scanner(self._cache.seen(self.tree.name))
             self._scan_due = 0.0
             raise TreeStoppedError(
-                f"all {before} files of {self.root.path} are gone at once; nothing is removed elsewhere",
+                f"all {most} files of {self.root.path} are gone at once; no more of them is removed elsewhere",
                 hint=ACCEPT_HINT.format(name=self.tree.name),
             )
         if changes:
             self._accepted = False
+            if not after:
+                del self._cache.most[self.tree.name]
         self._save()
         return changes
 

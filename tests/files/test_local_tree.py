@@ -261,3 +261,25 @@ def test_a_damaged_cache_is_begun_anew(tmp_path: Path) -> None:
     again = Cache(path)
     assert again.fact("/etc/x", "marked") == "yes"
     again.close()
+
+
+def test_a_tree_that_is_emptied_file_by_file_is_stopped_and_stays_so_when_it_is_opened_anew(
+    new_tree: Callable[[Tree], LocalTree], tmp_path: Path
+) -> None:
+    tree = new_tree(CONFIG)
+    root = tmp_path / "root"
+    (root / "conf.d").mkdir()
+    for name in ("conf.d/one", "conf.d/two", "main.cf"):
+        (root / name).write_text(name)
+    until_known(tree, lambda: tree.found.manifest.files == 3)
+    settled(tree)
+    shutil.rmtree(root / "conf.d")
+    until_known(tree, lambda: tree.found.manifest.files == 1)
+    (root / "main.cf").unlink()
+    with pytest.raises(TreeStoppedError, match="all 3 files"):
+        until_known(tree, lambda: False)
+    again = new_tree(CONFIG)
+    with pytest.raises(TreeStoppedError, match="all 3 files"):
+        again.changes()
+    again.accept()
+    assert again.changes() == [(b"main.cf", None)]

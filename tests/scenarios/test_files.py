@@ -239,11 +239,13 @@ def test_a_deleted_nodes_spool_stays_and_newcomers_get_it(new_cluster: NewCluste
     # An emptied configuration is nothing that the others follow at once, and an administrator's word is.
     shutil.rmtree(files.etc(1) / "conf.d")
     (files.etc(1) / "main.conf").unlink()
-    eventually(lambda: cluster.master.node_status(1)["state"] == "ERROR")
+    shown = eventually(
+        lambda: (done := cluster.master.pmgcm("files", check=False)) and "gone at once" in done.stdout and done,
+        what="the master stops its tree",
+    )
     assert (files.etc(3) / "main.conf").exists()
-    shown = cluster.master.pmgcm("files", check=False)
-    assert "gone at once" in shown.stdout
     assert shown.returncode == 1
+    assert cluster.master.node_status(1)["state"] == "ERROR"
     cluster.master.pmgcm("files", "--accept", "/etc/gateway")
     eventually(lambda: "has none of the" in str(trees(newcomer, 3)["/etc/gateway"]["error"]))
     newcomer.pmgcm("files", "--accept", "/etc/gateway")
