@@ -118,6 +118,7 @@ def test_a_join_that_is_killed_goes_by_itself_and_the_same_line_ends_well(new_cl
     assert [node["joining"] for node in master.status()["nodes"]] == [None, None]
 
 
+@pytest.mark.campaign  # half a minute of real time; the rule itself is in tests/pure
 def test_a_joining_node_that_is_not_heard_again_is_forgotten(new_cluster: NewCluster) -> None:
     cluster: Cluster = new_cluster(nodes=1, schema=STANDARD)
     newcomer = cluster.add_node("newcomer")
