@@ -36,7 +36,7 @@ from broker.requests.workers import WorkerRequests, tell_announcement, tell_dura
 from broker.status.health import Health
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, with_confirmed, without_member
-from pmgsync.errors import ConfigError, UnreachableError
+from pmgsync.errors import ConfigError, PmgsyncError, UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -289,7 +289,11 @@ class Participation:
         self._trimming.tick(document.cids - document.joining, document.joining)
         if self._is_master:
             for cid in self._joiners.silent():
-                self._give_up(cid)
+                try:
+                    self._give_up(cid)
+                except PmgsyncError as error:
+                    # A disk that is full must not end the broker; the next tick tries again.
+                    log.warning("action=join-not-given-up cid=%d error=%s", cid, error)
         elif self.cid in document.joining and time.monotonic() >= self._confirm_at:
             self._confirm_at = time.monotonic() + CONFIRM_S
             self._members.send(document.master, {"op": "join.done", "id": self._new_id()})

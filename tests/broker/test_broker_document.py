@@ -15,7 +15,7 @@ import pytest
 from broker import node
 from broker.cluster.state_directory import StateDirectory
 from pmgsync.config import load_config
-from pmgsync.core.membership import SignedDocument, first_document, sign, with_member, without_member
+from pmgsync.core.membership import ClusterDocument, SignedDocument, first_document, sign, with_member, without_member
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.wire.link import BrokerLink
 from tests.harness.broker_process import CLUSTER, Broker, Capture, run_of
@@ -198,3 +198,38 @@ def test_a_document_that_nobody_signed_is_refused(pair: tuple[Broker, Broker]) -
     forged = sign(without_member(held.document, 2), 1, StateDirectory(two.state_dir).keys().sign_private)
     with pytest.raises(PmgsyncError, match="signature"):
         SignedDocument.unpack(forged.pack()).verify(held.document)
+
+
+def test_a_silent_joining_node_goes_even_if_the_document_cannot_be_written_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.cluster.joiners.SILENCE_S", 0.5)
+    one, two = Broker(tmp_path, "one"), Broker(tmp_path, "two")
+    state = StateDirectory(one.state_dir)
+    newcomer = replace(two.member(), state="joining")
+    both = with_member(first_document(CLUSTER, "test", "mirror", one.member()), newcomer)
+    state.store_document(sign(both, 1, state.keys().sign_private))
+    # What stands in the way of the new file; a full disk would.
+    (one.state_dir / "cluster.document.new").mkdir()
+    tries: list[int] = []
+    served = node.Broker(load_config(one.config))
+    change = served._documents.change
+
+    def counted(document: ClusterDocument) -> SignedDocument:
+        tries.append(1)
+        return change(document)
+
+    monkeypatch.setattr(served._documents, "change", counted)
+    thread = threading.Thread(target=served.run)
+    thread.start()
+    try:
+        cli = one.link("cli")
+        eventually(lambda: len(tries) > 1, within_s=10, what="it is tried, and tried again")
+        assert len(cli.request({"op": "status"})[0]["status"]["nodes"]) == 2
+        (one.state_dir / "cluster.document.new").rmdir()
+        eventually(lambda: len(cli.request({"op": "status"})[0]["status"]["nodes"]) == 1, within_s=10)
+    finally:
+        served.stop()
+        thread.join(10)
+        one.close()
+        two.close()
