@@ -103,7 +103,7 @@ class ChainJournal:
         if after < self.first:
             raise ResyncRequiredError(
                 f"the journal of origin {self.head.origin} begins at {self.first}, after {after}",
-                hint=f"run pmgcm resync on the node that is at {after}",
+                hint=f"the node that is at {after} resynchronises by itself, from a snapshot",
             )
         found: list[Frame] = []
         if after < self.disk:

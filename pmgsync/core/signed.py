@@ -192,7 +192,7 @@ def accept_document(held: ClusterDocument, offered: SignedDocument) -> bool:
         raise SplitBrainError(
             f"epoch {new.epoch} of {_name(new, new.master)} and epoch {held.epoch} of {_name(held, held.master)} are "
             "both in force, because a promotion was forced",
-            hint="run `pmgcm promote --force` on the master that is to stay; what the other side alone has is exported",
+            hint="an administrator has to decide which side stays; neither takes the other's document",
         )
     return True
 

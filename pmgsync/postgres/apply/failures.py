@@ -68,7 +68,7 @@ def one_line(error: Exception) -> str:
 def _hint(state: str, table: str) -> str:
     match state[:2]:
         case "23":
-            return f"a row written on this node stands against it: remove it, or run `pmgcm resync` for {table}"
+            return f"a row written on this node stands against it: remove it from {table}, and applying goes on"
         case "42":
             return "bring the table into agreement with the origin's, and see that pmgsync's own schema is up to date"
         case "22":

@@ -191,7 +191,7 @@ class RowExecutor:
                 f"the row to {verb} in {name} is here {max(hits, 0)} times: this copy is not what the origin has",
                 table=name,
                 lsn=format_lsn(lsn),
-                hint=f"something wrote to {name} on this node: run `pmgcm resync`",
+                hint=f"something wrote to {name} on this node: put the row back as the origin had it",
             )
 
     def _other(self, cursor: Cursor, item: TruncateItem | SequenceItem | NoteItem | SchemaItem) -> None:
