@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pmgsync.core.profile import FileTree
 from pmgsync.errors import ConfigError
 from pmgsync.toml_section import Section, as_absolute, as_list, as_text, one_of, read_toml
 
@@ -81,6 +82,11 @@ class NodeConfig:
     def broker_socket(self) -> Path:
         """The local socket of this node's broker."""
         return self.run_dir / SOCKET_NAME
+
+    def root_of(self, rule: FileTree) -> Path:
+        """Return where the root of a tree is on this node."""
+        settings = {"config_root": self.config_root, "spool_root": self.spool_root}
+        return settings.get(rule.setting) or Path(rule.root)
 
 
 def _name(value: Any) -> str:

@@ -6,7 +6,6 @@ import logging
 import queue
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pmgsync.agent.actions import Actions
@@ -117,7 +116,7 @@ class FilesWorker(Worker):
         for tree in trees.values():
             if tree.name in self._owned or tree.name in self._followed:
                 continue
-            place = Place(tree, self._path_of(tree), self._cache, _limits(tree))
+            place = Place(tree, self.config.root_of(tree.rule), self._cache, _limits(tree))
             log.info("action=tree tree=%s owner=%d path=%s", tree.name, tree.owner, place.path)
             if tree.owner == self.cid:
                 self._cache.note(tree.name, "owner", str(self.cid))
@@ -149,10 +148,6 @@ class FilesWorker(Worker):
                     thread.stop()
                     del threads[name]
                     self._published.pop(name, None)
-
-    def _path_of(self, tree: Tree) -> Path:
-        settings = {"config_root": self.config.config_root, "spool_root": self.config.spool_root}
-        return settings.get(tree.rule.setting) or Path(tree.rule.root)
 
     # -- announcements ------------------------------------------------------------------------------------------------
 

@@ -204,10 +204,18 @@ def unpack_changes(data: bytes) -> list[Change]:
 def _change(row: Any) -> Change:
     if not isinstance(row, list) or len(row) not in {1, 8}:
         raise ProtocolError(f"an entry of a tree is {row!r:.100}")
-    name = check_name(row[0])
     if len(row) == 1:
-        return name, None
-    entry = Entry(*row[1:])
+        return check_name(row[0]), None
+    name = check_name(row[0])
+    return name, check_entry(name, Entry(*row[1:]))
+
+
+def check_entry(name: bytes, entry: Entry) -> Entry:
+    """Return the entry of a name when it can be a tree's.
+
+    Raises:
+        ProtocolError: when it cannot.
+    """
     numbers = (entry.mode, 0o7777), (entry.size, MAX_SIZE), (entry.mtime_ns, MAX_NANOSECONDS)
     fits = all(type(value) is int and 0 <= value <= highest for value, highest in numbers)
     named = all(isinstance(text, str) and 0 < len(text) <= 255 for text in (entry.user, entry.group))
@@ -215,5 +223,5 @@ def _change(row: Any) -> Change:
         entry.kind == "d" and (entry.size, entry.mtime_ns, entry.digest) == (0, 0, b"")
     )
     if not (fits and named and shaped):
-        raise ProtocolError(f"the entry of {show(name)} is {row[1:]!r:.200}")
-    return name, entry
+        raise ProtocolError(f"the entry of {show(name)} is {list(entry)!r:.200}")
+    return entry

@@ -8,7 +8,6 @@ import stat
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from pmgsync.core.filenames import MAX_COMPONENT, MAX_DEPTH, MAX_NAME, Selection, parents
 from pmgsync.core.manifests import Change, Entry, Manifest
@@ -213,7 +212,7 @@ class Scanner:
         """Note what one name is; True when it is a directory to be entered."""
         if stat.S_ISDIR(status.st_mode):
             if self._selection.takes(name):
-                self._set(name, _entry("d", status), None)
+                self._set(name, _directory_entry(status), None)
                 self.found.findings.pop(name, None)
             return self._selection.enters(name)
         if not self._selection.takes(name):
@@ -250,7 +249,7 @@ class Scanner:
             return
         self.found.hashed += status.st_size
         self.found.findings.pop(name, None)
-        self._set(name, _entry("f", status, digest), (status.st_ino, status.st_ctime_ns))
+        self._set(name, file_entry(status, digest), (status.st_ino, status.st_ctime_ns))
         self._pulse()
 
     # -- results ------------------------------------------------------------------------------------------------------
@@ -288,11 +287,14 @@ class Scanner:
         return changes
 
 
-def _entry(kind: Literal["f", "d"], status: os.stat_result, digest: bytes = b"") -> Entry:
+def file_entry(status: os.stat_result, digest: bytes) -> Entry:
+    """Return the entry of a file with this content."""
     mode, user, group = stat.S_IMODE(status.st_mode), user_name(status.st_uid), group_name(status.st_gid)
-    if kind == "d":
-        return Entry("d", mode, user, group)
     return Entry("f", mode, user, group, status.st_size, max(0, status.st_mtime_ns), digest)
+
+
+def _directory_entry(status: os.stat_result) -> Entry:
+    return Entry("d", stat.S_IMODE(status.st_mode), user_name(status.st_uid), group_name(status.st_gid))
 
 
 def _kind(mode: int) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 
 from pmgsync.core.manifests import DIGEST_BYTES
 from pmgsync.files.directories import FilesError, Root, explain, own_directory
 from pmgsync.files.hashing import READ_BYTES, hash_descriptor, new_hash
 
-_STAGE = b"stage"
+STAGE = b"stage"
 _PART = b".part"
+_NEW = b"new"
+"""A content whose digest is not known yet."""
 _WRITE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -21,14 +24,17 @@ class WrongContentError(FilesError):
 class Staging:
     """The area of one tree, on the tree's own file system, so that a rename brings a file into place."""
 
-    def __init__(self, root: Root) -> None:
+    def __init__(self, root: Root, part: bytes = STAGE) -> None:
         """Open it and throw away what a crash left half written; a large file's first part is kept.
+
+        Args:
+            part: of pmgsync's own directory at the root; two that are used at the same time differ in it.
 
         Raises:
             FilesError: when it cannot be used.
         """
         self._root = root
-        self.name = own_directory(root, _STAGE)
+        self.name = own_directory(root, part)
         try:
             with root.directory(self.name) as fd:
                 self.fd = os.dup(fd)
@@ -92,6 +98,33 @@ class Staging:
         finally:
             os.close(file)
         self.whole.add(digest)
+
+    def take(self, pieces: Iterable[bytes], digest: bytes = b"") -> tuple[bytes, int]:
+        """Take a whole content in pieces, and return its digest and its size.
+
+        Args:
+            digest: what it must be; b"" when that is not known.
+
+        Raises:
+            WrongContentError: when it is another one.
+            OSError: when it cannot be written.
+        """
+        state, size = new_hash(), 0
+        file = os.open(_NEW, _WRITE | os.O_TRUNC, 0o600, dir_fd=self.fd)
+        try:
+            for piece in pieces:
+                state.update(piece)
+                size += len(piece)
+                _write(file, piece)
+        finally:
+            os.close(file)
+        found = state.digest()
+        if digest not in {b"", found}:
+            self.drop(_NEW)
+            raise WrongContentError("a file's content is not the one that belongs to its entry")
+        os.rename(_NEW, found.hex(), src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self.whole.add(found)
+        return found, size
 
     def part(self, digest: bytes) -> Part:
         """Begin a content that comes in pieces, or go on with one."""
