@@ -38,7 +38,7 @@ class Inbound:
         calls: Calls,
         *,
         document: Callable[[], ClusterDocument],
-        offer_document: Callable[[bytes], None],
+        offer_document: Callable[[int, bytes], None],
         new_id: Callable[[], int],
         announced: Callable[[int, bytes], None],
     ) -> None:
@@ -46,7 +46,8 @@ class Inbound:
 
         Args:
             document: returns the cluster document in force.
-            offer_document: takes a packed cluster document; raises PmgsyncError when it is not acceptable.
+            offer_document: takes the CID of a member and the packed document that it offers; raises PmgsyncError when
+                it is not acceptable.
             new_id: returns a request id.
             announced: takes what a member says of its trees of files.
         """
@@ -69,7 +70,7 @@ class Inbound:
                 case [b"h", data]:
                     self._heartbeat(link, Heartbeat.unpack(data))
                 case [b"d", data]:
-                    self._offer_document(data)
+                    self._offer_document(link.member.cid, data)
                 case [b"t", data]:
                     self._announced(link.member.cid, data)
                 case _:
@@ -122,7 +123,7 @@ class Inbound:
                 self._chains.replay_ended(request)
             case "document":
                 if len(parts) == 2:
-                    self._offer_document(parts[1])
+                    self._offer_document(link.member.cid, parts[1])
             case "data" | "done":
                 self._calls.from_server(owner, message, parts[1:])
             case "error":

@@ -16,6 +16,7 @@ from broker.cluster.identity import own_member
 from broker.cluster.password import PamPassword
 from broker.cluster.state_directory import StateDirectory
 from broker.cluster.tokens import Tokens
+from broker.leadership.voter import Voter
 from broker.net import sockets
 from broker.net.loop import Loop, Socket
 from broker.net.port import Port
@@ -54,7 +55,8 @@ class Broker:
         keys = self._state.keys()
         self._loop = Loop()
         self._context: zmq.Context[Socket] = zmq.Context()
-        self._documents = Documents(self._state, keys)
+        self._voter = Voter(self._state, keys)
+        self._documents = Documents(self._state, keys, self._voter)
         self._zap = ZapHandler(self._context, self._loop, self._documents.cid_of_key)
         socket = sockets.bind_local(self._context, config.broker_socket)
         tokens = Tokens(time.monotonic)
@@ -71,6 +73,7 @@ class Broker:
             attempts=Attempts(time.monotonic),
             passwords=self._passwords,
             documents=self._documents,
+            voter=self._voter,
             conf_file=ConfFile(config),
             new_id=itertools.count(1).__next__,
         )
@@ -170,10 +173,12 @@ class Broker:
         self._put_in_force(signed)
         return signed
 
-    def _offer_document(self, data: bytes) -> None:
+    def _offer_document(self, cid: int, data: bytes) -> None:
         taken = self._documents.offer(data)
         if taken is not None:
             self._put_in_force(taken)
+        elif self._documents.replaces(data):
+            self._part().answer_offer(cid)
 
     def _stand_aside(self) -> None:
         """Leave the cluster until the document can be put in force; `_retry` tries that again."""

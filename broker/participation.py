@@ -24,6 +24,7 @@ from broker.cluster.tokens import Tokens
 from broker.heartbeats.heartbeat import pack_applied
 from broker.inbound import Inbound
 from broker.journal.retention import Limits
+from broker.leadership.voter import Voter
 from broker.members.calls import Calls, End
 from broker.members.members import Members
 from broker.net.keys import NodeKeys
@@ -32,6 +33,7 @@ from broker.net.port import Port
 from broker.requests.control import ControlRequests
 from broker.requests.sessions import Session, Sessions
 from broker.requests.shared import SharedRequests
+from broker.requests.voting import VotingRequests
 from broker.requests.workers import WorkerRequests, tell_announcement, tell_durable
 from broker.status.health import Health
 from pmgsync.config import NodeConfig
@@ -70,6 +72,7 @@ class Resources:
     attempts: Attempts
     passwords: PamPassword
     documents: Documents
+    voter: Voter
     conf_file: ConfFile
     new_id: Callable[[], int]
 
@@ -87,13 +90,14 @@ class Participation:
         self,
         resources: Resources,
         *,
-        offer_document: Callable[[bytes], None],
+        offer_document: Callable[[int, bytes], None],
         change_document: Callable[[ClusterDocument], SignedDocument],
     ) -> None:
         """Open the journals; `follow_document` then opens ports and connections.
 
         Args:
-            offer_document: takes a packed cluster document; raises PmgsyncError when it is not acceptable.
+            offer_document: takes the CID of a member and the packed document that it offers; raises PmgsyncError when
+                it is not acceptable.
             change_document: signs, stores and puts in force a new document.
 
         Raises:
@@ -148,6 +152,12 @@ class Participation:
             self._shared,
             self._members,
             self._joiners,
+            VotingRequests(
+                resources.voter,
+                offer_document=offer_document,
+                document=lambda: self._signed,
+                refused=self._members.refuse,
+            ),
             confirm=self._confirm,
             give_up=self._give_up,
         )
@@ -174,6 +184,7 @@ class Participation:
             document=lambda: documents.document,
             joining=self._joiners.progress,
             conf_problem=lambda: resources.conf_file.problem,
+            voting_problem=lambda: resources.voter.problem,
         )
 
     @property
@@ -204,6 +215,10 @@ class Participation:
     def announce(self, signed: SignedDocument) -> None:
         """Publish a document that is about to come in force, while those whom it removes can still hear it."""
         self.publish(b"d", signed.pack())
+
+    def answer_offer(self, cid: int) -> None:
+        """Offer a member the document in force, for it has offered one that this one replaces."""
+        self._members.send(cid, {"op": "offer"}, (self._signed.pack(),))
 
     def open_ports(self) -> None:
         """Bind what is not bound; the join port on the master only.

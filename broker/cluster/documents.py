@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from broker.cluster.state_directory import StateDirectory
 from broker.net.keys import NodeKeys
@@ -21,7 +22,22 @@ from pmgsync.core.membership import (
     sign,
     without_member,
 )
+from pmgsync.core.signed import Order, compare
 from pmgsync.errors import MembershipError, ProtocolError
+
+
+class Judge(Protocol):
+    """Says what this node's votes let it do with documents."""
+
+    @property
+    def may_lead(self) -> bool:
+        """True when this node acts as master."""
+
+    def may_take(self, offered: SignedDocument) -> bool:
+        """Say whether an offered document is to be taken; raises MembershipError when it cannot be believed."""
+
+    def follow(self, signed: SignedDocument | None, cid: int) -> None:
+        """Take over that a document is in force, or none."""
 
 
 class Documents:
@@ -33,9 +49,11 @@ class Documents:
         cid: this node's number in it, 0 when it is not a member (any more).
     """
 
-    def __init__(self, state: StateDirectory, keys: NodeKeys) -> None:
+    def __init__(self, state: StateDirectory, keys: NodeKeys, judge: Judge | None = None) -> None:
+        """Begin; without a judge, for a process that takes nothing from the network and changes no document."""
         self._state = state
         self._keys = keys
+        self._judge = judge
         self.signed: SignedDocument | None = None
         self.cid = 0
 
@@ -51,6 +69,8 @@ class Documents:
         """Put a document in force, or none."""
         member = signed.document.by_key(self._keys.curve_public) if signed is not None else None
         self.signed, self.cid = signed, member.cid if member is not None else 0
+        if self._judge is not None:
+            self._judge.follow(self.signed, self.cid)
 
     @property
     def document(self) -> ClusterDocument:
@@ -77,9 +97,19 @@ class Documents:
         """The document in force, on the master only.
 
         Raises:
-            MembershipError: on any other node.
+            MembershipError: on any other node, and on a master that has voted for another.
         """
-        return require_master(self.document, self.cid)
+        document = require_master(self.document, self.cid)
+        self._refuse_to_lead()
+        return document
+
+    def _refuse_to_lead(self) -> None:
+        """Refuse when this master has voted for another, or cannot tell."""
+        if self._judge is not None and not self._judge.may_lead:
+            raise MembershipError(
+                "this master has voted in a later epoch, or cannot tell what it has voted: it changes nothing any more",
+                hint="`pmgcm status` says more; when nobody was promoted, promote a node",
+            )
 
     def is_member_of(self, cluster: bytes) -> bool:
         """Return True when this node is in the cluster with an id."""
@@ -169,10 +199,12 @@ class Documents:
         """Sign a new document and store it.
 
         Raises:
+            MembershipError: when this node has voted for another master.
             ConfigError: when it cannot be written.
         """
         if self.signed is not None and document == self.signed.document:
             return self.signed
+        self._refuse_to_lead()
         return self._store(document, self.cid)
 
     def offer(self, data: bytes) -> SignedDocument | None:
@@ -182,10 +214,22 @@ class Documents:
             PmgsyncError: when it is not acceptable.
         """
         offered = SignedDocument.unpack(data)
-        if self.signed is None or not accept_document(self.signed.document, offered):
+        if self.signed is None:
+            return None
+        judge = self._judge
+        if not (accept_document(self.signed.document, offered) if judge is None else judge.may_take(offered)):
             return None
         self._state.store_document(offered)
         return offered
+
+    def replaces(self, data: bytes) -> bool:
+        """Return True when the document in force replaces an offered one: whoever offers it should be told."""
+        held, offered = self.signed, SignedDocument.unpack(data).document
+        return (
+            held is not None
+            and held.document.cluster == offered.cluster
+            and (compare(offered, held.document) is Order.NEWER)
+        )
 
     def _store(self, document: ClusterDocument, signer: int) -> SignedDocument:
         signed = sign(document, signer, self._keys.sign_private, after=self.signed)

@@ -1,4 +1,4 @@
-"""The node's state directory: its keys and the cluster document, private, replaced as a whole or not at all."""
+"""The node's state directory: keys, votes and the cluster document, private, replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from pmgsync.errors import ConfigError, ProtocolError, UnreachableError
 KEYS_FILE = "node.keys"
 DOCUMENT_FILE = "cluster.document"
 LOCK_FILE = "lock"
+VOTES_FILE = "votes.json"
 HOLD_FILE = "hold"
 HOLD_S = 5.0
 """For so long a process waits until another one releases the directory: `pmgcm` holds it for an instant only."""
@@ -129,11 +130,39 @@ class StateDirectory:
         write_private(self.document_path, signed.pack())
 
     @property
+    def votes_path(self) -> Path:
+        return self.path / VOTES_FILE
+
+    def votes(self) -> bytes | None:
+        """Return the record of this node's votes and promises, None when there is none.
+
+        Raises:
+            ConfigError: when it cannot be read.
+        """
+        try:
+            return self.votes_path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(
+                f"the record of this node's votes {self.votes_path} cannot be read ({error.strerror})",
+                hint="see that this user may read it, and that its disk is well",
+            ) from error
+
+    def store_votes(self, data: bytes) -> None:
+        """Replace the record of this node's votes and promises; it is on disk when this returns.
+
+        Raises:
+            ConfigError: when it cannot be written; the old one stays.
+        """
+        write_private(self.votes_path, data)
+
+    @property
     def journal(self) -> Path:
         return self.path / "journal"
 
     def forget_cluster(self) -> None:
-        """Remove the cluster document and the journals; the keys stay.
+        """Remove the cluster document, the journals and the record of votes; the keys stay.
 
         Raises:
             ConfigError: when they cannot be removed.
@@ -143,6 +172,8 @@ class StateDirectory:
             if self.journal.exists():
                 shutil.rmtree(self.journal)
             self.document_path.unlink(missing_ok=True)
+            # After it: a member that has a document must know what it has voted.
+            self.votes_path.unlink(missing_ok=True)
             sync_directory(self.path)
         except OSError as error:
             raise ConfigError(f"{error.filename or self.path} cannot be removed ({error.strerror})") from error

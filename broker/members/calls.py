@@ -36,8 +36,15 @@ class Calls:
         self._by_caller: dict[tuple[object, int], Call] = {}
         self._by_server: dict[tuple[object, int], Call] = {}
 
-    def begin(self, caller: End, server_owner: object, server_send: Send, message: Message) -> None:
-        """Pass a `call` on to whoever serves it, under an id of our own.
+    def begin(
+        self,
+        caller: End,
+        server_owner: object,
+        server_send: Send,
+        message: Message,
+        attachments: Sequence[bytes] = (),
+    ) -> None:
+        """Pass a `call`, or another request that ends with `done` or `error`, on to who serves it, under an id of ours.
 
         Raises:
             UnreachableError: when the server is not there.
@@ -46,7 +53,7 @@ class Calls:
         call = Call(caller, End(server_owner, server_send, request))
         self._by_caller[caller.owner, caller.request] = call
         self._by_server[server_owner, request] = call
-        if not server_send({**message, "id": request}, ()):
+        if not server_send({**message, "id": request}, attachments):
             self._forget(call)
             raise UnreachableError("the node that should answer is not connected")
 

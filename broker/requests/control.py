@@ -13,6 +13,7 @@ from broker.members.calls import Send
 from broker.members.members import Members
 from broker.net.port import Port
 from broker.requests.shared import SharedRequests, answer_error, number
+from broker.requests.voting import VotingRequests
 from pmgsync.errors import PmgsyncError, ProtocolError, UnknownOperationError
 from pmgsync.wire.messages import Message, pack, unpack
 
@@ -27,6 +28,7 @@ class ControlRequests:
         shared: SharedRequests,
         members: Members,
         joiners: Joiners,
+        voting: VotingRequests,
         *,
         confirm: Callable[[int], None],
         give_up: Callable[[int], None],
@@ -42,6 +44,7 @@ class ControlRequests:
         self._shared = shared
         self._members = members
         self._joiners = joiners
+        self._voting = voting
         self._confirm = confirm
         self._give_up = give_up
 
@@ -62,13 +65,14 @@ class ControlRequests:
             if len(parts) < 2:
                 raise ProtocolError("a control message is empty")
             message = unpack(parts[1].bytes)
-            self._handle(owner, cid, send, message)
+            attachments = [part.bytes for part in parts[2:]]
+            self._handle(owner, cid, send, message, attachments)
         except PmgsyncError as error:
             self._members.refuse(cid, error)
             answer_error(send, message, error)
 
-    def _handle(self, owner: object, cid: int, send: Send, message: Message) -> None:
-        if self._shared.handle(owner, send, message):
+    def _handle(self, owner: object, cid: int, send: Send, message: Message, attachments: Sequence[bytes]) -> None:
+        if self._shared.handle(owner, send, message) or self._voting.handle(cid, send, message, attachments):
             return
         match message["op"]:
             case "ack":

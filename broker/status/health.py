@@ -40,8 +40,14 @@ class Health:
         document: Callable[[], ClusterDocument],
         joining: Callable[[int], Mapping[str, Any] | None],
         conf_problem: Callable[[], str],
+        voting_problem: Callable[[], str],
     ) -> None:
-        """Begin; `document` returns the cluster document in force, `conf_problem` what is wrong with cluster.conf."""
+        """Begin.
+
+        Args:
+            document: returns the cluster document in force.
+            conf_problem, voting_problem: return what is wrong with cluster.conf, and with the record of votes.
+        """
         self._cid = cid
         self._config = config
         self._members = members
@@ -51,6 +57,7 @@ class Health:
         self._document = document
         self._joining = joining
         self._conf_problem = conf_problem
+        self._voting_problem = voting_problem
         self._since = time.monotonic()
 
     def heartbeat(self) -> Heartbeat:
@@ -105,6 +112,8 @@ class Health:
         alerts = [*self._trimming.alerts(), *({"kind": "journal", "text": text} for text in self._chains.damage)]
         if problem := self._conf_problem():
             alerts.append({"kind": "cluster.conf", "text": problem})
+        if problem := self._voting_problem():
+            alerts.append({"kind": "votes", "text": problem})
         synchronising, error = self._judge_workers(alerts)
         for link in self._members:
             if link.member.cid not in document.joining:
