@@ -156,6 +156,7 @@ def _take_place(
     config: NodeConfig, profile: Profile, restore: DatabaseRestore, signed: SignedDocument, cid: int, *, had_node: bool
 ) -> None:
     """Make the new database this node's own, and put it in the old one's place."""
+    from pmgsync.postgres.setup.guard import ensure_guard
     from pmgsync.postgres.setup.provision import deprovision, provision
 
     if had_node:
@@ -171,6 +172,8 @@ def _take_place(
         progress=note,
     )
     try:
+        # The agent would do it too, but seconds later; what is written until then would be on this node alone.
+        ensure_guard(restore.dsn, profile, master=signed.document.member(signed.document.master))
         restore.swap()
     except BaseException:
         # A database with a slot cannot be dropped while that slot is in use.

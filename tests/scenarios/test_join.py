@@ -50,7 +50,7 @@ def test_refusals_change_nothing(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=1, schema=STANDARD)
     newcomer = cluster.add_node("newcomer")
     newcomer.sql("CREATE TABLE mine (v text); INSERT INTO mine VALUES ('precious')")
-    newcomer.start()
+    newcomer.start("broker")
     good = cluster.join_arguments()
     wrong_key = ":".join(["AB"] * 32)
     for arguments, sentence in (
@@ -65,6 +65,10 @@ def test_refusals_change_nothing(new_cluster: NewCluster) -> None:
         assert "Traceback" not in done.stderr
         assert untouched(newcomer)
     newcomer.pmgcm(*good)
+    # It is a slave from the first moment on; its agent has not even run.
+    with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+        newcomer.sql("INSERT INTO t VALUES (1, 'mine')")
+    newcomer.start("agent")
     again = newcomer.pmgcm(*cluster.join_arguments(), check=False)
     assert again.returncode == 1
     assert "cluster already defined" in again.stderr
