@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.postgres.programs import BINDIR_VARIABLE
 from tests.harness import session as run
 from tests.harness.cluster import Cluster
+from tests.harness.network import Network, network
 from tests.harness.pam import Make, pam_services
 from tests.harness.servers import SharedServers
 
@@ -98,6 +100,13 @@ def new_cluster(pg_bindir: str, tmp_path: Path) -> Iterator[Callable[..., Cluste
     finally:
         for cluster in made:
             cluster.close()
+
+
+@pytest.fixture
+def new_network() -> Iterator[Callable[[int], Network]]:
+    """Make networks of namespaces; `new_network(3)` is for three nodes."""
+    with contextlib.ExitStack() as stack:
+        yield lambda count: stack.enter_context(network(count))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import psutil
 import psycopg2
@@ -17,6 +17,7 @@ import pytest
 from pmgsync.core.positions import parse_lsn
 from tests.harness.cluster import Node, eventually
 from tests.harness.health import NewCluster, alerts, confirmed_lsn, wait_healthy
+from tests.harness.network import Network
 from tests.harness.schema import BANK_TABLES, STANDARD
 from tests.harness.workload import Bank, Stoppable, Witness
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.cluster
 
 
 RSS_LIMIT = 256 << 20
+NewNetwork = Callable[[int], Network]
 
 
 # -- slots and restored data ------------------------------------------------------------------------------------------
@@ -154,49 +156,25 @@ def test_a_damaged_journal_costs_a_resync_and_no_silence(new_cluster: NewCluster
 
 
 @pytest.mark.campaign
-def test_a_real_link_that_goes_down_and_up(new_cluster: NewCluster, namespaces: tuple[str, str]) -> None:
-    cluster = new_cluster(nodes=2, schema=STANDARD, namespaces=namespaces)
+def test_a_real_link_that_goes_down_and_up(new_cluster: NewCluster, new_network: NewNetwork) -> None:
+    links = new_network(2)
+    cluster = new_cluster(nodes=2, schema=STANDARD, namespaces=links.names)
     master, slave = cluster.nodes
     bank, witness = Bank(master, 5), Witness(slave)
     threads = [Stoppable(bank.step), Stoppable(witness.step)]
     try:
         for seconds in (1, 8):
             time.sleep(1)
-            subprocess.run(["ip", "-n", namespaces[0], "link", "set", "veth0", "down"], check=True)
+            links.cut(1)
             time.sleep(seconds)
             if seconds > 5:
                 assert master.node_status(2)["state"] == "ERROR"
-            subprocess.run(["ip", "-n", namespaces[0], "link", "set", "veth0", "up"], check=True)
+            links.heal(1)
     finally:
         for thread in threads:
             thread.stop()
     cluster.wait(timeout_s=120)
     cluster.assert_equal(BANK_TABLES)
-
-
-@pytest.fixture
-def namespaces() -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a link between them, 10.213.7.1 and 10.213.7.2."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces take root and iproute2")
-    names = f"pmgsync{os.getpid()}a", f"pmgsync{os.getpid()}b"
-    made = []
-    try:
-        for name in names:
-            if subprocess.run(["ip", "netns", "add", name], check=False, capture_output=True).returncode:
-                pytest.skip("network namespaces cannot be made here")
-            made.append(name)
-        link = ["ip", "link", "add", "veth0", "netns", names[0], "type", "veth", "peer", "name", "veth0", "netns"]
-        if subprocess.run([*link, names[1]], check=False, capture_output=True).returncode:
-            pytest.skip("links between network namespaces cannot be made here")
-        for number, name in enumerate(names, 1):
-            subprocess.run(["ip", "-n", name, "addr", "add", f"10.213.7.{number}/30", "dev", "veth0"], check=True)
-            for device in ("lo", "veth0"):
-                subprocess.run(["ip", "-n", name, "link", "set", device, "up"], check=True)
-        yield names
-    finally:
-        for name in made:
-            subprocess.run(["ip", "netns", "del", name], check=False)
 
 
 # -- large transactions -----------------------------------------------------------------------------------------------
