@@ -134,6 +134,12 @@ class ApplyError(PmgsyncError):
         self.sqlstate = sqlstate
 
 
+class UnknownEpochError(PmgsyncError):
+    """A transaction is of an epoch whose cluster document has not come here yet; it waits, and all that follow it."""
+
+    recoverable = True
+
+
 class TransientApplyError(ApplyError):
     """Applying failed for a reason that passes (deadlock, shutdown, lost connection)."""
 

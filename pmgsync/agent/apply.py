@@ -11,6 +11,7 @@ from pmgsync.agent.apply_thread import ApplyThread
 from pmgsync.agent.resync import Resync
 from pmgsync.agent.worker import REPORT_S, SessionOverError, Worker
 from pmgsync.config import NodeConfig
+from pmgsync.core.document import Epoch
 from pmgsync.core.frames import read_frames
 from pmgsync.core.positions import Position
 from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
@@ -38,8 +39,8 @@ class ApplyWorker(Worker):
         self._profile = load_profile(config.profile)
         self._stale = StaleTables(origin)
 
-    def _master(self) -> int:
-        return self.document.master
+    def _history(self) -> Sequence[Epoch]:
+        return self.document.history
 
     def _members(self) -> Collection[int]:
         return self.document.cids
@@ -51,7 +52,7 @@ class ApplyWorker(Worker):
             self._profile,
             origin=self.origin,
             own_cid=self.cid,
-            master=self._master,
+            history=self._history,
             members=self._members,
             stale=self._stale,
             waits=self.config.synchronous_commit,

@@ -154,11 +154,8 @@ class Worker(ABC):
             return False
         new = SignedDocument.unpack(data)
         old, self.signed = self.document, new
-        return (old.cluster, old.epoch, old.master) == (
-            new.document.cluster,
-            new.document.epoch,
-            new.document.master,
-        ) and new.document.member(self.cid) is not None
+        same = (old.cluster, old.history) == (new.document.cluster, new.document.history)
+        return same and new.document.member(self.cid) is not None
 
     def rest(self, seconds: float) -> None:
         """Wait, and go on reporting; a message that ends the session ends the wait too."""

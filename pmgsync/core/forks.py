@@ -3,11 +3,15 @@
 Invariant: for any transaction and any history, all members that hold the history judge alike, wherever they got the
 frame from and whatever run of capture has marked it. So members that follow one history have the same master-owned
 tables, as far as each has applied.
+
+A mark says which epoch the origin knew when it read the transaction from its WAL. That may be later than the commit
+(capture has begun again) or earlier (the origin had not heard of the epoch yet). So places on the chain decide, where a
+master's time began and where it was left. The mark only tells a chain's lives apart, and that an epoch is not known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -28,15 +32,19 @@ class Standing(Enum):
     """Its master was replaced before: it diverges."""
     NOT_MASTER = "not master"
     """Its origin was no master then: it diverges."""
+    ELSEWHERE = "other side"
+    """Its origin is on the other side of a split: it does not count here until somebody decides."""
     UNKNOWN = "unknown epoch"
-    """A later epoch than those known here: wait for its document, or, in a split, leave the changes out."""
+    """A later epoch than those known here: wait for its document."""
 
     @property
     def diverges(self) -> bool:
-        return self in {Standing.PAST_FORK, Standing.NOT_MASTER}
+        return self in {Standing.PAST_FORK, Standing.NOT_MASTER, Standing.ELSEWHERE}
 
 
-def judge(history: Sequence[Epoch], *, origin: int, epoch: int, incarnation: int, lsn: int) -> Standing:
+def judge(
+    history: Sequence[Epoch], *, origin: int, epoch: int, incarnation: int, lsn: int, elsewhere: int = 0
+) -> Standing:
     """Judge the changes to master-owned tables in one transaction.
 
     Args:
@@ -44,18 +52,28 @@ def judge(history: Sequence[Epoch], *, origin: int, epoch: int, incarnation: int
         origin: CID of the chain.
         epoch: that the frame is marked with.
         lsn: of the transaction's commit; `incarnation` is the chain's.
+        elsewhere: the newest epoch of the other side, while the origin is there in a split; else 0.
     """
     if epoch > history[-1].epoch:
-        return Standing.UNKNOWN
-    reigns = [number for number, entry in enumerate(history) if entry.master == origin and entry.epoch <= epoch]
-    if not reigns:
-        return Standing.NOT_MASTER
-    fork = fork_after(history, reigns[-1])
-    if fork is None:
-        return Standing.COUNTS
-    # The mark may be later than the transaction: a capture that begins again marks what it reads with the epoch of now.
-    # What is up to the fork was written by the master, and everybody else has taken it.
-    return Standing.COUNTS if incarnation == fork.incarnation and lsn <= fork.lsn else Standing.PAST_FORK
+        return Standing.ELSEWHERE if epoch <= elsewhere else Standing.UNKNOWN
+    standing = Standing.NOT_MASTER
+    for number, entry in _reigns(history, origin):
+        start, fork = entry.start, fork_after(history, number)
+        here = start is not None and start.incarnation == incarnation
+        # Of another life of the chain only the mark tells whether it is later than the one in which the time began.
+        if lsn <= start.lsn if start is not None and here else epoch < entry.epoch:
+            continue
+        if fork is None or (fork.incarnation == incarnation and lsn <= fork.lsn):
+            return Standing.COUNTS
+        standing = Standing.PAST_FORK
+    return standing
+
+
+def _reigns(history: Sequence[Epoch], origin: int) -> Iterator[tuple[int, Epoch]]:
+    """Yield the entries, with their numbers, with which a master's time began."""
+    for number, entry in enumerate(history):
+        if entry.master == origin and not (number and history[number - 1].master == origin):
+            yield number, entry
 
 
 def fork_after(history: Sequence[Epoch], number: int) -> Fork | None:
@@ -108,9 +126,7 @@ def diverged(
 def _counted(history: Sequence[Epoch], origin: int, incarnation: int) -> list[tuple[int, int]]:
     """Return the stretches (after, upto] of one life of a chain in which its origin was master."""
     stretches = []
-    for number, entry in enumerate(history):
-        if entry.master != origin or (number and history[number - 1].master == origin):
-            continue
+    for number, entry in _reigns(history, origin):
         fork = fork_after(history, number)
         after = entry.start.lsn if entry.start is not None and entry.start.incarnation == incarnation else 0
         upto = MAX_LSN if fork is None else fork.lsn if fork.incarnation == incarnation else 0

@@ -20,11 +20,14 @@ class Writers:
         origin: the node whose chain is applied.
         master: the master's CID.
         members: the CIDs of all members.
+        leads: what the origin has written to tables of the master's counts. That depends on when it was the master
+            (`forks.judge`), while the rows of members that are gone are those of the master of now.
     """
 
     origin: int
     master: int
     members: frozenset[int]
+    leads: bool
     _own: bytes = field(init=False, repr=False, compare=False)
     _others: frozenset[bytes] | None = field(init=False, repr=False, compare=False)
     """Owner columns that the master's rows do not have; None when the origin is not the master."""
@@ -35,9 +38,9 @@ class Writers:
         object.__setattr__(self, "_others", others if self.origin == self.master else None)
 
     @classmethod
-    def at(cls, origin: int, master: int, members: Collection[int]) -> Writers:
-        """Return the writers with any collection of members."""
-        return cls(origin, master, frozenset(members))
+    def at(cls, origin: int, master: int, members: Collection[int], *, leads: bool | None = None) -> Writers:
+        """Return the writers with any collection of members; `leads` is for the master alone if not said otherwise."""
+        return cls(origin, master, frozenset(members), origin == master if leads is None else leads)
 
     def answers_for(self, owner: Value) -> bool:
         """Return True when rows with this owner column are the origin's to write."""

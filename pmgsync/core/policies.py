@@ -1,7 +1,7 @@
 """Which of an origin's changes count on this node, by the policy of their table. Pure, no I/O.
 
-A mirrored table has one writer, the master; a row of an owned table has one, the node that answers for it (see
-`owners`); any node may write to a merged table.
+A mirrored table has one writer, the master of the time; a row of an owned table has one, the node that answers for it
+(see `owners`); any node may write to a merged table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def counts_wholly(rule: TableRule, writers: Writers) -> bool | None:
     """Return whether all (True) or none (False) of the origin's changes to a table count; None: row by row."""
     match rule.policy:
         case Policy.MIRROR:
-            return writers.origin == writers.master
+            return writers.leads
         case Policy.OWNED:
             return None
         case Policy.MERGE:

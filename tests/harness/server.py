@@ -10,6 +10,7 @@ from importlib.resources import files
 from psycopg2.extensions import connection as Connection  # noqa: N812
 
 from cli.demo.embedded import EmbeddedPostgres
+from pmgsync.core.document import Epoch
 from pmgsync.core.emitted import SealKey
 from pmgsync.core.frames import Frame
 from pmgsync.core.framing import ChainName, Framer
@@ -40,6 +41,9 @@ class Pair:
         number = next(_numbers)
         self.server, self.profile, self.origin = server, profile, origin
         self.master, self.members = ORIGIN, {ORIGIN, 2, 3}
+        self.history: tuple[Epoch, ...] = ()
+        self.elsewhere = 0
+        self.epoch = 1
         self.names = (f"source{number}", f"target{number}")
         self.slot = f"slot{number}"
         self.attempt = 1
@@ -58,7 +62,7 @@ class Pair:
         return connection
 
     def _framer(self, position: Position, frame_bytes: int = 1 << 16) -> Framer:
-        chain = ChainName(b"c" * 16, 1, self.origin, INCARNATION, self.attempt)
+        chain = ChainName(b"c" * 16, self.epoch, self.origin, INCARNATION, self.attempt)
         return Framer(chain, position, key=self.key, frame_bytes=frame_bytes, gap_s=0)
 
     def _watch(self) -> None:
@@ -116,7 +120,8 @@ class Pair:
         """A connected applier."""
         applier = Applier(
             self.server.dsn(self.names[1]), self.profile, origin=self.origin, own_cid=99,
-            master=lambda: self.master, members=lambda: self.members,
+            history=lambda: self.history or (Epoch(1, self.master),), members=lambda: self.members,
+            elsewhere=lambda: self.elsewhere,
         )  # fmt: skip
         try:
             applier.connect()

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import psycopg2
 
+from pmgsync.core.document import Epoch
 from pmgsync.core.frames import Frame, is_part, unpack_body
-from pmgsync.core.owners import Writers
+from pmgsync.core.judges import Judge
 from pmgsync.core.pgoutput import Piece, transactions
 from pmgsync.core.positions import LAST, Position
 from pmgsync.core.profile import Profile
@@ -44,8 +45,9 @@ class Applier:
         dsn: of the local database.
         origin: CID of the node whose chain it is.
         own_cid: CID of this node.
-        master: returns the master's CID, asked at every `apply`.
+        history: returns the epochs of the document held, asked at every `apply`.
         members: returns all members' CIDs.
+        elsewhere: returns the newest epoch of the other side while the origin is there in a split, else 0.
         stale: what is known of stale tables, when it is to outlive this object.
         waits: True: a commit waits for the disk; False: it is visible before, and `flush` makes it durable.
 
@@ -62,8 +64,9 @@ class Applier:
         *,
         origin: int,
         own_cid: int,
-        master: Callable[[], int],
+        history: Callable[[], Sequence[Epoch]],
         members: Callable[[], Collection[int]],
+        elsewhere: Callable[[], int] = lambda: 0,
         stale: StaleTables | None = None,
         waits: bool = True,
     ) -> None:
@@ -71,8 +74,10 @@ class Applier:
         self._dsn = dsn
         self._profile = profile
         self.origin = origin
-        self._master = master
+        self._history = history
         self._members = members
+        self._elsewhere = elsewhere
+        self._judge = Judge(origin, history(), members(), elsewhere())
         self.stats = ApplyStats()
         self._trimmed = 0
         self._half: _Half | None = None
@@ -152,13 +157,14 @@ class Applier:
         Raises:
             ResyncRequiredError: when a frame is of another incarnation.
             ProtocolError: when a frame cannot be read, or leaves a gap.
+            UnknownEpochError: when a transaction is of a later epoch than those known; what precedes it is committed.
             TransientApplyError: when repeating may help.
             ApplyError: when the chain cannot go on. What precedes the transaction named is committed.
             UnreachableError: when the session was lost and there is no new one.
         """
         if not self._session.is_open:
             self.connect()
-        self._execution.planner.set_writers(Writers.at(self.origin, self._master(), self._members()))
+        self._judge = Judge(self.origin, self._history(), self._members(), self._elsewhere())
         group: list[PlannedTransaction] = []
         reached, changes = self.position, 0
         try:
@@ -184,6 +190,7 @@ class Applier:
                     if lsn > frame.here.lsn:
                         raise ProtocolError(f"a frame that ends at {frame.here} holds a transaction beyond its end")
                     try:
+                        self._execution.planner.set_writers(self._judge.writers(frame.header, lsn))
                         with self._session.cursor() as cursor:
                             items, rest = self._execution.planner.plan(cursor, piece.changes, lsn)
                     except PmgsyncError:
@@ -247,6 +254,7 @@ class Applier:
         if (piece.commit is not None) != header.here.complete:
             raise ProtocolError("a transaction's last part has no Commit, or another part has one")
         lsn = header.here.lsn
+        self._execution.planner.set_writers(self._judge.writers(header, lsn))
         with self._session.cursor() as cursor:
             if half is None:
                 self._execution.begin(cursor)

@@ -36,7 +36,7 @@ class Planner:
     """Keeps what it has learned of tables until it is told to forget."""
 
     def __init__(self, profile: Profile, stats: ApplyStats, stale: StaleTables) -> None:
-        self._writers = Writers(0, 0, frozenset())
+        self._writers = Writers.at(0, 0, ())
         self._profile = profile
         self._stats = stats
         self._stale = stale
@@ -47,7 +47,7 @@ class Planner:
 
     def set_writers(self, writers: Writers) -> None:
         """Say who may write what, from the next plan on."""
-        if writers != self._writers:
+        if writers is not self._writers and writers != self._writers:
             self._writers = writers
             self._routes.clear()
 
@@ -171,7 +171,7 @@ class Planner:
 
     def _emitted(self, change: Emitted, items: list[PlanItem], lsn: int) -> None:
         """Do nothing: a message of a later version is left out."""
-        from_master = self._writers.origin == self._writers.master
+        from_master = self._writers.leads
         if change.prefix == ddl.FETCH_PREFIX:
             tables = [table for table in ddl.unpack_missing(change.content) if self._fetches(table, lsn)]
             items += missing(tables, self._stale, lsn)
