@@ -97,7 +97,9 @@ class Inbound:
         if heartbeat.cid != link.member.cid or heartbeat.cluster != document.cluster:
             raise ProtocolError("its heartbeat speaks for another node or cluster")
         self._members.heard(link, heartbeat)
-        if (heartbeat.epoch, heartbeat.serial) > document.version:
+        version, other = (heartbeat.epoch, heartbeat.serial), heartbeat.master not in {0, document.master}
+        # Two masters of one epoch, one of them by force: which document counts does not show in its number.
+        if version > document.version or (other and heartbeat.epoch == document.epoch):
             link.send({"op": "document", "id": self._new_id()})
         self._chains.heard(heartbeat)
 

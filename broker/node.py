@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 0.5
 ACK_S = 0.05
 TICK_S = 0.25
+LEASE_S = 0.1
 RETRY_S = 1.0
 """Seconds between two attempts to put a document in force that could not be."""
 BIND_S = 0.05
@@ -102,6 +103,7 @@ class Broker:
                 (HEARTBEAT_S, self._beat),
                 (ACK_S, self._send_acks),
                 (TICK_S, self._tick),
+                (LEASE_S, self._keep_lease),
                 (RETRY_S, self._retry),
                 (BIND_S, self._bind_rest),
             ):
@@ -162,6 +164,8 @@ class Broker:
                 )
             part.follow_document(removed=bool(before and before.cids - signed.document.cids))
         self._local.spread_document()
+        if part is not None and self._participation is part:
+            part.lease.follow_document()
 
     def change_document(self, document: ClusterDocument) -> SignedDocument:
         """Sign, store and spread a new cluster document.
@@ -215,7 +219,11 @@ class Broker:
     def create_cluster(self, cluster: bytes, name: str, profile: str) -> None:
         """Make this node the master of a new cluster."""
         founder = own_member(self.config, self._resources.keys)
-        self._put_in_force(self._documents.create(cluster, name, profile, founder))
+        settings = self.config.cluster
+        created = self._documents.create(
+            cluster, name, profile, founder, fence_wanted=settings.fence, lease_ms=round(settings.lease_s * 1000)
+        )
+        self._put_in_force(created)
 
     def enter_cluster(self, signed: SignedDocument) -> None:
         """Take the place that a master has given this node."""
@@ -259,6 +267,10 @@ class Broker:
     def _send_acks(self) -> None:
         if self._participation is not None:
             self._participation.send_acks()
+
+    def _keep_lease(self) -> None:
+        if self._participation is not None:
+            self._participation.lease.tick()
 
     def _tick(self) -> None:
         self._sessions.expire()

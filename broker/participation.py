@@ -24,6 +24,8 @@ from broker.cluster.tokens import Tokens
 from broker.heartbeats.heartbeat import pack_applied
 from broker.inbound import Inbound
 from broker.journal.retention import Limits
+from broker.leadership.asking import Asking
+from broker.leadership.lease import LeaseKeeper, Surroundings
 from broker.leadership.voter import Voter
 from broker.members.calls import Calls, End
 from broker.members.members import Members
@@ -34,7 +36,7 @@ from broker.requests.control import ControlRequests
 from broker.requests.sessions import Session, Sessions
 from broker.requests.shared import SharedRequests
 from broker.requests.voting import VotingRequests
-from broker.requests.workers import WorkerRequests, tell_announcement, tell_durable
+from broker.requests.workers import WorkerRequests, tell_announcement, tell_durable, tell_lease
 from broker.status.health import Health
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, with_confirmed, without_member
@@ -77,12 +79,14 @@ class Resources:
     new_id: Callable[[], int]
 
 
+# Over 250 lines: it makes and wires what exists only in a cluster; most of it is one constructor.
 class Participation:
     """Members, chains, and whoever serves them.
 
     Attributes:
         cid: this node's number.
         workers: serves the agent's workers.
+        lease: keeps the master's lease.
         health: judges this node.
     """
 
@@ -144,6 +148,21 @@ class Participation:
             sessions,
             self._shared,
             announce=lambda data: self.publish(b"t", data),
+            lease_told=lambda number, guarded: self.lease.agent_told(number, guarded=guarded),
+        )
+        self.lease = LeaseKeeper(
+            self.cid,
+            resources.voter,
+            Surroundings(
+                document=lambda: self._signed,
+                change_document=change_document,
+                offer_document=offer_document,
+                ask=Asking(self._members, self._calls, resources.new_id).ask,
+                send=self._members.send,
+                refused=self._members.refuse,
+                tell_agent=partial(tell_lease, sessions),
+                ask_agent=self._shared.ask_agent,
+            ),
         )
         self._joiners = Joiners(time.monotonic)
         self._control = ControlRequests(
@@ -185,6 +204,7 @@ class Participation:
             joining=self._joiners.progress,
             conf_problem=lambda: resources.conf_file.problem,
             voting_problem=lambda: resources.voter.problem,
+            lease=self.lease.status,
         )
 
     @property
@@ -261,6 +281,10 @@ class Participation:
     def ask_facts(self, caller: End) -> None:
         """Have the agent tell what this node's database is like; raises UnreachableError when there is no agent."""
         self._shared.ask_agent(caller, "facts")
+
+    def when_kept(self, done: Callable[[PmgsyncError | None], None]) -> None:
+        """Call `done` when no vote can lose the document in force any more."""
+        self.lease.when_kept(done)
 
     def change_document(self, document: ClusterDocument) -> SignedDocument:
         """Sign, store and spread a new cluster document."""

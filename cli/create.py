@@ -112,7 +112,12 @@ def _set_up(config: NodeConfig, profile: Profile, state: StateDirectory, cluster
             config,
             request,
             offline=lambda documents: documents.create(
-                cluster, cluster_name, profile.name, own_member(config, state.keys())
+                cluster,
+                cluster_name,
+                profile.name,
+                own_member(config, state.keys()),
+                fence_wanted=config.cluster.fence,
+                lease_ms=round(config.cluster.lease_s * 1000),
             ),
             done=lambda documents: documents.is_member_of(cluster),
         )

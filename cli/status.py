@@ -106,7 +106,46 @@ def render(status: Mapping[str, Any], *, clocks_matter: bool = False) -> list[st
         lines += [f"{name}: {note}" for note in notes(node)]
         if clocks_matter and (skew := clock_problem(node)):
             lines.append(f"{name}: clock: {skew}; rules that take the latest value compare clocks")
-    return lines
+    return lines + lease_lines(status)
+
+
+def lease_lines(status: Mapping[str, Any]) -> list[str]:
+    """Return what there is to say of the master's lease: one line, none for a cluster of one."""
+    lease = status.get("lease")
+    if lease is None or len(status["nodes"]) < 2:
+        return []
+    names = {node["cid"]: printable(f"{node['name']}({node['cid']})") for node in status["nodes"]}
+
+    def named(cid: int) -> str:
+        return names.get(cid, f"CID {cid}")
+
+    voters, needed = lease["voters"], lease["majority"]
+    begin = f"epoch {status['epoch']}, master {named(status['master'])}; "
+    if lease["handing_over"]:
+        what = "its tables are closed: it hands over to another node"
+    elif lease["has_voted_away"]:
+        what = "its tables are closed: it has voted for another"
+    elif lease["fence"] == "none":
+        what = f"fence: none, the master always writes: {_why_none(lease)}"
+    elif not lease["is_master"]:
+        promised = lease["promised_to"]
+        to = f"promised to {named(promised)} for {lease['promised_s']:.1f} s" if promised else "nobody is promised to"
+        what = f"lease: {lease['lease_s']:g} s; here {to}"
+    else:
+        left = "without end" if lease["left_s"] is None else f"{lease['left_s']:.1f} s left"
+        left = left if lease["open"] else "none, the tables are closed"
+        what = f"lease: {left}, acknowledged by {len(lease['acknowledged'])} of {voters}, {needed} are needed"
+        if lease["missing"]:
+            what += f"; missing {', '.join(map(named, lease['missing']))}"
+    return [begin + what]
+
+
+def _why_none(lease: Mapping[str, Any]) -> str:
+    if lease["wanted"] == "none":
+        return 'the cluster was created with [cluster] fence = "none"'
+    if lease["voters"] < 3:
+        return f"{'two members' if lease['voters'] == 2 else 'one member'} and no witness"
+    return "the lease comes in force when a majority holds the cluster document and the triggers stand"
 
 
 def _rest(node: Mapping[str, Any]) -> str:

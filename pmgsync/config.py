@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pmgsync.core.document import LEASE_MS, LONGEST_LEASE_MS, SHORTEST_LEASE_MS
 from pmgsync.core.profile import FileTree
 from pmgsync.errors import ConfigError
 from pmgsync.toml_section import Section, as_absolute, as_list, as_text, one_of, read_toml
 
 DEFAULT_PATH = Path("/etc/pmgsync/node.toml")
 PATH_VARIABLE = "PMGCM_CONFIG"
-SECTIONS = ("node", "ports", "postgres", "files", "journal", "subscription", "join")
+SECTIONS = ("node", "ports", "postgres", "files", "journal", "subscription", "join", "cluster")
 SOCKET_NAME = "broker.sock"
 SOCKET_PATH_BYTES = 107
 """The kernel's limit for the path of a unix socket."""
@@ -54,6 +55,19 @@ class Subscription:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """Settings of the whole cluster, read by `pmgcm create` alone.
+
+    Attributes:
+        fence: `lease`: from three voters on the master writes only while a majority acknowledges it.
+        lease_s: for how long an acknowledgement is good.
+    """
+
+    fence: Literal["lease", "none"] = "lease"
+    lease_s: float = LEASE_MS / 1000
+
+
+@dataclass(frozen=True, slots=True)
 class NodeConfig:
     """A node's configuration; the keys are those of node.toml."""
 
@@ -75,6 +89,7 @@ class NodeConfig:
     cluster_conf: str | None = None
     """The gateway's cluster.conf: a path, "" for none, None for the profile's."""
     subscription: Subscription = Subscription()
+    cluster: ClusterSettings = ClusterSettings()
     pam_service: str = "login"
     """Of the master, for the root password of whoever joins; "" when only tokens open the door."""
 
@@ -138,7 +153,7 @@ def load_config(path: Path | None = None) -> NodeConfig:
     top = read_toml(path, "the configuration", hint=f"name another file with --config or ${PATH_VARIABLE}")
     sections = [top.section(name) for name in SECTIONS]
     top.end()
-    node, ports, postgres, files, journal, subscription, join = sections
+    node, ports, postgres, files, journal, subscription, join, cluster = sections
     absolute, port = "an absolute path", "a port number, 1 to 65535"
     limits = JournalLimits()
     config = NodeConfig(
@@ -164,6 +179,7 @@ def load_config(path: Path | None = None) -> NodeConfig:
         ),
         cluster_conf=files.take("cluster_conf", None, f'{absolute}, or "" for none', _none_or(as_absolute)),
         subscription=_subscription(subscription),
+        cluster=_cluster(cluster),
         pam_service=join.take("pam_service", "login", 'the name of a PAM service, or "" for none', _none_or(_name)),
     )
     for section in sections:
@@ -211,6 +227,21 @@ def _subscription(section: Section) -> Subscription:
     if len(given) > 1:
         raise section.fail(given[1], f"has no meaning beside {given[0]}: one of them says where the level is found")
     return found
+
+
+def _lease(value: Any) -> float:
+    if type(value) not in {int, float} or not SHORTEST_LEASE_MS <= value * 1000 <= LONGEST_LEASE_MS:
+        raise ValueError
+    return float(value)
+
+
+def _cluster(section: Section) -> ClusterSettings:
+    fences: tuple[Literal["lease", "none"], ...] = ("lease", "none")
+    default = ClusterSettings()
+    return ClusterSettings(
+        fence=section.take("fence", default.fence, 'one of "lease", "none"', one_of(*fences)),
+        lease_s=section.take("lease_s", default.lease_s, "seconds, 1 to 300", _lease),
+    )
 
 
 def _own_address() -> str:

@@ -5,6 +5,7 @@ That process is the broker. While none runs, `pmgcm create` and `pmgcm join` may
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -32,6 +33,9 @@ class Judge(Protocol):
     @property
     def may_lead(self) -> bool:
         """True when this node acts as master."""
+
+    def refuse_change(self, new: ClusterDocument) -> None:
+        """Refuse a change of who is a member while the one before could still be lost; raises UnreachableError."""
 
     def may_take(self, offered: SignedDocument) -> bool:
         """Say whether an offered document is to be taken; raises MembershipError when it cannot be believed."""
@@ -122,8 +126,13 @@ class Documents:
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
-    def create(self, cluster: bytes, name: str, profile: str, founder: Member) -> SignedDocument:
+    def create(
+        self, cluster: bytes, name: str, profile: str, founder: Member, *, fence_wanted: str, lease_ms: int
+    ) -> SignedDocument:
         """Store the first document of a new cluster, unless that was done already.
+
+        Args:
+            fence_wanted: the fence from the third voter on.
 
         Raises:
             MembershipError: when a cluster is defined here already.
@@ -132,7 +141,16 @@ class Documents:
         if self.signed is not None and self.is_member_of(cluster):
             return self.signed
         self.refuse_second()
-        return self._store(first_document(cluster, name, profile, founder), founder.cid)
+        document = first_document(
+            cluster,
+            name,
+            profile,
+            founder,
+            when=time.time_ns() // 1000,
+            lease_ms=lease_ms,
+            fence_wanted=fence_wanted,
+        )
+        return self._store(document, founder.cid)
 
     def enter(self, signed: SignedDocument) -> SignedDocument:
         """Store the document of a cluster that has taken this node in, unless that was done already.
@@ -200,11 +218,14 @@ class Documents:
 
         Raises:
             MembershipError: when this node has voted for another master.
+            UnreachableError: when the last change of who is a member could still be lost.
             ConfigError: when it cannot be written.
         """
         if self.signed is not None and document == self.signed.document:
             return self.signed
         self._refuse_to_lead()
+        if self._judge is not None:
+            self._judge.refuse_change(document)
         return self._store(document, self.cid)
 
     def offer(self, data: bytes) -> SignedDocument | None:

@@ -38,6 +38,9 @@ class Cluster(Protocol):
     def change_document(self, document: ClusterDocument) -> SignedDocument:
         """Sign, store and spread a new cluster document."""
 
+    def when_kept(self, done: Callable[[PmgsyncError | None], None]) -> None:
+        """Call `done` when no vote can lose the document in force any more, or with an error when that takes long."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Caller:
@@ -179,7 +182,16 @@ class Door:
         member = signed.document.by_key(newcomer.curve_key)
         assert member is not None
         log.info("action=admitted cid=%d name=%s address=%s", member.cid, member.name, member.address)
-        self._send(caller, {"op": "admitted", "id": caller.request, "cid": member.cid}, signed.pack())
+        cid = member.cid
+
+        def answer(error: PmgsyncError | None) -> None:
+            if error is not None:
+                self._refuse(caller, error)
+            else:
+                self._send(caller, {"op": "admitted", "id": caller.request, "cid": cid}, signed.pack())
+
+        # Before that another master could give the same CID to another node.
+        self._cluster.when_kept(answer)
 
     def _send(self, caller: _Caller, message: Mapping[str, Any], *attachments: bytes) -> bool:
         return self._port.send([caller.identity, pack(message), *attachments])

@@ -64,6 +64,7 @@ class Heartbeat:
     cid: int
     epoch: int
     serial: int
+    master: int
     time_us: int
     uptime_s: int
     load1: float
@@ -87,6 +88,7 @@ class Heartbeat:
             "cid": self.cid,
             "epoch": self.epoch,
             "serial": self.serial,
+            "master": self.master,
             "time": self.time_us,
             "uptime_s": self.uptime_s,
             "load1": self.load1,
@@ -132,6 +134,7 @@ class Heartbeat:
                 cid=_typed(raw["cid"], int),
                 epoch=_typed(raw["epoch"], int),
                 serial=_typed(raw["serial"], int),
+                master=_typed(raw.get("master", 0), int),
                 time_us=_typed(raw["time"], int),
                 uptime_s=_typed(raw["uptime_s"], int),
                 load1=float(raw["load1"]),

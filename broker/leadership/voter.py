@@ -18,10 +18,10 @@ from broker.cluster.state_directory import StateDirectory
 from broker.net.keys import NodeKeys
 from pmgsync.core.document import ClusterDocument
 from pmgsync.core.epochs import Granted, Record, Refused, may_acknowledge, may_lead, may_take, may_vote
-from pmgsync.core.lease import Lease, Promise, Request
+from pmgsync.core.lease import Lease, Promise, Request, is_kept
 from pmgsync.core.signed import SignedDocument, accept_document
 from pmgsync.core.votes import Ballot, Vote
-from pmgsync.errors import PmgsyncError, ProtocolError
+from pmgsync.errors import PmgsyncError, ProtocolError, UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ class Voter:
     Attributes:
         record: what is on disk.
         lease: this node's own, as master; `broker.leadership.lease` changes it.
+        held: the document in force, None when no cluster is defined.
+        holding: for each other member, the version of the document that its newest acknowledgement named.
         problem: why the record cannot be read or written, "" when it is well. One that cannot be read: this node
             votes for nobody, acknowledges nobody and does not lead, for it may have promised anything.
     """
@@ -39,11 +41,12 @@ class Voter:
     def __init__(self, state: StateDirectory, keys: NodeKeys, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.record = Record()
         self.lease = Lease(0, 0)
+        self.holding: dict[int, tuple[int, int]] = {}
         self.problem = ""
         self._state = state
         self._keys = keys
         self._clock = clock
-        self._held: SignedDocument | None = None
+        self.held: SignedDocument | None = None
         self._cid = 0
         self._readable = True
         self._promise = Promise(0, -math.inf)
@@ -52,23 +55,23 @@ class Voter:
 
     def follow(self, signed: SignedDocument | None, cid: int) -> None:
         """Take over that another document is in force, or none."""
-        old = self._held
+        old = self.held
         if signed is None or not cid:
-            self._held, self._cid = None, 0
+            self.held, self._cid = None, 0
             return
         new = signed.document
         if old is None or old.document.cluster != new.cluster or cid != self._cid:
-            self._held, self._cid = signed, cid
+            self.held, self._cid = signed, cid
             self._begin(new)
             return
         # What the database was told stays there, also when the lease is made anew.
         self._promise = self.binding
-        self._held = signed
+        self.held = signed
         if (new.epoch, new.master) != (old.document.epoch, old.document.master):
-            self.lease = Lease(new.epoch, cid)
+            self.lease, self.holding = Lease(new.epoch, cid), {}
 
     def _begin(self, document: ClusterDocument) -> None:
-        self.lease = Lease(document.epoch, self._cid)
+        self.lease, self.holding = Lease(document.epoch, self._cid), {}
         self._readable = True
         try:
             self.record = self._read()
@@ -88,18 +91,40 @@ class Voter:
         Raises:
             MembershipError: as `accept_document`.
         """
-        assert self._held is not None
+        assert self.held is not None
         if not self._readable:
             # It acknowledges nothing, so it may hold anything.
-            return accept_document(self._held.document, offered)
-        return may_take(self._held.document, self.record, offered)
+            return accept_document(self.held.document, offered)
+        return may_take(self.held.document, self.record, offered)
 
     @property
     def may_lead(self) -> bool:
         """True when this node acts as master: asks for acknowledgements, opens its tables, changes the document."""
-        if self._held is None or not self._readable:
+        if self.held is None or not self._readable:
             return False
-        return may_lead(self._cid, self._held.document, self.record)
+        return may_lead(self._cid, self.held.document, self.record)
+
+    @property
+    def has_voted_away(self) -> bool:
+        """True on a master that has voted in a later epoch: it opens nothing any more, fenced or not."""
+        return self.held is not None and self._readable and not self.may_lead
+
+    def refuse_change(self, new: ClusterDocument) -> None:
+        """Refuse a change of who is a member while the one before could still be lost.
+
+        Raises:
+            UnreachableError: when a majority does not hold the document in force yet, and who is a member changes.
+        """
+        if self.held is None:
+            return
+        old = self.held.document
+        if new.cluster != old.cluster or (new.cids, new.voters) == (old.cids, old.voters):
+            return
+        if not is_kept(old, self.holding):
+            raise UnreachableError(
+                "the last change of the cluster is not on the disks of a majority of its members yet",
+                hint="try again in a moment; when members are away for long, see `pmgcm status`",
+            )
 
     # -- what binds it ------------------------------------------------------------------------------------------------
 
@@ -111,9 +136,9 @@ class Voter:
     @property
     def binding(self) -> Promise:
         """What binds this member: its promise, or that it may write itself."""
-        if self._held is None:
+        if self.held is None:
             return self._promise
-        return self.lease.binding(self._promise, self._held.document, self._clock())
+        return self.lease.binding(self._promise, self.held.document, self._clock())
 
     def bound_s(self, cid: int) -> float:
         """Return for how many seconds more this member may neither acknowledge nor vote for a CID; 0.0 when it may."""
@@ -123,9 +148,9 @@ class Voter:
 
     def acknowledge(self, master: int, epoch: int, request: Request) -> Granted | Refused:
         """Acknowledge a master's request, or say why not. The record is on disk when this returns."""
-        if self._held is None or not self._readable:
+        if self.held is None or not self._readable:
             return self._unreadable()
-        document = self._held.document
+        document = self.held.document
         if document.master == self._cid and epoch <= document.epoch:
             return Refused(f"CID {self._cid} is the master of epoch {document.epoch} itself", epoch=document.epoch)
         now = self._clock()
@@ -143,9 +168,9 @@ class Voter:
 
     def vote(self, ballot: Ballot) -> Vote | Refused:
         """Vote, or say why not. The vote is on disk when this returns."""
-        if self._held is None or not self._readable:
+        if self.held is None or not self._readable:
             return self._unreadable()
-        answer = may_vote(self._cid, self._held, self.record, self.binding, ballot, self._clock())
+        answer = may_vote(self._cid, self.held, self.record, self.binding, ballot, self._clock())
         if isinstance(answer, Refused):
             return answer
         if (failed := self._write(answer.record)) is not None:
@@ -193,8 +218,8 @@ class Voter:
     def _store(self, record: Record) -> None:
         if record == self.record:
             return
-        assert self._held is not None
-        content = {"cluster": self._held.document.cluster.hex(), "cid": self._cid, "record": record.to_map()}
+        assert self.held is not None
+        content = {"cluster": self.held.document.cluster.hex(), "cid": self._cid, "record": record.to_map()}
         try:
             self._state.store_votes(json.dumps(content, sort_keys=True).encode())
         except PmgsyncError as error:
@@ -205,13 +230,13 @@ class Voter:
         self.problem = ""
 
     def _read(self) -> Record:
-        assert self._held is not None
+        assert self.held is not None
         data = self._state.votes()
         if data is None:
             return Record()
         try:
             content = json.loads(data)
-            if (content["cluster"], content["cid"]) != (self._held.document.cluster.hex(), self._cid):
+            if (content["cluster"], content["cid"]) != (self.held.document.cluster.hex(), self._cid):
                 return Record()
             return Record.from_map(content["record"])
         except (ValueError, TypeError, KeyError, AttributeError, ProtocolError) as error:

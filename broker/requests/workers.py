@@ -17,6 +17,7 @@ from pmgsync.wire.messages import Message, error_map
 
 CAPTURE = "capture"
 FILES = "files"
+LEASE = "lease"
 MAX_ANNOUNCEMENT = 64 << 10
 
 
@@ -33,8 +34,14 @@ class WorkerRequests:
         shared: SharedRequests,
         *,
         announce: Callable[[bytes], None],
+        lease_told: Callable[[int, bool], None],
     ) -> None:
-        """Begin; `announce` publishes what the files worker says of this node's trees."""
+        """Begin.
+
+        Args:
+            announce: publishes what the files worker says of this node's trees.
+            lease_told: takes the number of a deadline that the lease worker has written, and whether the guard stands.
+        """
         self._cid = cid
         self._chains = chains
         self._members = members
@@ -42,6 +49,7 @@ class WorkerRequests:
         self._sessions = sessions
         self._shared = shared
         self._announce = announce
+        self._lease_told = lease_told
 
     def handle(self, session: Session, send: Send, message: Message, attachments: Sequence[bytes]) -> bool:
         """Handle a request; False when it is none of these.
@@ -67,6 +75,10 @@ class WorkerRequests:
                 if len(attachments) != 1 or session.worker != FILES or len(attachments[0]) > MAX_ANNOUNCEMENT:
                     raise ProtocolError(f"an announcement is one part of at most {MAX_ANNOUNCEMENT} bytes, of trees")
                 self._announce(attachments[0])
+            case "lease.told":
+                if session.worker != LEASE:
+                    raise ProtocolError("only the lease worker writes deadlines")
+                self._lease_told(number(message, "number"), message.get("guarded") is True)
             case "chain.open":
                 self._open_chain(send, message)
             case "apply.open":
@@ -130,6 +142,12 @@ def tell_durable(sessions: Sessions, position: Position, watermark: int) -> None
     if capture is not None:
         message = {"op": "durable", "position": list(position), "watermark": watermark}
         sessions.send(capture.identity, message)
+
+
+def tell_lease(sessions: Sessions, message: Message) -> bool:
+    """Send the lease worker a message; False when there is none."""
+    lease = sessions.worker(LEASE)
+    return lease is not None and sessions.send(lease.identity, message)
 
 
 def tell_announcement(sessions: Sessions, origin: int, data: bytes) -> None:

@@ -41,11 +41,13 @@ class Health:
         joining: Callable[[int], Mapping[str, Any] | None],
         conf_problem: Callable[[], str],
         voting_problem: Callable[[], str],
+        lease: Callable[[], dict[str, Any]],
     ) -> None:
         """Begin.
 
         Args:
             document: returns the cluster document in force.
+            lease: returns what there is to say of the master's lease.
             conf_problem, voting_problem: return what is wrong with cluster.conf, and with the record of votes.
         """
         self._cid = cid
@@ -58,6 +60,7 @@ class Health:
         self._joining = joining
         self._conf_problem = conf_problem
         self._voting_problem = voting_problem
+        self._lease = lease
         self._since = time.monotonic()
 
     def heartbeat(self) -> Heartbeat:
@@ -72,6 +75,7 @@ class Health:
             cid=self._cid,
             epoch=document.epoch,
             serial=document.serial,
+            master=document.master,
             time_us=time.time_ns() // 1000,
             uptime_s=machine.uptime_s,
             load1=machine.load1,
@@ -99,7 +103,8 @@ class Health:
                 self._joining(cid),
             )  # fmt: skip
         now = time.monotonic()
-        return status_map(self._document(), views, self._chains.clocks, now=now, down_after_s=DOWN_AFTER_S)
+        found = status_map(self._document(), views, self._chains.clocks, now=now, down_after_s=DOWN_AFTER_S)
+        return found | {"lease": self._lease()}
 
     # -- judging ------------------------------------------------------------------------------------------------------
 
@@ -120,7 +125,7 @@ class Health:
                 self._judge_member(link, alerts)
         if self._chains.journals.failure is not None:
             error = str(self._chains.journals.failure)
-        error = error or self._missing(document)
+        error = error or self._missing(document) or self._closed()
         return "S" if synchronising else "A", error, alerts
 
     def _judge_workers(self, alerts: Alerts) -> tuple[bool, str]:
@@ -158,6 +163,16 @@ class Health:
         follower = self._chains.follower(origin)
         if link.up and follower is not None and follower.replaying:
             alert("replay", f"fetching what was missed of node {origin}'s chain")
+
+    def _closed(self) -> str:
+        """Return why this master may not write its tables, "" when it may, or is no master."""
+        lease = self._lease()
+        if lease.get("open", True) or lease["handing_over"] or not self._started:
+            return ""
+        if lease["has_voted_away"]:
+            return "this master has voted for another: its tables are closed"
+        have, voters, majority = len(lease["acknowledged"]), lease["voters"], lease["majority"]
+        return f"the tables are closed: acknowledged by {have} of {voters} members, {majority} are needed"
 
     def _missing(self, document: ClusterDocument) -> str:
         """Return a sentence on workers that should be running and are not, "" when there are none."""

@@ -43,7 +43,7 @@ def status_map(
         _node(member, views[member.cid], clocks, document, now=now, down_after_s=down_after_s)
         for member in document.members
     ]
-    return {"cluster": document.name, "epoch": document.epoch, "nodes": nodes}
+    return {"cluster": document.name, "epoch": document.epoch, "master": document.master, "nodes": nodes}
 
 
 def _node(
@@ -115,6 +115,8 @@ def _node(
         if member.state == "joining"
         else None,
         "received": None if view.received is None else dict(view.received),
+        "epoch": heartbeat.epoch if heartbeat else None,
+        "master": heartbeat.master or None if heartbeat else None,
         "heartbeat_age_s": round(view.age_s, 3) if heartbeat else None,
     }
 

@@ -10,6 +10,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from pmgsync.agent.fence import Fence
+from pmgsync.agent.lease import LeaseWorker
 from pmgsync.agent.upkeep import Upkeep
 from pmgsync.agent.worker import Worker
 from pmgsync.config import NodeConfig
@@ -50,7 +52,9 @@ class CaptureWorker(Worker):
     def __init__(self, config: NodeConfig) -> None:
         super().__init__(config, "capture")
         self._facts: NodeFacts | None = None
-        self.upkeep = Upkeep(config.dsn, load_profile(config.profile), self._place)
+        fence = Fence()
+        self.upkeep = Upkeep(config.dsn, load_profile(config.profile), self._place, fence)
+        self._lease = LeaseWorker(config, fence)
 
     def _place(self) -> tuple[int, ClusterDocument] | None:
         return None if self.signed is None else (self.cid, self.signed.document)
@@ -58,6 +62,7 @@ class CaptureWorker(Worker):
     def session(self, link: BrokerLink) -> None:
         """Stream from the journal's end until something ends it."""
         self.upkeep.start()
+        self._lease.start()
         facts, state = read_node(self.config.dsn)
         opened, _ = link.request(
             {

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
+from pmgsync.agent.fence import Fence
 from pmgsync.core.backoff import Backoff
 from pmgsync.core.ceilings import Ceilings
-from pmgsync.core.membership import ClusterDocument
+from pmgsync.core.lease import reign_began
+from pmgsync.core.membership import ClusterDocument, Member
 from pmgsync.core.profile import Profile
 from pmgsync.errors import UnreachableError
 from pmgsync.postgres.setup.upkeep_steps import StepFailedError, UpkeepSession
@@ -57,16 +59,18 @@ class Upkeep:
         alerts: what is wrong, for the worker's report; replaced as a whole.
     """
 
-    def __init__(self, dsn: str, profile: Profile, document: Document) -> None:
+    def __init__(self, dsn: str, profile: Profile, document: Document, fence: Fence) -> None:
         """Prepare.
 
         Args:
             document: returns this node's CID and the cluster document, None while they are not known.
+            fence: what the broker says of a master's fence.
         """
         self.alerts: list[dict[str, str]] = []
         self._dsn = dsn
         self._profile = profile
         self._document = document
+        self._fence = fence
         self._ceilings = Ceilings()
         self._duties = {"sequence": _duty(ROUND_S), "guard": _duty(KEEP_S), "watch": _duty(KEEP_S)}
         self._next_repeat = 0.0
@@ -86,7 +90,8 @@ class Upkeep:
                 with closing(UpkeepSession(self._dsn, self._profile)) as session:
                     backoff.succeeded()
                     while True:
-                        time.sleep(ROUND_S)
+                        if self._fence.wait(ROUND_S):
+                            self._duties["guard"].due = 0.0
                         self._round(session)
             except UnreachableError as error:
                 # Capture and apply report that the database is away.
@@ -106,10 +111,24 @@ class Upkeep:
             self._do("sequence", lambda: self._publish_sequences(session))
         else:
             self._ceilings.forget()
-        if is_master or master is not None:
-            self._do("guard", lambda: session.keep_guard(None if is_master else master))
+        if master is not None:
+            self._do("guard", lambda: self._keep_guard(session, master, document, is_master=is_master))
         self._do("watch", session.keep_publication)
         self.alerts = [{"kind": kind, "text": duty.problem} for kind, duty in self._duties.items() if duty.problem]
+
+    def _keep_guard(
+        self, session: UpkeepSession, master: Member, document: ClusterDocument, *, is_master: bool
+    ) -> None:
+        if not is_master:
+            session.keep_guard(master)
+            self._fence.stands(document.epoch, fenced=False)
+            return
+        fenced = self._fence.wanted
+        if fenced is None:
+            return  # the broker says so within a second
+        settle = fenced and document.fence != "lease"
+        session.keep_guard(master if fenced else None, fenced=fenced, settle=settle, reign=reign_began(document))
+        self._fence.stands(document.epoch, fenced=fenced)
 
     def _publish_sequences(self, session: UpkeepSession) -> None:
         now = time.monotonic()

@@ -42,7 +42,7 @@ class Worker(ABC):
         standing_error: what is wrong with a part of the work while the rest goes on; None when nothing is.
     """
 
-    def __init__(self, config: NodeConfig, name: str) -> None:
+    def __init__(self, config: NodeConfig, name: str, *, longest_pause_s: float = LONGEST_PAUSE_S) -> None:
         self.config = config
         self.name = name
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -57,7 +57,7 @@ class Worker(ABC):
         self._error: PmgsyncError | None = None
         self._failing_since = 0.0
         self._reported = 0.0
-        self._backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S, jitter=_jitter)
+        self._backoff = Backoff(FIRST_PAUSE_S, longest_pause_s, jitter=_jitter)
         self.wakeup = Wakeup()
 
     @property

@@ -141,6 +141,7 @@ class ClusterDocument:
         max_cid: the highest CID ever given out.
         history: one entry an epoch, oldest first; the last is this document's.
         fence: `lease`: the master writes only while a majority acknowledges it. `none`: it always writes.
+        fence_wanted: the setting of the node that created the cluster; `lease` comes in force with the third voter.
     """
 
     cluster: bytes
@@ -154,6 +155,7 @@ class ClusterDocument:
     history: tuple[Epoch, ...]
     fence: str = "none"
     lease_ms: int = LEASE_MS
+    fence_wanted: str = "lease"
 
     @property
     def version(self) -> tuple[int, int]:
@@ -208,6 +210,7 @@ class ClusterDocument:
             "members": [member.to_map() for member in self.members],
             "history": [entry.to_map() for entry in self.history],
             "fence": self.fence,
+            "fence_wanted": self.fence_wanted,
             "lease_ms": self.lease_ms,
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -227,20 +230,22 @@ class ClusterDocument:
             epoch, serial, master, max_cid = numbers = [data["epoch"], data["serial"], data["master"], data["max_cid"]]
             name, profile = data["name"], data["profile"]
             fence, lease_ms = data.get("fence", "none"), data.get("lease_ms", LEASE_MS)
+            fence_wanted = data.get("fence_wanted", "lease")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ProtocolError(f"a cluster document cannot be read ({type(error).__name__}: {error})") from error
         if not all(_positive(number) for number in numbers):
             raise ProtocolError("a cluster document's epoch, serial, master and max_cid are not positive integers")
         if len(cluster) != 16 or not (isinstance(name, str) and isinstance(profile, str)):
             raise ProtocolError("a cluster document's id, name or profile is malformed")
-        if not isinstance(fence, str) or fence not in FENCES:
-            raise ProtocolError(f"a cluster document's fence is {fence!r:.40}, expected one of {sorted(FENCES)}")
+        for one in (fence, fence_wanted):
+            if not isinstance(one, str) or one not in FENCES:
+                raise ProtocolError(f"a cluster document's fence is {one!r:.40}, expected one of {sorted(FENCES)}")
         if type(lease_ms) is not int or not SHORTEST_LEASE_MS <= lease_ms <= LONGEST_LEASE_MS:
             raise ProtocolError(
                 f"a cluster document's lease_ms is {lease_ms!r:.40}, expected {SHORTEST_LEASE_MS} to {LONGEST_LEASE_MS}"
             )
         document = cls(
-            cluster, name, profile, epoch, serial, master, max_cid, members, history, fence, lease_ms
+            cluster, name, profile, epoch, serial, master, max_cid, members, history, fence, lease_ms, fence_wanted
         )  # fmt: skip
         document._check()
         return document

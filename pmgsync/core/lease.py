@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from pmgsync.core.document import ClusterDocument
@@ -147,6 +148,19 @@ class Lease:
         return frozenset(cid for cid in document.voters - {self.cid} if self.sent.get(cid, -math.inf) + lease_s <= now)
 
 
+def reign_began(document: ClusterDocument) -> int:
+    """Return the epoch in which the master became it, 0 when it has been from the beginning.
+
+    A master opens its tables only when its database says that its sequences were passed for that epoch or a later one;
+    one that never was a slave has nothing to pass.
+    """
+    reign = 0
+    for before, entry in pairwise(document.history):
+        if entry.master != before.master:
+            reign = entry.epoch
+    return reign
+
+
 def fence_due(document: ClusterDocument, wanted: str, holding: Mapping[int, tuple[int, int]]) -> str | None:
     """Return the fence that the master should write into the document now, None when it has the right one.
 
@@ -155,7 +169,7 @@ def fence_due(document: ClusterDocument, wanted: str, holding: Mapping[int, tupl
     that is cut off could remove the others, open itself, and write beside the one that they have voted for.
 
     Args:
-        wanted: `[cluster] fence` of the configuration.
+        wanted: `document.fence_wanted`, if nothing else is decided.
         holding: for each other member, the version of the document that it says it holds.
     """
     due = "lease" if wanted == "lease" and len(document.voters) >= 3 else "none"

@@ -70,6 +70,7 @@ def first_document(
     when: int = 0,
     fence: str = "none",
     lease_ms: int = LEASE_MS,
+    fence_wanted: str = "lease",
 ) -> ClusterDocument:
     """Return the first document of a cluster, of one member who is master.
 
@@ -88,6 +89,7 @@ def first_document(
         (Epoch(1, founder.cid, when=when, reason="created"),),
         fence=fence,
         lease_ms=lease_ms,
+        fence_wanted=fence_wanted,
     )
 
 

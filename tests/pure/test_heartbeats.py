@@ -19,7 +19,7 @@ counters = st.dictionaries(names, st.integers(1, 1000), max_size=150)
 
 def heartbeat(**other: Any) -> Heartbeat:
     values: dict[str, Any] = {
-        "cluster": b"c" * 16, "cid": 1, "epoch": 1, "serial": 1, "time_us": 1, "uptime_s": 1, "load1": 0.0,
+        "cluster": b"c" * 16, "cid": 1, "epoch": 1, "serial": 1, "master": 1, "time_us": 1, "uptime_s": 1, "load1": 0.0,
         "mem_pct": 1.0, "disk_pct": 1.0, "state": "A", "error": "", "alerts": (), "chains": {}, "own": None,
         "applied": {},
     }  # fmt: skip

@@ -328,6 +328,7 @@ def test_an_older_version_is_read() -> None:
     for gone in (
         ',"fence":"none"',
         '"fence":"none",',
+        '"fence_wanted":"lease",',
         '"lease_ms":10000,',
         ',"state":"member"',
         '"forced":false,',

@@ -100,6 +100,18 @@ def unguarded(connection: Connection) -> list[str]:
         return [f"{as_text(schema)}.{as_text(name)}" for schema, name in cursor.fetchall()]
 
 
+def old_snapshots(connection: Connection) -> int:
+    """Return how many transactions have a snapshot that may be older than the guard's row.
+
+    One in REPEATABLE READ that does not see the row is not refused, and its commit is not checked.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_OLD_SNAPSHOTS)
+        row = cursor.fetchone()
+    assert row is not None
+    return int(row[0])
+
+
 def guarded_by(connection: Connection) -> str | None:
     """Return the master's name that a refused write is told, None when this node is the master."""
     with connection.cursor() as cursor:
@@ -111,6 +123,12 @@ def guarded_by(connection: Connection) -> str | None:
     return None if row is None else as_text(row[0])
 
 
+_OLD_SNAPSHOTS = """
+SELECT count(*) FROM pg_catalog.pg_stat_activity AS a, pmgsync.guard AS g
+WHERE a.backend_type = 'client backend' AND a.datname = pg_catalog.current_database()
+  AND a.application_name NOT LIKE 'pmgsync %'
+  AND pg_catalog.age(a.backend_xmin) >= pg_catalog.age(g.xmin)
+"""
 _UNGUARDED = """
 SELECT g.schema, g.name FROM pmgsync.guardable AS g
 WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_trigger AS t WHERE t.tgrelid = g.relation
@@ -128,7 +146,7 @@ _SUPERFLUOUS = _GUARDED + "AND c.oid NOT IN (SELECT g.relation FROM pmgsync.guar
 
 def _installed(connection: Connection) -> bool:
     with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_catalog.to_regprocedure('pmgsync.refuse_commit()') IS NOT NULL")
+        cursor.execute("SELECT pg_catalog.to_regclass('pmgsync.reign') IS NOT NULL")
         return cursor.fetchone() == (True,)
 
 

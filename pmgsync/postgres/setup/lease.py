@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 
 import psycopg2
+from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.postgres.session import connect
@@ -71,6 +72,16 @@ class LeaseSession:
             left_ms = math.floor(min(until - time.monotonic(), LONGEST_S) * 1000)
             cursor.execute("SELECT pmgsync.set_lease(%s)", (row[0] + left_ms if left_ms > 0 else None,))
 
+    def reign(self) -> int:
+        """Return the newest epoch for which this node may open its tables as master, 0 for none.
+
+        Raises:
+            UnreachableError: when the session is lost.
+            PmgsyncError: when the server refuses.
+        """
+        with _errors(), self._connection.cursor() as cursor:
+            return passed_reign(cursor)
+
     def shut(self) -> bool:
         """Close at once, without waiting for any lock. An open transaction that has written is refused at its commit.
 
@@ -92,6 +103,24 @@ class LeaseSession:
                 if time.monotonic() > deadline:
                     return False
                 time.sleep(SHUT_POLL_S)
+
+
+def passed_reign(cursor: Cursor) -> int:
+    """Return the newest epoch for which the sequences of this database were passed, 0 for none."""
+    cursor.execute("SELECT epoch FROM pmgsync.reign")
+    row = cursor.fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def note_reign(cursor: Cursor, epoch: int) -> None:
+    """Note that the sequences of this database were passed for an epoch: its tables may be opened. In the transaction
+    that has set them.
+    """
+    cursor.execute(
+        "INSERT INTO pmgsync.reign (epoch) VALUES (%s) ON CONFLICT (one) DO UPDATE "
+        "SET epoch = greatest(pmgsync.reign.epoch, EXCLUDED.epoch)",
+        (epoch,),
+    )
 
 
 _RUNNING = """

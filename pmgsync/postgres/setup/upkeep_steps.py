@@ -13,7 +13,8 @@ from pmgsync.core.membership import Member
 from pmgsync.core.profile import Profile
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.postgres.session import connect
-from pmgsync.postgres.setup.guard import in_use, keep_guard
+from pmgsync.postgres.setup.guard import in_use, keep_guard, old_snapshots
+from pmgsync.postgres.setup.lease import passed_reign
 from pmgsync.postgres.setup.sequence_values import publish_sequences
 from pmgsync.postgres.setup.watch import arm, armed, left_out, maintain
 
@@ -50,13 +51,32 @@ class UpkeepSession:
         with _errors():
             publish_sequences(self._connection, self._profile, ceilings)
 
-    def keep_guard(self, master: Member | None) -> None:
-        """Guard the tables that the master writes, or, when `master` is None, open them: this node is the master."""
+    def keep_guard(self, master: Member | None, *, fenced: bool = False, settle: bool = False, reign: int = 0) -> None:
+        """Guard the tables that the master writes, or, when `master` is None, open them: this node is the master.
+
+        Args:
+            fenced: this node is the master, and its lease decides.
+            settle: nobody who began before that may go on writing unseen.
+            reign: the epoch in which this node became master; before its sequences were passed for it nothing opens.
+        """
         with _errors():
-            pending = keep_guard(self._connection, self._profile, master=master)
+            if reign:
+                with self._connection.cursor() as cursor:
+                    if passed_reign(cursor) < reign:
+                        raise StepFailedError(
+                            f"the tables stay closed until the sequences are passed for epoch {reign}",
+                            hint="run `pmgcm promote` again, if it does not run now",
+                        )
+            pending = keep_guard(self._connection, self._profile, master=master, fenced=fenced)
+            old = old_snapshots(self._connection) if settle else 0
         if pending:
             error = in_use(pending)
             raise StepFailedError(error.message, hint=error.hint)
+        if old:
+            raise StepFailedError(
+                f"{old} transactions that began before the fence was put up may still write past it",
+                hint="it is looked at again; end transactions that are open for long",
+            )
 
     def keep_publication(self) -> None:
         """See that the event triggers are there, and make good what they could not do."""

@@ -17,6 +17,13 @@ ALTER TABLE pmgsync.guard ADD COLUMN IF NOT EXISTS fenced boolean NOT NULL DEFAU
 -- so a server that comes back is closed until a majority has been heard.
 CREATE UNLOGGED SEQUENCE IF NOT EXISTS pmgsync.lease AS bigint MINVALUE 0 START 0;
 
+-- The newest epoch for which the values that the sequences' other users have handed out were passed on this node: before
+-- that, a node that has become master opens nothing.
+CREATE TABLE IF NOT EXISTS pmgsync.reign (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    epoch bigint NOT NULL
+);
+
 -- One row for each open transaction that has written a table of the master's, so that its commit is checked too: a trigger
 -- that waits for the commit is one for each row, which nobody wants on tables that take millions of them.
 CREATE UNLOGGED TABLE IF NOT EXISTS pmgsync.writer (xid xid8 NOT NULL);
