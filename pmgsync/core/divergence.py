@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from pmgsync.core.changes import Change, Truncated
 from pmgsync.core.forks import Divergence
-from pmgsync.core.pgoutput import Change, Delete, Emitted, Insert, Relation, Row, Truncated, Unchanged, Update
+from pmgsync.core.pgoutput import Delete, Emitted, Insert, Relation, Row, Unchanged, Update
 from pmgsync.core.positions import format_lsn, parse_lsn
 from pmgsync.errors import ProtocolError
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pmgsync.core.changes import read_row
 from pmgsync.core.pgoutput import UNCHANGED, Row
 
 
@@ -24,10 +25,11 @@ class Phase:
         deleted: the old values of rows that are deleted, by key.
         updated: the new values of rows that are updated, by key; `UNCHANGED` for those that keep theirs.
         inserted: the rows that are inserted; None for one that is gone again.
+        messages: instead of `inserted`, as long as nothing but inserts came, which need not be read one by one.
         count: how many changes it holds.
     """
 
-    __slots__ = ("_folds", "_key", "_places", "absent", "count", "deleted", "inserted", "updated")
+    __slots__ = ("_folds", "_key", "_places", "absent", "count", "deleted", "inserted", "messages", "updated")
 
     def __init__(self, key: Callable[[Row], Any] | None, *, folds: bool) -> None:
         """Begin an empty phase.
@@ -43,10 +45,26 @@ class Phase:
         self.deleted: dict[Any, Row] = {}
         self.updated: dict[Any, Row] = {}
         self.inserted: list[Row | None] = []
+        self.messages: list[bytes] = []
         self.count = 0
+
+    def copy(self, messages: list[bytes]) -> bool:
+        """Add inserts as messages; False when that is not possible, and each is to be added by `insert`."""
+        if self._places is not None or self.inserted:
+            return False
+        self.messages += messages
+        self.count += len(messages)
+        return True
+
+    def _read(self) -> None:
+        """Have all inserts as rows."""
+        if self.messages:
+            self.inserted += map(read_row, self.messages)
+            self.messages.clear()
 
     def insert(self, new: Row) -> bool:
         """Add an insert; False when it does not fit into this phase."""
+        self._read()
         if self._places is None:
             # Only inserts so far: nothing need be compared, because the key itself refuses a second row.
             self.inserted.append(new)
@@ -109,7 +127,8 @@ class Phase:
     def _inserted_places(self) -> dict[Any, int] | None:
         """Return where each inserted row is, by key; None when two have one key: then the server has to decide."""
         if self._places is None and self._key is not None:
-            places = {self._key(row): at for at, row in enumerate(self.inserted) if row is not None}
+            self._read()
+            places = {self._key(new): at for at, new in enumerate(self.inserted) if new is not None}
             if len(places) != len(self.inserted):
                 return None
             self._places = places

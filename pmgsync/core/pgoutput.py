@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -264,90 +263,3 @@ def decode(data: bytes) -> Message:
 
 def _cut_off(data: bytes) -> ProtocolError:
     return ProtocolError(f"a message of kind {data[:1]!r} is cut off after {len(data)} bytes")
-
-
-class Truncated(NamedTuple):
-    """A Truncate with the descriptions of its tables."""
-
-    relations: tuple[Relation, ...]
-    cascade: bool
-    restart_identity: bool
-
-
-Change = tuple[Relation, RowChange] | Truncated | Emitted
-
-
-class Piece(NamedTuple):
-    """A transaction, or the piece of one that a frame holds: a part after the first has no begin, one before the last
-    no commit."""
-
-    begin: Begin | None
-    changes: list[Change]
-    commit: Commit | None
-
-
-def transactions(messages: Iterable[bytes]) -> Iterator[Piece]:
-    """Group the messages of a frame into transactions, each change beside the description in force when it was made.
-
-    Raises:
-        ProtocolError: when a message is malformed, a change's table is not described before it, a row does not have as
-            many values as its table has columns, or Begin and Commit do not pair. Nothing of the transaction at fault
-            was yielded then.
-    """
-    relations: dict[int, Relation] = {}
-    begin: Begin | None = None
-    changes: list[Change] = []
-    started = first = True  # what precedes the first Begin or Commit continues an earlier part
-    append = changes.append
-    for data in messages:
-        try:
-            message = _decode(data)
-        except (IndexError, ValueError, struct.error) as error:
-            raise _cut_off(data) from error
-        kind = type(message)
-        # Comparing types is a third of what a match statement takes, and nearly all messages are one of these three.
-        if kind is Insert or kind is Update or kind is Delete:
-            relation = relations.get(message[0])  # type: ignore[arg-type]
-            if relation is None:
-                raise ProtocolError("a frame has a change of a table that it does not describe")
-            if not started:
-                raise ProtocolError("a frame has a change outside a transaction")
-            width = len(relation.columns)
-            if kind is Insert:
-                fits = len(message[1]) == width  # type: ignore[arg-type, misc]
-            elif kind is Update:
-                fits = len(message[3]) == width and (message[1] is None or len(message[1]) == width)  # type: ignore
-            else:
-                fits = len(message[1]) == width  # type: ignore[arg-type, misc]
-            if not fits:
-                raise ProtocolError(f"a row of {relation.qualified} has another number of values than columns")
-            append((relation, message))  # type: ignore[arg-type]
-            continue
-        match message:
-            case Relation():
-                relations[message.id] = message
-            case Begin():
-                if changes or not (first or not started):
-                    raise ProtocolError("a frame has a Begin inside a transaction")
-                begin, started, first = message, True, False
-            case Commit():
-                if not started or (begin is not None and begin.final_lsn != message.commit_lsn):
-                    raise ProtocolError("a frame has a Commit of another transaction than its Begin")
-                yield Piece(begin, changes, message)
-                begin, changes, started, first = None, [], False, False
-                append = changes.append
-            case Truncate():
-                if not started:
-                    raise ProtocolError("a frame has a change outside a transaction")
-                if any(number not in relations for number in message.relation_ids):
-                    raise ProtocolError("a frame truncates a table that it does not describe")
-                described = tuple(relations[number] for number in message.relation_ids)
-                append(Truncated(described, message.cascade, message.restart_identity))
-            case Emitted():
-                if not started:
-                    raise ProtocolError("a frame has a message outside a transaction")
-                append(message)
-            case _:
-                pass
-    if begin is not None or changes:
-        yield Piece(begin, changes, None)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmgsync.core.changes import Change, Truncated
 from pmgsync.core.divergence import (
     Diverged,
     change_line,
@@ -15,7 +16,7 @@ from pmgsync.core.divergence import (
     read_lines,
 )
 from pmgsync.core.forks import Divergence
-from pmgsync.core.pgoutput import UNCHANGED, Change, Column, Delete, Insert, Relation, Truncated, Update
+from pmgsync.core.pgoutput import UNCHANGED, Column, Delete, Insert, Relation, Update
 from pmgsync.errors import ProtocolError
 
 WHAT = Divergence(1, 77, 0x100, 0x200)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmgsync.core.changes import Truncated, expanded, flat_values, read_row, transactions
 from pmgsync.core.pgoutput import (
     UNCHANGED,
     Begin,
@@ -20,10 +21,8 @@ from pmgsync.core.pgoutput import (
     Relation,
     Row,
     Truncate,
-    Truncated,
     Update,
     decode,
-    transactions,
 )
 from pmgsync.errors import ProtocolError
 
@@ -123,7 +122,7 @@ def test_any_messages_in_any_order(body: list[bytes]) -> None:
     except ProtocolError:
         return
     for piece in pieces:
-        for change in piece.changes:
+        for change in expanded(piece.changes):
             if not isinstance(change, Truncated | Emitted):
                 relation, row = change
                 assert relation.id == row.relation_id
@@ -146,7 +145,7 @@ def test_a_description_counts_from_where_it_stands() -> None:
     assert (
         first.begin is not None and first.commit is not None and first.begin.final_lsn == first.commit.commit_lsn == 5
     )
-    described = [change[0].columns for change in first.changes if not isinstance(change, Truncated | Emitted)]
+    described = [change[0].columns for change in expanded(first.changes) if not isinstance(change, Truncated | Emitted)]
     assert described == [TABLE.columns, OTHER.columns]
     assert second.commit is None and second.begin == Begin(9, _EPOCH_US, 2)
 
@@ -168,3 +167,29 @@ def test_the_parts_of_a_large_transaction() -> None:
 def test_a_row_of_another_width() -> None:
     with pytest.raises(ProtocolError):
         list(transactions([encode(TABLE), encode(Begin(5, 0, 1)), encode(Insert(7, (b"1", b"2")))]))
+
+
+short = st.binary(max_size=255).filter(lambda value: b"\0" not in value) | st.sampled_from([b"", b"t", b"tt", b"n"])
+
+
+@given(st.integers(1, 4).flatmap(lambda width: st.lists(st.tuples(*[short] * width), min_size=1, max_size=6)))
+def test_values_of_many_rows_at_once(table: list[Row]) -> None:
+    inserts = [encode(Insert(7, new)) for new in table]
+    assert flat_values(inserts, len(table[0])) == [value for new in table for value in new]
+
+
+@given(st.integers(1, 4).flatmap(lambda width: st.lists(st.tuples(*[values | short] * width), max_size=6)))
+def test_values_that_are_cut_are_those_that_are_there(table: list[Row]) -> None:
+    inserts = [encode(Insert(7, new)) for new in table]
+    found = flat_values(inserts, len(table[0])) if table else None
+    assert found is None or found == [value for message in inserts for value in read_row(message)]
+
+
+def test_malformed_rows_are_not_cut() -> None:
+    one, two, three = (encode(Insert(7, (b"x",) * width)) for width in (1, 2, 3))
+    one, three = (message[:6] + two[6:8] + message[8:] for message in (one, three))
+    assert flat_values([two, two], 2) == [b"x"] * 4
+    for wrong in ([one, three], [one], [three, two], [two + b"n"], [two[:-1]], [b"I\0\0\0\7N\0\2"], [two, two[:9]]):
+        assert flat_values(wrong, 2) is None
+        with pytest.raises(ProtocolError):
+            list(map(read_row, wrong))

@@ -21,10 +21,11 @@ from pmgsync.core.ceilings import (
     pack_values,
     unpack_values,
 )
+from pmgsync.core.changes import transactions
 from pmgsync.core.emitted import SealKey
 from pmgsync.core.frames import unpack_body
 from pmgsync.core.framing import Framer
-from pmgsync.core.pgoutput import Emitted, transactions
+from pmgsync.core.pgoutput import Emitted
 from pmgsync.core.positions import Position
 from pmgsync.errors import ProtocolError
 from tests.pure.test_framing import CHAIN, KEY, begin, commit

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import psycopg2
 
+from pmgsync.core.changes import Change, Inserted, Piece, transactions
 from pmgsync.core.document import Epoch
 from pmgsync.core.frames import Frame, is_part, unpack_body
 from pmgsync.core.judges import Judge
-from pmgsync.core.pgoutput import Piece, transactions
 from pmgsync.core.positions import LAST, Position
 from pmgsync.core.profile import Profile
 from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError
@@ -25,17 +25,26 @@ from pmgsync.postgres.apply.plan import ApplyStats, PlannedTransaction, SchemaIt
 from pmgsync.postgres.apply.stale import StaleTables, TableName
 
 GROUP_CHANGES = 20_000
-"""Row changes of small transactions that go into one local transaction at most."""
+"""A local transaction of small transactions ends with the frame in which it comes to more row changes than this."""
 
 
 @dataclass(slots=True)
 class _Half:
-    """A large transaction whose parts are executed, not committed."""
+    """A large transaction that is not committed yet.
+
+    Attributes:
+        part: the newest that was taken.
+        changes: how many of it were executed.
+        waiting: what is planned of the newest parts and not executed: many parts together go in by one COPY.
+        waits: how many changes these are.
+    """
 
     lsn: int
     attempt: int
     part: int
     changes: int
+    waiting: PlannedTransaction
+    waits: int
 
 
 class Applier:
@@ -166,7 +175,8 @@ class Applier:
             self.connect()
         self._judge = Judge(self.origin, self._history(), self._members(), self._elsewhere())
         group: list[PlannedTransaction] = []
-        reached, changes = self.position, 0
+        reached, changes, planner = self.position, 0, self._execution.planner
+        planner.look_again()
         try:
             for frame in frames:
                 self._check(frame)
@@ -181,6 +191,7 @@ class Applier:
                 if frame.prev > reached:
                     raise ProtocolError(f"a frame of origin {self.origin} follows {frame.prev}, here is {reached}")
                 self.abandon()
+                cursor = self._session.cursor()
                 for piece in transactions(unpack_body(frame.body)):
                     if piece.begin is None or piece.commit is None:
                         raise ProtocolError("a frame of whole transactions holds a part of one")
@@ -190,9 +201,8 @@ class Applier:
                     if lsn > frame.here.lsn:
                         raise ProtocolError(f"a frame that ends at {frame.here} holds a transaction beyond its end")
                     try:
-                        self._execution.planner.set_writers(self._judge.writers(frame.header, lsn))
-                        with self._session.cursor() as cursor:
-                            items, rest = self._execution.planner.plan(cursor, piece.changes, lsn)
+                        planner.set_writers(self._judge.writers(frame.header, lsn))
+                        items, rest = planner.plan(cursor, piece.changes, lsn)
                     except PmgsyncError:
                         # What precedes it must not wait until it can be applied.
                         self._execution.commit_group(group, reached)
@@ -202,15 +212,18 @@ class Applier:
                     if not alone:
                         group.append(planned)
                         reached = Position(lsn, LAST)
-                        changes += len(items)
-                    if alone or changes > GROUP_CHANGES:
+                    else:
                         self._execution.commit_group(group, reached)
                         group, changes = [], 0
-                    if alone:
                         self._execution.commit_steps(planned, rest)
                         reached = self.position
                 reached = max(reached, frame.here)
+                changes += frame.header.changes
+                if changes > GROUP_CHANGES:
+                    self._execution.commit_group(group, reached)
+                    group, changes = [], 0
             self._execution.commit_group(group, reached)
+            self._execute_waiting()
         except PmgsyncError:
             self._half = None
             self._execution.recover()
@@ -258,15 +271,28 @@ class Applier:
         with self._session.cursor() as cursor:
             if half is None:
                 self._execution.begin(cursor)
-                half = self._half = _Half(lsn, header.attempt, 0, 0)
+                half = self._half = _Half(lsn, header.attempt, 0, 0, PlannedTransaction(lsn, None, []), 0)
             items, rest = self._execution.planner.plan(cursor, piece.changes, lsn)
-            changes = self._execution.execute_steps(cursor, PlannedTransaction(lsn, header.commit_time, items), rest)
-            half.part, half.changes = header.here.part, half.changes + changes
+            half.part, half.waits = header.here.part, half.waits + header.changes
+            half.waiting.items += items
+            half.waiting.commit_time = header.commit_time
+            changes_schema = bool(items) and type(items[-1]) is SchemaItem
+            if changes_schema or half.waits > GROUP_CHANGES or piece.commit is not None:
+                self._execute_waiting(rest)
             if piece.commit is None:
                 return
             time = piece.commit.commit_time_us
             self._execution.finish(cursor, header.here, time, transactions=1, changes=half.changes)
         self._half = None
+
+    def _execute_waiting(self, rest: Sequence[Change | Inserted] = ()) -> None:
+        """Execute what waits of the half transaction, if there is one, and then the rest."""
+        half = self._half
+        if half is None or not (half.waiting.items or rest):
+            return
+        with self._session.cursor() as cursor:
+            half.changes += self._execution.execute_steps(cursor, half.waiting, rest)
+        half.waiting.items, half.waits = [], 0
 
     def maintain(self) -> list[TableName]:
         """Return the stale tables that can be fetched anew now; to be called every few seconds, between two `apply`.

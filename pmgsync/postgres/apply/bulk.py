@@ -23,10 +23,10 @@ from typing import Any
 
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
+from pmgsync.core.changes import read_row
 from pmgsync.core.folding import Phase
 from pmgsync.core.pgoutput import UNCHANGED, Row, Value
-from pmgsync.core.profile import Policy
-from pmgsync.postgres.apply.plan import Item, PlanItem
+from pmgsync.postgres.apply.plan import Item, PlanItem, RowsItem, changes_in
 from pmgsync.postgres.apply.rows import SCRIPT_BYTES, RowExecutor, copy_rows
 from pmgsync.postgres.apply.target import Target
 from pmgsync.postgres.apply.values import array_literal
@@ -67,11 +67,25 @@ class _Work:
         else:
             self.steps.append([item])
 
+    def copy(self, item: RowsItem) -> None:
+        """Add inserts."""
+        if not self.resting:
+            last = self.steps[-1] if self.steps else None
+            if type(last) is Phase and last.copy(item.messages):
+                return
+            if type(last) is not Phase:
+                phase = Phase(self.key, folds=self.target.folds)
+                phase.copy(item.messages)
+                self.steps.append(phase)
+                return
+        for message in item.messages:
+            self.add(Item(item.target, "I", None, read_row(message)))
+
     def _fits(self, item: Item) -> bool:
         target = self.target
         match item.kind:
             case "I":
-                return bool(target.columns) and target.rule.policy is not Policy.MERGE
+                return target.copies
             case "U":
                 return target.as_sets and item.old is None and not target.always
             case "D":
@@ -111,7 +125,7 @@ class BulkExecutor:
             ProtocolError: when a row has values that no row has.
         """
         self._current = 0
-        if len(items) < LEAST_ITEMS:
+        if changes_in(items) < LEAST_ITEMS:
             self._rows.batch(cursor, items, script)
             return
         self._resting = {oid: left - 1 for oid, left in self._resting.items() if left > 1}
@@ -119,8 +133,8 @@ class BulkExecutor:
         ordered: list[PlanItem] = []
         work: _Work | None = None
         for item in items:
-            if type(item) is Item and not item[0].fires:
-                target = item[0]
+            if isinstance(item, Item | RowsItem) and not item.target.fires:
+                target = item.target
                 if work is None or work.target is not target:
                     work = works.get(target.oid)
                     if ordered or (work is not None and work.target is not target):
@@ -129,7 +143,10 @@ class BulkExecutor:
                         work = None
                     if work is None:
                         works[target.oid] = work = _Work(target, resting=target.oid in self._resting)
-                work.add(item)
+                if isinstance(item, RowsItem):
+                    work.copy(item)
+                else:
+                    work.add(item)
             else:
                 if works:
                     self._flush(cursor, works, [], script)
@@ -167,13 +184,15 @@ class BulkExecutor:
             else:
                 self._update(cursor, target, written, rows, script)
         inserted = [row for row in phase.inserted if row is not None]
-        if len(inserted) < LEAST_ROWS:
+        if len(inserted) + len(phase.messages) < LEAST_ROWS:
+            inserted += map(read_row, phase.messages)
             single += [Item(target, "I", None, row) for row in inserted]
+            inserted, phase.messages = [], []
         if single:
             self._rows.batch(cursor, single, script)
-        if len(inserted) >= LEAST_ROWS:
+        if inserted or phase.messages:
             self._rows.send(cursor, script)
-            copy_rows(cursor, target, inserted)
+            copy_rows(cursor, target, inserted, phase.messages)
 
     # -- statements
 

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 import psycopg2
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
-from pmgsync.core.pgoutput import Change, Relation
+from pmgsync.core.changes import Change, Inserted
+from pmgsync.core.pgoutput import Relation
 from pmgsync.core.positions import LAST, Position
 from pmgsync.core.profile import Profile
 from pmgsync.errors import ApplyError, ProtocolError, TransientApplyError
 from pmgsync.postgres.apply.bulk import BulkExecutor
 from pmgsync.postgres.apply.chain_session import ChainSession
 from pmgsync.postgres.apply.failures import is_drift, one_line
-from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlannedTransaction, SchemaItem
+from pmgsync.postgres.apply.plan import ApplyStats, Item, NoteItem, PlannedTransaction, SchemaItem, one_by_one
 from pmgsync.postgres.apply.planner import Planner
 from pmgsync.postgres.apply.rows import RowExecutor
 from pmgsync.postgres.apply.stale import StaleTable, StaleTables
@@ -167,7 +168,7 @@ class Execution:
             self.finish(cursor, reached, planned.commit_time, transactions=1, changes=planned.changes)
 
     def _one_by_one(self, cursor: Cursor, planned: PlannedTransaction) -> None:
-        for item in planned.items:
+        for item in one_by_one(planned.items):
             try:
                 self._rows.one(cursor, item, planned.lsn)
             except psycopg2.Error as error:
@@ -185,14 +186,14 @@ class Execution:
 
     # -- in steps: large transactions, and such that change the schema
 
-    def commit_steps(self, planned: PlannedTransaction, rest: Sequence[Change]) -> None:
+    def commit_steps(self, planned: PlannedTransaction, rest: Sequence[Change | Inserted]) -> None:
         """Apply a transaction of which not everything can be planned at once."""
         with self._session.cursor() as cursor:
             self.begin(cursor)
             changes = self.execute_steps(cursor, planned, rest)
             self.finish(cursor, Position(planned.lsn, LAST), planned.commit_time, transactions=1, changes=changes)
 
-    def execute_steps(self, cursor: Cursor, planned: PlannedTransaction, rest: Sequence[Change]) -> int:
+    def execute_steps(self, cursor: Cursor, planned: PlannedTransaction, rest: Sequence[Change | Inserted]) -> int:
         """Execute what is planned in the open transaction, then the rest; returns how many changes it were."""
         changes = 0
         while True:

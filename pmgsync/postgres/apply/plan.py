@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from pmgsync.core.ceilings import Value
+from pmgsync.core.changes import read_row
 from pmgsync.core.ddl import SchemaChange
 from pmgsync.core.pgoutput import Row
 from pmgsync.postgres.apply.stale import StaleTable
@@ -28,6 +30,13 @@ class Item(NamedTuple):
     kind: Literal["I", "U", "D"]
     old: Row | None
     new: Row | None
+
+
+class RowsItem(NamedTuple):
+    """Rows that came to be, one after the other, in a target that they can be copied to, as messages."""
+
+    target: Target
+    messages: list[bytes]
 
 
 class TruncateItem(NamedTuple):
@@ -72,10 +81,29 @@ class SchemaItem(NamedTuple):
     lsn: int
 
 
-PlanItem = Item | TruncateItem | SequenceItem | NoteItem | SchemaItem
+SingleItem = Item | TruncateItem | SequenceItem | NoteItem | SchemaItem
+PlanItem = SingleItem | RowsItem
 
 
-@dataclass(frozen=True, slots=True)
+def one_by_one(items: Iterable[PlanItem]) -> Iterator[SingleItem]:
+    """Yield the items of a plan with one for each row.
+
+    Raises:
+        ProtocolError: when a row is malformed.
+    """
+    for item in items:
+        if isinstance(item, RowsItem):
+            yield from (Item(item.target, "I", None, read_row(message)) for message in item.messages)
+        else:
+            yield item
+
+
+def changes_in(items: Iterable[PlanItem]) -> int:
+    """Return how many changes of the origin a plan holds."""
+    return sum([len(item.messages) if type(item) is RowsItem else type(item) is not NoteItem for item in items])
+
+
+@dataclass(slots=True)
 class PlannedTransaction:
     """A transaction of the origin, or what a part of one holds.
 
@@ -91,7 +119,7 @@ class PlannedTransaction:
     @property
     def changes(self) -> int:
         """How many changes of the origin it holds."""
-        return sum(type(item) is not NoteItem for item in self.items)
+        return changes_in(self.items)
 
 
 @dataclass(slots=True)

@@ -8,8 +8,9 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.core import ceilings as sequences
 from pmgsync.core import ddl
+from pmgsync.core.changes import Change, Inserted, Truncated, read_row
 from pmgsync.core.owners import Writers
-from pmgsync.core.pgoutput import Change, Delete, Emitted, Insert, Relation, Row, RowChange, Truncated, Update
+from pmgsync.core.pgoutput import Delete, Emitted, Insert, Relation, Row, RowChange, Update
 from pmgsync.core.policies import counts_wholly, filled, owner_index, select
 from pmgsync.core.positions import format_lsn
 from pmgsync.core.profile import Policy, Profile, TableRule
@@ -19,9 +20,11 @@ from pmgsync.postgres.apply.plan import (
     Item,
     NoteItem,
     PlanItem,
+    RowsItem,
     SchemaItem,
     SequenceItem,
     TruncateItem,
+    one_by_one,
 )
 from pmgsync.postgres.apply.schema import missing
 from pmgsync.postgres.apply.stale import Kind, StaleTable, StaleTables
@@ -29,6 +32,18 @@ from pmgsync.postgres.apply.target import Target, load_target
 from pmgsync.postgres.session import quote_ident
 
 _Route = tuple[TableRule | None, bool | None, int | None]
+_UNKNOWN = (None, False)
+
+
+def _count(change: RowChange | Inserted) -> int:
+    return len(change.messages) if isinstance(change, Inserted) else 1
+
+
+def _rows(change: RowChange | Inserted) -> list[RowChange]:
+    if not isinstance(change, Inserted):
+        return [change]
+    number = change.relation.id
+    return [Insert(number, read_row(message)) for message in change.messages]
 
 
 # Over 250 lines: every kind of change shares the route of its table and what makes the table stale.
@@ -43,6 +58,10 @@ class Planner:
         self._rules: dict[tuple[bytes, bytes], TableRule | None] = {}
         self._routes: dict[bytes, _Route] = {}
         self._targets: dict[bytes, Target] = {}
+        # Tables of which nothing is left out: their target, and whether all changes count. They are looked at again
+        # when any table becomes stale or is described anew.
+        self._ready: dict[bytes, tuple[Target | None, bool]] = {}
+        self._lacking: list[bytes] = []
         self._number = 0
 
     def set_writers(self, writers: Writers) -> None:
@@ -50,24 +69,33 @@ class Planner:
         if writers is not self._writers and writers != self._writers:
             self._writers = writers
             self._routes.clear()
+            self._ready.clear()
+
+    def look_again(self) -> None:
+        """Say that what is known of stale tables may have changed since the last plan."""
+        self._ready.clear()
 
     def forget(self) -> None:
         """Look every table up again at its next use."""
         self._targets.clear()
         self._routes.clear()
+        self._ready.clear()
 
     def renew(self, cursor: Cursor, items: list[PlanItem], lsn: int) -> None:
         """Put what the catalog says now into a plan that was made earlier, and leave out what became stale since.
 
+        Afterwards it has an item for each row.
+
         Raises:
             ApplyError: when a table is not there any more.
+            ProtocolError: when a row is malformed.
         """
 
         def kept(target: Target) -> bool:
             return not self._stale.skips((target.relation.namespace, target.relation.name), lsn)
 
         renewed: list[PlanItem] = []
-        for item in items:
+        for item in one_by_one(items):
             if isinstance(item, Item):
                 if kept(item.target):
                     target = self._target(cursor, item.target.relation, item.target.rule, lsn)
@@ -85,75 +113,96 @@ class Planner:
                 renewed.append(item)
         items[:] = renewed
 
-    def plan(self, cursor: Cursor, changes: Sequence[Change], lsn: int) -> tuple[list[PlanItem], Sequence[Change]]:
+    def plan(
+        self, cursor: Cursor, changes: Sequence[Change | Inserted], lsn: int
+    ) -> tuple[list[PlanItem], Sequence[Change | Inserted]]:
         """Return what a transaction's changes come to here, and those that follow a change of the schema: they can be
         planned when that is done.
 
         Raises:
             ApplyError: when the owner of a row cannot be told.
+            ProtocolError: when a row is malformed.
             psycopg2.Error: when the catalog cannot be read.
         """
         items: list[PlanItem] = []
-        append = items.append
-        raw: bytes | None = None
-        rule: TableRule | None = None
-        target: Target | None = None
-        owner: int | None = None
-        wholly: bool | None = False
-        skip = False
-        rest: Sequence[Change] = ()
+        append, ready = items.append, self._ready
         for at, change in enumerate(changes):
-            if isinstance(change, Truncated):
+            if isinstance(change, Inserted):
+                relation, messages = change
+                target, wholly = ready.get(relation.raw, _UNKNOWN)
+                if wholly and target.copies:  # type: ignore[union-attr]
+                    append(RowsItem(target, messages))  # type: ignore[arg-type]
+                else:
+                    self._of_table(cursor, relation, change, items, lsn)
+            elif isinstance(change, Truncated):
                 self._truncate(cursor, change, items, lsn)
-                continue
-            if isinstance(change, Emitted):
+            elif isinstance(change, Emitted):
                 self._emitted(change, items, lsn)
                 if items and type(items[-1]) is SchemaItem:
-                    rest = changes[at + 1 :]
-                    break
-                target, raw = None, None
-                continue
-            relation, row = change
-            if relation.raw is not raw:
-                raw, target = relation.raw, None
-                rule, wholly, owner = self._routes.get(raw) or self._route(relation, items, lsn)
-                skip = wholly is not False and self._leaves_out(relation, items, lsn)
-            if wholly is False:
-                self._stats.skipped += 1
-                continue
-            if skip:
-                self._stats.stale += 1
-                continue
-            assert rule is not None and isinstance(row, Insert | Update | Delete)
-            if wholly is None:
-                try:
-                    kept = select(rule, relation, row, self._writers, owner)
-                except ApplyError as error:
-                    error.lsn = format_lsn(lsn)
-                    raise
-                if kept is None:
-                    self._stats.skipped += 1
-                    continue
-                row = kept
-            if target is None:
-                target = self._usable(cursor, relation, rule, items, lsn)
-                if target is None:
-                    skip = True
-                    self._stats.stale += 1
-                    continue
-            kind = type(row)
-            if kind is Insert:
-                append(Item(target, "I", None, row[1]))
-            elif rule.policy is Policy.MERGE:
-                self._merge(target, row, items)
-            elif kind is Update:
-                append(Item(target, "U", row[1], row[3]))  # type: ignore[misc]
+                    return items, changes[at + 1 :]
             else:
-                append(Item(target, "D", row[1], None))
-        for raw in [raw for raw, target in self._targets.items() if target.lacking]:
+                relation, row = change
+                target, wholly = ready.get(relation.raw, _UNKNOWN)
+                if wholly:
+                    self._add(target, row, items)  # type: ignore[arg-type]
+                else:
+                    self._of_table(cursor, relation, row, items, lsn)
+        for raw in self._lacking:
             # The column may be added here any time, and then its values count.
-            del self._targets[raw]
-        return items, rest
+            self._targets.pop(raw, None)
+        self._lacking.clear()
+        return items, ()
+
+    def _of_table(
+        self, cursor: Cursor, relation: Relation, change: RowChange | Inserted, items: list[PlanItem], lsn: int
+    ) -> None:
+        """Plan a change of a table, or inserts into one."""
+        known, _ = self._ready.get(relation.raw, _UNKNOWN)
+        rule, wholly, owner = self._routes.get(relation.raw) or self._route(relation, items, lsn)
+        if rule is None or wholly is False:
+            self._stats.skipped += _count(change)
+            return
+        if known is None and self._leaves_out(relation, items, lsn):
+            self._stats.stale += _count(change)
+            return
+        if wholly is None:
+            rows = self._that_count(rule, relation, change, owner, lsn)
+            if not rows:
+                return
+        target = known or self._usable(cursor, relation, rule, items, lsn)
+        if target is None:
+            self._stats.stale += _count(change) if wholly else len(rows)
+            return
+        if known is None and not target.lacking and (relation.namespace, relation.name) not in self._stale.tables:
+            self._ready[relation.raw] = (target, bool(wholly))
+        if wholly and target.copies and isinstance(change, Inserted):
+            items.append(RowsItem(target, change.messages))
+            return
+        for row in _rows(change) if wholly else rows:
+            self._add(target, row, items)
+
+    def _that_count(
+        self, rule: TableRule, relation: Relation, change: RowChange | Inserted, owner: int | None, lsn: int
+    ) -> list[RowChange]:
+        rows = _rows(change)
+        try:
+            kept = [select(rule, relation, row, self._writers, owner) for row in rows]
+        except ApplyError as error:
+            error.lsn = format_lsn(lsn)
+            raise
+        counting = [row for row in kept if row is not None]
+        self._stats.skipped += len(rows) - len(counting)
+        return counting
+
+    def _add(self, target: Target, row: RowChange, items: list[PlanItem]) -> None:
+        if type(row) is Insert:
+            items.append(Item(target, "I", None, row[1]))
+        elif target.merges:
+            self._merge(target, row, items)
+        elif type(row) is Update:
+            items.append(Item(target, "U", row[1], row[3]))
+        else:
+            items.append(Item(target, "D", row[1], None))
 
     def _merge(self, target: Target, change: RowChange, items: list[PlanItem]) -> None:
         """A merge is a function of the local row and the new one: what was there before on the origin only tells
@@ -211,10 +260,12 @@ class Planner:
         stale, key = self._stale, (relation.namespace, relation.name)
         if stale.skips(key, lsn):
             stale.newest[key] = relation
+            self._ready.clear()
             return True
         if stale.newest.get(key) is relation and stale.relations.get(key) == relation.id:
             return False
         stale.newest[key] = relation
+        self._ready.clear()
         known = stale.relations.get(key)
         if known != relation.id:
             stale.relations[key] = relation.id
@@ -243,6 +294,7 @@ class Planner:
     def _note(
         self, relation: Relation, reason: str, items: list[PlanItem], lsn: int, columns: tuple[bytes, ...] = ()
     ) -> None:
+        self._ready.clear()
         kind: Kind = "columns" if columns else "table"
         table = StaleTable(relation.namespace, relation.name, kind, reason, columns, lsn)
         items.append(NoteItem(stale=self._stale.note(table)))
@@ -267,6 +319,8 @@ class Planner:
             for warning in target.warnings:
                 self._stats.warn(warning)
             self._targets[relation.raw] = target
+            if target.lacking:
+                self._lacking.append(relation.raw)
         return target
 
     def _truncate(self, cursor: Cursor, change: Truncated, items: list[PlanItem], lsn: int) -> None:

@@ -6,11 +6,11 @@ Then the same plan is executed one by one, which is exact and says which row of 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import psycopg2
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.core.pgoutput import UNCHANGED, Row, Value
@@ -26,7 +26,9 @@ from pmgsync.postgres.apply.plan import (
     PlanItem,
     SchemaItem,
     SequenceItem,
+    SingleItem,
     TruncateItem,
+    one_by_one,
 )
 from pmgsync.postgres.apply.prepared import PreparedStatements
 from pmgsync.postgres.apply.schema import repeat
@@ -34,7 +36,7 @@ from pmgsync.postgres.apply.stale import StaleTables
 from pmgsync.postgres.apply.statements import OLD, Statement
 from pmgsync.postgres.apply.target import Target
 from pmgsync.postgres.apply.truncate import truncate
-from pmgsync.postgres.apply.values import copy_text
+from pmgsync.postgres.apply.values import CopySource
 from pmgsync.postgres.session import quote_literal
 from pmgsync.postgres.setup.sequence_values import follow
 
@@ -84,7 +86,7 @@ class RowExecutor:
 
     # -- batches
 
-    def batch(self, cursor: Cursor, items: Sequence[PlanItem], script: list[bytes]) -> None:
+    def batch(self, cursor: Cursor, plan: Sequence[PlanItem], script: list[bytes]) -> None:
         """Execute a plan. What is left over when it ends is in the script, to be sent with what follows.
 
         Args:
@@ -95,6 +97,7 @@ class RowExecutor:
             ProtocolError: when a row has values that no row has.
         """
         size = 0
+        items = list(one_by_one(plan))
         at, end = 0, len(items)
         while at < end:
             item = items[at]
@@ -150,7 +153,7 @@ class RowExecutor:
 
     # -- one by one
 
-    def one(self, cursor: Cursor, item: PlanItem, lsn: int) -> None:
+    def one(self, cursor: Cursor, item: SingleItem, lsn: int) -> None:
         """Execute one item and see what it did.
 
         Raises:
@@ -301,16 +304,22 @@ class RowExecutor:
         return prepared
 
 
-def copy_rows(cursor: Cursor, target: Target, new: Sequence[Row]) -> None:
-    """Insert rows by COPY, text format.
+def copy_rows(cursor: Cursor, target: Target, new: Sequence[Row], messages: Sequence[bytes] = ()) -> None:
+    """Insert rows by COPY, text format: rows that were read, or as messages.
 
     Raises:
         psycopg2.Error: when the server refuses one.
-        ProtocolError: when a value is unchanged or has a byte 0.
+        ProtocolError: when a row is malformed.
     """
-    data = copy_text(target, new)
     names = b", ".join(column.name for column in target.columns.values())
-    cursor.copy_expert(b"COPY %s (%s) FROM STDIN" % (target.name, names), io.BytesIO(data), 1 << 18)
+    source = CopySource(target, new, messages)
+    try:
+        cursor.copy_expert(  # of a file it needs `read` only
+            b"COPY %s (%s) FROM STDIN" % (target.name, names), source, CopySource.SIZE,  # type: ignore[arg-type]
+        )  # fmt: skip
+    except psycopg2.Error as error:
+        # psycopg2 ends the COPY by an error of its own when the source fails.
+        raise source.failed or error from error
 
 
 def _statement(

@@ -63,6 +63,8 @@ class Target:
         always: one of the columns is GENERATED ALWAYS AS IDENTITY.
         fires: a trigger or rule does something here when a change is applied, and may see in which order.
         folds: no constraint but the key compares rows, so that nobody sees the values between two changes of a row.
+        merges: rows are merged, column by column.
+        copies: rows can be inserted by COPY, whatever was inserted with them.
         as_sets: updates and deletes of many rows can be one statement: a unique index finds each by its key.
         prepared: what an executor has prepared for this target.
     """
@@ -85,6 +87,8 @@ class Target:
     lacking: tuple[bytes, ...]
     fires: bool
     folds: bool
+    merges: bool = field(init=False)
+    copies: bool = field(init=False)
     as_sets: bool = field(init=False)
     differs: bool = field(init=False)
     strict: bool = field(init=False)
@@ -94,10 +98,12 @@ class Target:
     def __post_init__(self) -> None:
         self.strict = self.rule.policy is Policy.MIRROR
         self.always = any(column.identity == "a" for column in self.columns.values())
+        self.merges = self.rule.policy is Policy.MERGE
+        self.copies = bool(self.columns) and not self.fires and not self.merges
         self.as_sets = bool(self.arbiter) and not self.derived and not self.full and not self.fires and all(
             place in self.columns and self.columns[place].in_arrays and self.columns[place].equals is not None
             for place in self.key
-        ) and self.rule.policy is not Policy.MERGE  # fmt: skip
+        ) and not self.merges  # fmt: skip
         known = self.columns | self.derived
         pairs = [(self.relation.columns[place], column) for place, column in known.items()]
         self.differs = any(

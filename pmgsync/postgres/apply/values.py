@@ -8,9 +8,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pmgsync.core.changes import flat_values, read_row
 from pmgsync.core.pgoutput import Row, Value
 from pmgsync.errors import ProtocolError
 from pmgsync.postgres.apply.target import Target
+
+
+class CopySource:
+    """A file that COPY reads: the lines of some rows are made while the server takes in those before.
+
+    Attributes:
+        failed: what was wrong with a row; reading has ended then.
+    """
+
+    SIZE = 1 << 20
+    """Bytes that COPY may ask for at once."""
+    ROWS = 2_000
+    """Rows whose lines are made at once."""
+
+    def __init__(self, target: Target, rows: Sequence[Row], messages: Sequence[bytes]) -> None:
+        self.failed: ProtocolError | None = None
+        self._target = target
+        self._left: Sequence[Row] | Sequence[bytes] = rows or messages
+        self._make = copy_text if rows else copy_messages
+        assert not (rows and messages)
+        self._at = 0
+        self._lines = memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        """Return the next lines, at most so many bytes; nothing at the end.
+
+        Raises:
+            ProtocolError: when a row is malformed.
+        """
+        if not self._lines and self._at < len(self._left):
+            some = self._left[self._at : self._at + self.ROWS]
+            self._at += len(some)
+            try:
+                self._lines = memoryview(self._make(self._target, some))  # type: ignore[arg-type]
+            except ProtocolError as error:
+                self.failed = error
+                raise
+        given, self._lines = self._lines[:size], self._lines[size:]
+        return bytes(given)
 
 
 def copy_text(target: Target, new: Sequence[Row]) -> bytes:
@@ -39,6 +79,25 @@ def copy_text(target: Target, new: Sequence[Row]) -> bytes:
         if plain in data:
             data = data.replace(plain, escaped)
     return data.replace(b"\0t", b"\t").replace(b"\0n", b"\n").replace(b"\0N", b"\\N") + b"\n"
+
+
+def copy_messages(target: Target, messages: Sequence[bytes]) -> bytes:
+    """Return inserted rows as lines of COPY text format, the values straight from the messages where that is possible.
+
+    Raises:
+        ProtocolError: when a row is malformed, or a value is unchanged or has a byte 0.
+    """
+    width = len(target.relation.columns)
+    if len(target.columns) == width:
+        values = flat_values(messages, width)
+        if values is not None:
+            lines = b"\n".join(map(b"\t".join, zip(*[iter(values)] * width, strict=True))) + b"\n"
+            if (
+                lines.count(b"\t") == len(messages) * (width - 1) and lines.count(b"\n") == len(messages)
+                and not any(special in lines for special in (b"\\", b"\r", b"\0"))
+            ):  # fmt: skip
+                return lines
+    return copy_text(target, list(map(read_row, messages)))
 
 
 def array_literal(target: Target, values: Sequence[Value]) -> bytes:
