@@ -19,8 +19,8 @@ from pmgsync.agent.tree_server import METHODS, answer
 from pmgsync.agent.tree_thread import Place
 from pmgsync.agent.worker import REPORT_S, Worker
 from pmgsync.config import NodeConfig
-from pmgsync.core.announcements import Announcement
-from pmgsync.core.manifests import Change, Manifest
+from pmgsync.core.announcements import Announcement, in_parts
+from pmgsync.core.manifests import Change, Entry, Manifest
 from pmgsync.core.trees import Tree, trees_of
 from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError
 from pmgsync.files.cache import Cache
@@ -160,14 +160,19 @@ class FilesWorker(Worker):
             manifest = self._published.get(name)
             if manifest is None or not (again or changes):
                 continue
-            base = self._told.get(name, manifest.digest)
-            self._told[name] = manifest.digest
-            news = Announcement(name, manifest.digest, base, tuple(changes) or None, owned.lsn)
-            link.send({"op": "announce"}, news.pack())
+            # What changed together of a configuration is announced together, or not in detail.
+            parts = [changes] if owned.tree.is_config or not changes else in_parts(changes)
+            for part in parts:
+                for each, entry in part:
+                    manifest.set(each, entry)
+                base = self._told.get(name, manifest.digest)
+                self._told[name] = manifest.digest
+                news = Announcement(name, manifest.digest, base, tuple(part) or None, owned.lsn)
+                link.send({"op": "announce"}, news.pack())
 
     def _collect(self, name: str, owned: OwnedTree) -> list[Change]:
-        """Take what a tree's thread has found since the last time into the manifest that others are told of."""
-        changes: dict[bytes, Any] = {}
+        """Take what a tree's thread has found since the last time; a whole manifest is what others are told of now."""
+        changes: dict[bytes, Entry | None] = {}
         while True:
             try:
                 news = owned.news.get_nowait()
@@ -177,9 +182,6 @@ class FilesWorker(Worker):
                 self._published[name] = news
                 changes.clear()
             else:
-                manifest = self._published[name]
-                for each, entry in news:
-                    manifest.set(each, entry)
                 changes.update(news)
 
     def _hear(self, origin: int, data: bytes) -> None:

@@ -188,7 +188,7 @@ class FollowedTree(TreeThread):
 
     def _fetch(self, intake: Intake, batch: Batch) -> set[bytes]:
         """Stage what a batch needs; return the digests of what the owner does not have any more."""
-        missing = intake.missing(batch)
+        missing = intake.contents.missing(batch.needs)
         wanted = [(need.name, need.digest, offset) for need, offset in missing]
         lost: set[bytes] = set()
         try:
@@ -202,12 +202,12 @@ class FollowedTree(TreeThread):
                     if need.digest in lost:
                         continue
                     try:
-                        intake.stage(need, offset, piece, last=last)
+                        intake.contents.stage(need, offset, piece, last=last)
                     except WrongContentError:
                         # The owner read it while it was written; it will announce the new content.
                         lost.add(need.digest)
         finally:
-            intake.let_go()
+            intake.contents.let_go()
         return lost
 
     def _count(self, intake: Intake) -> None:

@@ -14,11 +14,12 @@ from pmgsync.core.manifests import Change, Manifest
 from pmgsync.errors import PmgsyncError
 from pmgsync.files.directories import RootMissingError
 from pmgsync.files.local import LocalTree
+from pmgsync.files.passes import finish_pass
 from pmgsync.wire.waiting import Waiter
 
 log = logging.getLogger(__name__)
 
-ROOT_S = 5.0
+ROOT_S = 1.0
 """Seconds between two looks for a root that does not exist."""
 SPOOL_QUIET_S = 0.01
 CONFIG_QUIET_S = 0.15
@@ -58,6 +59,9 @@ class OwnedTree(TreeThread):
             self._backoff.succeeded()
             return
         try:
+            if self.tree.is_config:
+                # This node may have become the master in the middle of a pass of the one before.
+                finish_pass(local.root, self.place.cache, self.tree.name)
             self._follow(local)
         finally:
             local.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import msgpack
@@ -13,6 +14,23 @@ from pmgsync.errors import ProtocolError
 MAX_CHANGES_BYTES = 48 << 10
 """Longer changes are not published: the others ask for what they lack."""
 MAX_TREE_NAME = 1000
+
+
+def in_parts(changes: Iterable[Change]) -> Iterator[list[Change]]:
+    """Yield changes in parts that an announcement has room for."""
+    part: list[Change] = []
+    size = 0
+    for name, entry in changes:
+        more = len(name) + 16
+        if entry is not None:
+            more += 80 + len(entry.user.encode()) + len(entry.group.encode())
+        if part and size + more > MAX_CHANGES_BYTES:
+            yield part
+            part, size = [], 0
+        part.append((name, entry))
+        size += more
+    if part:
+        yield part
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import msgpack
@@ -112,6 +113,11 @@ class Manifest:
     def items(self) -> Iterable[tuple[bytes, Entry]]:
         """Return names and entries, in no order."""
         return self._entries.items()
+
+    @property
+    def entries(self) -> Mapping[bytes, Entry]:
+        """The entries by name; they change with the manifest."""
+        return MappingProxyType(self._entries)
 
     def below(self, directory: bytes) -> list[bytes]:
         """Return the names in a directory, at any depth."""

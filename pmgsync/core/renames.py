@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from pmgsync.core.filenames import parents, show
@@ -26,7 +26,9 @@ class Step(NamedTuple):
     keep: bool = False
 
 
-def plan_pass(wanted: Manifest, actual: Manifest, held: Manifest, names: Iterable[bytes]) -> list[Step]:
+def plan_pass(
+    wanted: Mapping[bytes, Entry], actual: Mapping[bytes, Entry], held: Mapping[bytes, Entry], names: Iterable[bytes]
+) -> list[Step]:
     """Return the steps after which these names are as wanted.
 
     First what is in the way is removed (a file where a directory is to be, or the other way round). Then directories
@@ -54,7 +56,8 @@ def plan_pass(wanted: Manifest, actual: Manifest, held: Manifest, names: Iterabl
             continue
         if old is not None and old.kind != new.kind:
             in_the_way[name] = Step("remove", name, None, keep or old.kind == "d")
-            for inner in actual.below(name) if old.kind == "d" else ():
+            prefix = name + b"/"
+            for inner in [each for each in actual if each.startswith(prefix)] if old.kind == "d" else ():
                 entry = actual.get(inner)
                 local = entry is not None and entry.kind == "f" and not entry.same_content(held.get(inner))
                 in_the_way[inner] = Step("remove", inner, None, local)

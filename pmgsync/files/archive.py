@@ -19,9 +19,10 @@ from pmgsync.core.manifests import Entry, Manifest, check_entry
 from pmgsync.core.profile import FileTree
 from pmgsync.core.renames import check_shape, plan_pass
 from pmgsync.errors import ProtocolError
+from pmgsync.files.attributes import localised
 from pmgsync.files.directories import FilesError, Root, RootMissingError, explain
 from pmgsync.files.hashing import READ_BYTES, identity, new_hash
-from pmgsync.files.placing import Placer, localised
+from pmgsync.files.placing import Placer
 from pmgsync.files.scan import Limits, Scanner, file_entry
 from pmgsync.files.staging import Staging
 
@@ -127,9 +128,11 @@ def restore_tree(
             scanner = Scanner(root, selection, Limits(rule.max_size, rule.max_files))
             scanner.scan(settling=False)
             actual = scanner.found.manifest
-            steps = plan_pass(wanted, actual, Manifest(), {*wanted, *(actual if exact else ())})
+            steps = plan_pass(wanted.entries, actual.entries, {}, {*wanted, *(actual if exact else ())})
             placer = Placer(root, staging, keep_in)
-            result.changed = placer.run(steps, trusted=True)
+            placer.sync_contents(steps)
+            result.changed = placer.run(steps)
+            placer.sync()
             result.kept = placer.kept
             staging.keep_only(set())
         finally:

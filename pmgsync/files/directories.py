@@ -145,11 +145,7 @@ class Root:
             OSError: as the system tells it; ELOOP when it is not a regular file.
         """
         with self.parent(name) as (fd, last):
-            found = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=fd)
-        if not stat.S_ISREG(os.fstat(found).st_mode):
-            os.close(found)
-            raise OSError(errno.ELOOP, "it is not a regular file")
-        return found
+            return open_regular(fd, last)
 
     def lstat(self, name: bytes) -> os.stat_result | None:
         """Return what a name is, None when there is nothing."""
@@ -158,6 +154,51 @@ class Root:
                 return os.stat(last, dir_fd=fd, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+
+class Neighbour:
+    """The directory that was opened last: names that come in order mostly lie in the same one.
+
+    To be used for one pass and closed then: a directory that is renamed meanwhile is still the one that was opened.
+    """
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._name: bytes | None = None
+        self._fd = -1
+
+    def parent(self, name: bytes, *, create: bool = False) -> tuple[int, bytes]:
+        """Return the open directory that a name lies in, good until the next call, and the name's last part.
+
+        Raises:
+            OSError: as `Root.directory`.
+        """
+        outer, _, last = name.rpartition(b"/")
+        if outer != self._name:
+            self.close()
+            with self._root.directory(outer, create=create) as fd:
+                self._fd = os.dup(fd)
+            self._name = outer
+        return self._fd, last
+
+    def close(self) -> None:
+        """Close the directory."""
+        if self._name is not None:
+            os.close(self._fd)
+            self._name = None
+
+
+def open_regular(fd: int, last: bytes) -> int:
+    """Open a regular file in an open directory for reading; no link is followed, and a device or pipe does not hang.
+
+    Raises:
+        OSError: as the system tells it; ELOOP when it is not a regular file.
+    """
+    found = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=fd)
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise OSError(errno.ELOOP, "it is not a regular file")
+    return found
 
 
 def own_directory(root: Root, part: bytes = b"") -> bytes:

@@ -6,7 +6,7 @@ import hashlib
 import os
 
 from pmgsync.core.manifests import DIGEST_BYTES
-from pmgsync.files.directories import Root
+from pmgsync.files.directories import open_regular
 
 READ_BYTES = 1 << 20
 
@@ -25,17 +25,17 @@ def identity(status: os.stat_result) -> tuple[int, int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def hash_file(root: Root, name: bytes) -> tuple[bytes, os.stat_result]:
-    """Return a regular file's digest and what it was when it was read.
+def hash_file(directory: int, last: bytes) -> tuple[bytes, os.stat_result]:
+    """Return the digest of a regular file in an open directory, and what it was when it was read.
 
     Raises:
         ChangedMeanwhileError: when it was written meanwhile.
         OSError: when it cannot be read.
     """
-    fd = root.open_file(name)
+    fd = open_regular(directory, last)
     try:
         before = os.fstat(fd)
-        digest = hash_descriptor(fd)
+        digest = hash_descriptor(fd, before.st_size)
         if identity(os.fstat(fd)) != identity(before):
             raise ChangedMeanwhileError
     finally:
@@ -43,10 +43,12 @@ def hash_file(root: Root, name: bytes) -> tuple[bytes, os.stat_result]:
     return digest, before
 
 
-def hash_descriptor(fd: int, size: int = -1) -> bytes:
-    """Return the digest of what follows in a file, of `size` bytes at most when that is not negative."""
+def hash_descriptor(fd: int, expected: int = READ_BYTES) -> bytes:
+    """Return the digest of what follows in a file; `expected`: how many bytes that probably are."""
     state = new_hash()
-    while size and (data := os.read(fd, READ_BYTES if size < 0 else min(READ_BYTES, size))):
+    # No more room than is needed: getting and giving back a MiB takes as long as hashing a mail.
+    size = min(READ_BYTES, expected + 1)
+    while data := os.read(fd, size):
         state.update(data)
-        size -= len(data) if size > 0 else 0
+        size = READ_BYTES if len(data) == size else size
     return state.digest()

@@ -7,11 +7,13 @@ of it goes to `divergence/` in the state directory.
 
 A set of configuration files is one pass of renames, after all are staged, verified and synced. If one of them cannot be
 had any more because it has changed again, none is placed. What is in the way goes first, then directories, then files,
-then what is gone. A crash in the middle is finished from the staging area.
+then what is gone. A pass that a crash cut off is finished when the tree is opened (`passes`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import stat
 import time
 from collections.abc import Iterable, Mapping
@@ -23,28 +25,27 @@ from pmgsync.core.manifests import Change, Entry, Manifest
 from pmgsync.core.renames import Step, check_shape, plan_pass
 from pmgsync.core.trees import Tree, looks_vanished
 from pmgsync.errors import ProtocolError
-from pmgsync.files.cache import Cache
-from pmgsync.files.directories import FilesError, TreeStoppedError, explain
+from pmgsync.files.attributes import localised
+from pmgsync.files.cache import Cache, Row
+from pmgsync.files.contents import Contents, Need
+from pmgsync.files.directories import FilesError, Neighbour, TreeStoppedError
 from pmgsync.files.hashing import ChangedMeanwhileError, hash_file
 from pmgsync.files.local import LocalTree
 from pmgsync.files.marker import ACCEPT_HINT, check_marker, open_root, write_marker
-from pmgsync.files.placing import Placer, localised
+from pmgsync.files.passes import drop_record, finish_pass, record_pass
+from pmgsync.files.placing import Placer
 from pmgsync.files.scan import Limits
 from pmgsync.files.space import check_room
-from pmgsync.files.staging import Part, Staging, WrongContentError
+from pmgsync.files.staging import Staging
 
-BATCH_NAMES = 500
+BATCH_NAMES = 2000
 BATCH_BYTES = 64 << 20
 """Of a spool; what changed of a configuration is one batch whatever its size."""
+NOTED_ROWS = 10_000
+"""So much of a spool is put in place before its names are brought to the disk and noted: once, not for each batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
-    """A content to be fetched: one of the names that have it at the owner, its digest and its size."""
-
-    name: bytes
-    digest: bytes
-    size: int
+Entries = Mapping[bytes, Entry]
 
 
 @dataclass(slots=True)
@@ -64,6 +65,7 @@ class Intake:
         owner: what the owner says it holds, as it says it.
         held: what is in place here of that.
         known: `owner` is complete: it was compared with the owner since this was made.
+        contents: what is being fetched.
         kept: paths of copies of what was written here against the owner.
         errors: by name, why it is not in place.
         postponed: names that are left out of the next batches.
@@ -92,28 +94,33 @@ class Intake:
         self.root = self.local.root if self.local is not None else open_root(tree, path, cache, create=True)
         try:
             check_marker(self.root, cache, tree.name)
+            before = cache.fact(tree.name, "owner")
+            # What a node brings with it, or wrote as the master, is not an edit by mistake: it goes to one place.
+            self._new_here = tree.is_config and before in {"", str(cid)}
+            stamp = time.strftime("files-%Y%m%dT%H%M%S", time.localtime())
+            keep_in = divergence / stamp / tree.name.strip("/") if self._new_here else None
+            if tree.is_config:
+                self.kept += finish_pass(self.root, cache, tree.name, keep_in)
             self._staging = Staging(self.root)
         except (FilesError, TreeStoppedError):
             self._close_root()
             raise
+        self._placer = Placer(self.root, self._staging, keep_in)
         self.held = cache.held(tree.name)
         self.owner = self.held.copy()
-        self._by_digest = {entry.digest: name for name, entry in self.held.items() if entry.kind == "f"}
-        self._part: Part | None = None
+        self.contents = Contents(self.root, self._staging)
+        self.contents.learn(self.held.items())
         self._pending: set[bytes] = set()
+        self._unnoted: list[Row] = []
         self._remaining_at = (b"", 0)
         self.postponed: set[bytes] = set()
         self._accepted = False
-        before = cache.fact(tree.name, "owner")
-        # What a node brings with it, or wrote as the master, is not an edit by mistake: it goes to one place.
-        new_here = tree.is_config and before in {"", str(cid)}
-        stamp = time.strftime("files-%Y%m%dT%H%M%S", time.localtime())
-        self._placer = Placer(self.root, self._staging, divergence / stamp / tree.name.strip("/") if new_here else None)
-        self._new_here = new_here
 
     def close(self) -> None:
         """Close all descriptors."""
-        self.let_go()
+        self.contents.let_go()
+        with contextlib.suppress(FilesError):  # what is not noted is compared again
+            self.flush()
         self._staging.close()
         self._close_root()
 
@@ -162,8 +169,9 @@ class Intake:
         """Forget that names are in place: they are compared with the disk and fetched again when they differ."""
         for name in names:
             self.held.set(name, None)
-            self._cache.write(self.tree.name, "held", [(name, None, None)])
+            self._unnoted.append((name, None, None))
             self._pending.add(name)
+        self.flush()
 
     def accept(self) -> None:
         """Go on as things are now, on an administrator's word.
@@ -201,19 +209,20 @@ class Intake:
             )
         wanted, actual, names = self._configuration() if self.local is not None else self._spool()
         if not names:
+            self.flush()
             if not self._pending and not self.postponed:
                 self._settled()
             return None
         steps = plan_pass(wanted, actual, self._as_here(self.held, names), names)
         needs = {
-            step.entry.digest: Need(step.name, step.entry.digest, step.entry.size)
+            step.entry.digest: Need(step.name, step.entry)
             for step in steps
             if step.what == "put" and step.entry is not None and step.entry.digest not in self._staging.whole
         }
-        check_room(self.root, sum(need.size for need in needs.values()))
+        check_room(self.root, sum(need.entry.size for need in needs.values()))
         return Batch(steps, list(needs.values()), names)
 
-    def _configuration(self) -> tuple[Manifest, Manifest, list[bytes]]:
+    def _configuration(self) -> tuple[Entries, Entries, list[bytes]]:
         assert self.local is not None
         self.local.changes()
         actual = self.local.found.manifest
@@ -226,9 +235,9 @@ class Intake:
         if not names and self._pending:
             self._note(list(self._pending))
         names = [name for name in names if name not in self.postponed]
-        return wanted, actual, names
+        return wanted, actual.entries, names
 
-    def _spool(self) -> tuple[Manifest, Manifest, list[bytes]]:
+    def _spool(self) -> tuple[Entries, Entries, list[bytes]]:
         names: list[bytes] = []
         size = 0
         for name in self._pending - self.postponed if self.postponed else self._pending:
@@ -240,91 +249,37 @@ class Intake:
         # A file needs the directories above it, with their modes, in the same batch or before.
         above = {outer for name in names for outer in parents(name) if outer in self._pending}
         names = sorted(above.union(names))
-        actual = self._as_here(self.held, names)
-        for name in names:
-            wanted = self.owner.get(name)
-            if wanted is not None and self.held.get(name) is None:
-                actual.set(name, self._on_disk(name, wanted))
-        return self._as_here(self.owner, names), actual, names
+        actual = dict(self._as_here(self.held, names))
+        wanted = self._as_here(self.owner, names)
+        neighbour = Neighbour(self.root)
+        try:
+            for name, entry in wanted.items():
+                if self.held.get(name) is None and (here := self._on_disk(neighbour, name, entry)) is not None:
+                    actual[name] = here
+        finally:
+            neighbour.close()
+        return wanted, actual, names
 
-    def _on_disk(self, name: bytes, wanted: Entry) -> Entry | None:
+    def _on_disk(self, neighbour: Neighbour, name: bytes, wanted: Entry) -> Entry | None:
         """Return what stands under a name that was never put in place here, None when nothing does."""
         try:
-            status = self.root.lstat(name)
+            fd, last = neighbour.parent(name)
+            status = os.stat(last, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
+                # As if nothing were there: making it sets its mode, too.
+                return wanted._replace(mode=-1) if wanted.kind == "d" else Entry("d", 0, "", "")
+            if stat.S_ISREG(status.st_mode):
+                return Entry("f", -1, "", "", status.st_size, 0, hash_file(fd, last)[0])
+        except ChangedMeanwhileError:
+            return Entry("f", -1, "", "")
         except OSError:
-            return None  # the pass says what is wrong
-        if status is None:
-            return None
-        here = localised(wanted, trusted=False)
-        if stat.S_ISDIR(status.st_mode):
-            # As if nothing were there: making it sets its mode, too.
-            return here._replace(mode=-1) if wanted.kind == "d" else Entry("d", 0, "", "")
-        if stat.S_ISREG(status.st_mode):
-            try:
-                digest, status = hash_file(self.root, name)
-            except (OSError, ChangedMeanwhileError):
-                digest = b""
-            return Entry("f", -1, "", "", status.st_size, 0, digest)
+            return None  # nothing is there; the pass says when something is wrong
         return None
 
-    def _as_here(self, manifest: Manifest, names: Iterable[bytes]) -> Manifest:
-        entries = ((name, manifest.get(name)) for name in names)
+    def _as_here(self, manifest: Manifest, names: Iterable[bytes]) -> Entries:
         trusted = self.tree.is_config
-        return Manifest((name, localised(entry, trusted=trusted)) for name, entry in entries if entry is not None)
-
-    def missing(self, batch: Batch) -> list[tuple[Need, int]]:
-        """Return which contents of a batch must be fetched, and from which byte on.
-
-        What this tree has under another name (a file that was moved, or is there twice) is taken from there.
-
-        Raises:
-            FilesError: when the staging area cannot be written.
-        """
-        found = []
-        try:
-            for need in batch.needs:
-                known = self._by_digest.get(need.digest)
-                if known is not None and self._staging.copy(need.digest, self.root, known):
-                    continue
-                found.append((need, self._staging.begun(need.digest)))
-        except OSError as error:
-            raise explain(error, f"cannot write to {self.root.path}") from error
-        return found
-
-    def stage(self, need: Need, offset: int, data: bytes, *, last: bool) -> None:
-        """Take a piece of a content that is missing; contents come one after the other.
-
-        Raises:
-            FilesError: when it is wrong or cannot be written.
-        """
-        try:
-            self._stage(need, offset, data, last=last)
-        except OSError as error:
-            self.let_go()
-            raise explain(error, f"cannot write {self.root.show(need.name)}") from error
-        except WrongContentError:
-            self.let_go()
-            raise
-
-    def _stage(self, need: Need, offset: int, data: bytes, *, last: bool) -> None:
-        if offset == 0 and last:
-            self._staging.put(need.digest, data)
-            return
-        if offset + len(data) > need.size:
-            raise WrongContentError(f"{self.root.show(need.name)} is longer than was announced")
-        if self._part is None or self._part.digest != need.digest:
-            self.let_go()
-            self._part = self._staging.part(need.digest)
-        self._part.write(offset, data)
-        if last:
-            self._part.finish()
-            self.let_go()
-
-    def let_go(self) -> None:
-        """Close what is only partly staged; it is gone on with later."""
-        if self._part is not None:
-            self._part.close()
-            self._part = None
+        entries = ((name, manifest.get(name)) for name in names)
+        return {name: localised(entry, trusted=trusted) for name, entry in entries if entry is not None}
 
     def without(self, batch: Batch, digests: set[bytes]) -> Batch:
         """Return what is left of a batch when some contents cannot be had now; their names are postponed."""
@@ -345,7 +300,10 @@ class Intake:
         Raises:
             FilesError: when the disk refuses to keep it.
         """
-        done = set(self._placer.run(batch.steps, trusted=self.tree.is_config))
+        self._placer.sync_contents(batch.steps)
+        if self.tree.is_config and len(batch.steps) > 1:
+            record_pass(self.root, batch.steps, self.owner.entries)
+        done = set(self._placer.run(batch.steps))
         self.errors = dict(self._placer.errors)
         self.kept += self._placer.kept
         self._placer.kept.clear()
@@ -356,23 +314,38 @@ class Intake:
         failed = set(self.errors)
         self.postponed |= failed
         self._note([name for name in batch.names if name not in failed])
+        if self.tree.is_config or len(self._unnoted) > NOTED_ROWS:
+            self.flush()
+        if self.tree.is_config:
+            drop_record(self.root)
         return [step.name for step in batch.steps if step.name in done and step.what in {"put", "remove"}]
 
     def _note(self, names: list[bytes]) -> None:
-        rows = [(name, self.owner.get(name), None) for name in names]
-        self._cache.write(self.tree.name, "held", rows)
-        for name, entry, _ in rows:
+        for name in names:
+            entry = self.owner.get(name)
+            self._unnoted.append((name, entry, None))
             self.held.set(name, entry)
             self._pending.discard(name)
-            if entry is not None and entry.kind == "f":
-                self._by_digest[entry.digest] = name
+            if entry is not None:
+                self.contents.learn([(name, entry)])
+
+    def flush(self) -> None:
+        """Bring all names to the disk, and note them as in place only then.
+
+        Raises:
+            FilesError: when the disk refuses it.
+        """
+        if self._unnoted:
+            self._placer.sync()
+            self._cache.write(self.tree.name, "held", self._unnoted)
+            self._unnoted.clear()
 
     def _settled(self) -> None:
         """Everything is as the owner has it."""
         self._accepted = False
         self._staging.keep_only(set())
-        if len(self._by_digest) > 2 * len(self.held) + 1000:
-            self._by_digest = {entry.digest: name for name, entry in self.held.items() if entry.kind == "f"}
+        if self.contents.known > 2 * len(self.held) + 1000:
+            self.contents.learn(self.held.items(), anew=True)
         if self._cache.fact(self.tree.name, "owner") != str(self.tree.owner):
             self._cache.note(self.tree.name, "owner", str(self.tree.owner))
         if self._new_here:

@@ -18,6 +18,8 @@ from pmgsync.files.watch import Watch
 
 EMPTIED_S = 60.0
 """A tree that loses all its files within this time is taken for one whose disk is gone."""
+SLICE_S = 0.1
+"""When many files come at once, what was found of them is told after so long, while the rest is looked at."""
 SCAN_S = 300.0
 SCAN_SHARE = 300
 """A scan comes after so many seconds, and after so many times its own duration: it catches what a watch has missed."""
@@ -89,14 +91,14 @@ class LocalTree:
 
     def due_s(self) -> float:
         """Return in how many seconds `changes` has something to do even if nothing is touched."""
-        due = max(0.0, self._scan_due - time.monotonic())
+        due = 0.0 if self._scanner.left else max(0.0, self._scan_due - time.monotonic())
         if self.found.unsettled:
             due = min(due, SETTLE_S)
         created = self._watch.due_s()
         return due if created is None else min(due, created)
 
     def changes(self) -> list[Change]:
-        """Return what has changed since the last time; the cache knows it too.
+        """Return what has changed since the last time, or a part of it after a while; the cache knows it too.
 
         Raises:
             TreeStoppedError: when the tree looks as if its disk were gone; nothing of it is taken to be gone.
@@ -105,11 +107,12 @@ class LocalTree:
         touched = self._watch.take()
         if touched.lost or time.monotonic() >= self._scan_due:
             return self._scan()
-        names = touched.names | self.found.unsettled
-        if not names and not touched.deep:
+        names = touched.names | self.found.unsettled | self._scanner.left
+        deep = touched.deep | self._scanner.left_deep
+        if not names and not deep:
             return []
         before = self.found.manifest.files
-        found = self._scanner.look(names, touched.deep)
+        found = self._scanner.look(names, deep, within_s=SLICE_S)
         return self._judged(found, before)
 
     def look(self, names: list[bytes]) -> list[Change]:

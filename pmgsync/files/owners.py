@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import grp
 import os
 import pwd
@@ -57,6 +58,7 @@ user_name, user_id = _users.name, _users.number
 group_name, group_id = _groups.name, _groups.number
 
 
+@functools.cache
 def may_give_away() -> bool:
-    """True when this process can make files belong to others."""
+    """True when this process can make files belong to others; no process changes that about itself."""
     return os.geteuid() == 0

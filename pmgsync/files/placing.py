@@ -15,8 +15,8 @@ from pathlib import Path
 from pmgsync.core.filenames import CONFLICT_MARK, MAX_COMPONENT
 from pmgsync.core.manifests import Entry
 from pmgsync.core.renames import Step
-from pmgsync.files.directories import FilesError, Root, explain
-from pmgsync.files.owners import group_id, group_name, may_give_away, user_id, user_name
+from pmgsync.files.attributes import describe
+from pmgsync.files.directories import FilesError, Neighbour, Root, explain
 from pmgsync.files.space import sync_file_system
 from pmgsync.files.staging import Staging, copy_content
 
@@ -24,24 +24,8 @@ FEW = 16
 """Up to so many directories are synced one by one, more by one call for the whole file system."""
 
 
-def localised(entry: Entry, *, trusted: bool) -> Entry:
-    """Return what an entry of the owner's becomes on this node.
-
-    Args:
-        trusted: the owner is the master, whose word counts here anyway. From others no file becomes executable or runs
-            with its owner's rights.
-    """
-    mode = entry.mode if trusted else entry.mode & (0o777 if entry.kind == "d" else 0o666)
-    if may_give_away():
-        user = entry.user if user_id(entry.user) is not None else user_name(os.geteuid())
-        group = entry.group if group_id(entry.group) is not None else group_name(os.getegid())
-    else:
-        user, group = user_name(os.geteuid()), group_name(os.getegid())
-    return entry._replace(mode=mode, user=user, group=group)
-
-
 class Placer:
-    """Executes plans in one tree.
+    """Executes plans in one tree, whose entries are what they become on this node (`attributes.localised`).
 
     Attributes:
         kept: paths of the copies that were kept since this was last emptied.
@@ -59,61 +43,86 @@ class Placer:
         self.remaining: set[bytes] = set()
         self._touched: set[bytes] = set()
 
-    def run(self, steps: Sequence[Step], *, trusted: bool) -> list[bytes]:
-        """Do all the steps and return the names that are now as wanted; it is all on disk then.
+    def sync_contents(self, steps: Sequence[Step]) -> None:
+        """Bring the contents that steps need to the disk: a name must never lead to a file whose bytes are not there.
 
         Raises:
-            FilesError: when the disk refuses to keep it.
+            FilesError: when the disk refuses it.
         """
+        needed = {step.entry.digest for step in steps if step.what == "put" and step.entry is not None}
+        try:
+            if len(needed) > FEW:
+                sync_file_system(self._root.fd)
+                # What was put in place before is on disk with it.
+                self._touched.clear()
+                return
+            for digest in needed:
+                file = os.open(digest.hex(), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._staging.fd)
+                try:
+                    os.fsync(file)
+                finally:
+                    os.close(file)
+        except OSError as error:
+            # A second try may succeed without the bytes being there: they are fetched again.
+            with contextlib.suppress(OSError):
+                self._staging.keep_only(set())
+            raise explain(error, f"cannot bring what is staged for {self._root.path} to the disk") from error
+
+    def run(self, steps: Sequence[Step]) -> list[bytes]:
+        """Do all the steps and return the names that are now as wanted; `sync` brings them to the disk."""
         self.errors.clear()
-        self._touched.clear()
         needed = Counter(step.entry.digest for step in steps if step.what == "put" and step.entry is not None)
         done = []
+        neighbour = Neighbour(self._root)
         try:
-            # Contents first: a name must never lead to a file whose bytes are not on disk.
-            if needed:
-                self._sync_contents(needed)
             for step in steps:
-                last = False
-                if step.what == "put" and step.entry is not None:
-                    needed[step.entry.digest] -= 1
-                    last = needed[step.entry.digest] == 0
                 try:
-                    self._do(step, last=last, trusted=trusted)
+                    if step.what == "put" and step.entry is not None:
+                        needed[step.entry.digest] -= 1
+                        self._put(neighbour, step.name, step.entry, keep=step.keep, last=not needed[step.entry.digest])
+                    else:
+                        self._do(step)
                 except OSError as error:
                     verb = "remove" if step.what == "remove" else "write"
                     self.errors[step.name] = explain(error, f"cannot {verb} {self._root.show(step.name)}")
                 else:
                     done.append(step.name)
-            self._sync_directories()
+        finally:
+            neighbour.close()
+        return done
+
+    def sync(self) -> None:
+        """Bring all names to the disk.
+
+        Raises:
+            FilesError: when the disk refuses it.
+        """
+        try:
+            if len(self._touched) > FEW:
+                sync_file_system(self._root.fd)
+            else:
+                self._sync_directories()
         except OSError as error:
             raise explain(error, f"cannot bring {self._root.path} to the disk") from error
-        return done
+        self._touched.clear()
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _do(self, step: Step, *, last: bool, trusted: bool) -> None:
-        entry = localised(step.entry, trusted=trusted) if step.entry is not None else None
+    def _do(self, step: Step) -> None:
+        entry = step.entry
         if entry is None:
             self._remove(step.name, keep=step.keep)
-        elif step.what == "put":
-            self._put(step.name, entry, keep=step.keep, last=last)
         elif step.what == "directory" or entry.kind == "d":
             self._make_directory(step.name, entry)
         else:
             self._set(step.name, entry)
 
-    def _put(self, name: bytes, entry: Entry, *, keep: bool, last: bool) -> None:
-        source = self._staging.ready(entry.digest, last=last)
-        file = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._staging.fd)
-        try:
-            _describe(file, entry)
-        finally:
-            os.close(file)
-        with self._root.parent(name, create=True) as (fd, target):
-            if keep:
-                self._keep(fd, target, name)
-            os.rename(source, target, src_dir_fd=self._staging.fd, dst_dir_fd=fd)
+    def _put(self, neighbour: Neighbour, name: bytes, entry: Entry, *, keep: bool, last: bool) -> None:
+        source = self._staging.ready(entry, last=last)
+        fd, target = neighbour.parent(name, create=True)
+        if keep:
+            self._keep(fd, target, name)
+        os.rename(source, target, src_dir_fd=self._staging.fd, dst_dir_fd=fd)
         self._touch(name)
 
     def _set(self, name: bytes, entry: Entry) -> None:
@@ -124,7 +133,7 @@ class Placer:
                 self._separate(fd, last, name)
         file = self._root.open_file(name)
         try:
-            _describe(file, entry)
+            describe(file, entry)
             os.fsync(file)
         finally:
             os.close(file)
@@ -151,7 +160,7 @@ class Placer:
                 os.mkdir(last, 0o700, dir_fd=fd)
             directory = os.open(last, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
         try:
-            _describe(directory, entry)
+            describe(directory, entry)
         finally:
             os.close(directory)
         self._touch(name)
@@ -227,21 +236,7 @@ class Placer:
     def _touch(self, name: bytes) -> None:
         self._touched.add(name.rpartition(b"/")[0])
 
-    def _sync_contents(self, needed: Counter[bytes]) -> None:
-        if len(needed) > FEW:
-            sync_file_system(self._root.fd)
-            return
-        for digest in needed:
-            file = os.open(digest.hex(), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._staging.fd)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
-
     def _sync_directories(self) -> None:
-        if len(self._touched) > FEW:
-            sync_file_system(self._root.fd)
-            return
         for directory in self._touched:
             # A directory that was touched may have made room for a file since.
             with (
@@ -257,13 +252,3 @@ def _aside(last: bytes) -> Iterator[bytes]:
     for number in itertools.count():
         end = mark + (b"-%d" % number if number else b"")
         yield last[: MAX_COMPONENT - len(end)] + end
-
-
-def _describe(fd: int, entry: Entry) -> None:
-    """Give an open file or directory its owner, mode and time; the owner first, for that clears bits of the mode."""
-    if may_give_away():
-        uid, gid = user_id(entry.user), group_id(entry.group)
-        os.fchown(fd, -1 if uid is None else uid, -1 if gid is None else gid)
-    os.fchmod(fd, entry.mode)
-    if entry.kind == "f":
-        os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 
-from pmgsync.files.directories import Root
+from pmgsync.files.directories import Neighbour, Root, open_regular
 
 PIECE_BYTES = 1 << 20
 """The most that one message may carry (PROTOCOL.md, section 8)."""
@@ -23,30 +23,40 @@ def read_contents(root: Root, wanted: Iterable[tuple[int, bytes, int]]) -> Itera
     Args:
         wanted: of each content its number, the name it is read under, and the byte to begin at.
     """
+    neighbour = Neighbour(root)
     parts: list[Part] = []
     held = bytearray()
-    for number, name, start in wanted:
-        try:
-            file = root.open_file(name)
-        except OSError:
-            parts.append((number, -1, 0, True))
-            continue
-        try:
-            offset = os.lseek(file, start, os.SEEK_SET)
-            ended = False
-            while not ended:
-                data = os.read(file, PIECE_BYTES - len(held))
-                # Less than was asked for is the end of a regular file; a full piece may have more behind it.
-                ended = len(data) < PIECE_BYTES - len(held)
-                parts.append((number, offset, len(data), ended))
-                held += data
-                offset += len(data)
-                if len(held) >= PIECE_BYTES:
+    try:
+        for number, name, start in wanted:
+            try:
+                file = open_regular(*neighbour.parent(name))
+            except OSError:
+                parts.append((number, -1, 0, True))
+                continue
+            try:
+                if held and PIECE_BYTES - len(held) < os.fstat(file).st_size <= PIECE_BYTES:
+                    # What fits into one piece is not divided: it is staged in one step then.
                     yield parts, bytes(held)
                     parts, held = [], bytearray()
-        except OSError:
-            parts.append((number, -1, 0, True))
-        finally:
-            os.close(file)
+                offset = os.lseek(file, start, os.SEEK_SET) if start else 0
+                ended = False
+                while not ended:
+                    # One byte more than it has shows that it has grown; and room costs time, see hash_descriptor.
+                    size = min(PIECE_BYTES - len(held), max(0, os.fstat(file).st_size - offset) + 1)
+                    data = os.read(file, size)
+                    # Less than was asked for is the end of a regular file; a full piece may have more behind it.
+                    ended = len(data) < size
+                    parts.append((number, offset, len(data), ended))
+                    held += data
+                    offset += len(data)
+                    if len(held) >= PIECE_BYTES:
+                        yield parts, bytes(held)
+                        parts, held = [], bytearray()
+            except OSError:
+                parts.append((number, -1, 0, True))
+            finally:
+                os.close(file)
+    finally:
+        neighbour.close()
     if parts:
         yield parts, bytes(held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
 import time
@@ -86,6 +87,8 @@ class Scanner:
         self._changes: dict[bytes, Entry | None] = {}
         self._restamped: set[bytes] = set()
         self._settling = True
+        self.left: set[bytes] = set()
+        self.left_deep: set[bytes] = set()
 
     def scan(self, *, settling: bool = True) -> list[Change]:
         """Look at the whole tree; return the entries that changed.
@@ -111,18 +114,32 @@ class Scanner:
             del self.found.findings[name]
         return self._taken()
 
-    def look(self, names: Iterable[bytes], deep: Iterable[bytes] = (), *, settling: bool = True) -> list[Change]:
+    def look(
+        self,
+        names: Iterable[bytes],
+        deep: Iterable[bytes] = (),
+        *,
+        settling: bool = True,
+        within_s: float = math.inf,
+    ) -> list[Change]:
         """Look at some names again; return the entries that changed.
 
         Args:
             deep: directories whose content is looked at too.
             settling: False when it was this process that wrote them, and nobody else is likely to be at it.
+            within_s: after so long what is left of the names is put into `left` and `left_deep`.
 
         Raises:
             FilesError: when the tree holds more than it may.
         """
         whole, self._settling = set(deep), settling
-        for name in sorted({*names, *whole}):
+        chosen, until = sorted({*names, *whole}), time.monotonic() + within_s
+        self.left, self.left_deep = set(), set()
+        for at, name in enumerate(chosen):
+            if at and time.monotonic() > until:
+                self.left = set(chosen[at:])
+                self.left_deep = whole & self.left
+                break
             if any(map(self._selection.excludes, (name, *parents(name)))):
                 continue
             if not (self._selection.takes(name) or self._selection.enters(name)):
@@ -147,7 +164,7 @@ class Scanner:
         try:
             with self.root.parent(name) as (fd, last):
                 status = os.stat(last, dir_fd=fd, follow_symlinks=False)
-                is_directory = self._visit(name, status, new=known is None)
+                is_directory = self._visit(fd, last, name, status)
                 if not is_directory:
                     if stat.S_ISDIR(status.st_mode):
                         return
@@ -189,7 +206,7 @@ class Scanner:
                 except FileNotFoundError:
                     continue
                 seen.add(name)
-                if self._visit(name, status, new=True):
+                if self._visit(fd, last, name, status):
                     self._enter(fd, last, name, seen, unread)
 
     def _enter(self, fd: int, last: bytes, name: bytes, seen: set[bytes], unread: list[bytes]) -> None:
@@ -208,8 +225,8 @@ class Scanner:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _visit(self, name: bytes, status: os.stat_result, *, new: bool) -> bool:
-        """Note what one name is; True when it is a directory to be entered."""
+    def _visit(self, fd: int, last: bytes, name: bytes, status: os.stat_result) -> bool:
+        """Note what one name in an open directory is; True when it is a directory to be entered."""
         if stat.S_ISDIR(status.st_mode):
             if self._selection.takes(name):
                 self._set(name, _directory_entry(status), None)
@@ -223,10 +240,10 @@ class Scanner:
             limit = self._limits.max_size
             self._leave_out(name, f"{self.root.show(name)} is left out: {status.st_size} bytes, {limit} are allowed")
         else:
-            self._visit_file(name, status)
+            self._visit_file(fd, last, name, status)
         return False
 
-    def _visit_file(self, name: bytes, status: os.stat_result) -> None:
+    def _visit_file(self, fd: int, last: bytes, name: bytes, status: os.stat_result) -> None:
         known = self.found.manifest.get(name)
         if (
             known is not None
@@ -240,7 +257,7 @@ class Scanner:
             self.found.unsettled.add(name)
             return
         try:
-            digest, status = hash_file(self.root, name)
+            digest, status = hash_file(fd, last)
         except (ChangedMeanwhileError, FileNotFoundError):
             self.found.unsettled.add(name)
             return

@@ -6,7 +6,8 @@ import contextlib
 import os
 from collections.abc import Iterable
 
-from pmgsync.core.manifests import DIGEST_BYTES
+from pmgsync.core.manifests import DIGEST_BYTES, Entry
+from pmgsync.files.attributes import describe
 from pmgsync.files.directories import FilesError, Root, explain, own_directory
 from pmgsync.files.hashing import READ_BYTES, hash_descriptor, new_hash
 
@@ -34,6 +35,7 @@ class Staging:
             FilesError: when it cannot be used.
         """
         self._root = root
+        self._described: dict[bytes, Entry] = {}
         self.name = own_directory(root, part)
         try:
             with root.directory(self.name) as fd:
@@ -59,7 +61,7 @@ class Staging:
                 # A file may have its name without its content after a power cut.
                 file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
                 try:
-                    right = hash_descriptor(file) == digest
+                    right = hash_descriptor(file, os.fstat(file).st_size) == digest
                 finally:
                     os.close(file)
                 if right:
@@ -80,9 +82,10 @@ class Staging:
             if _digest(name.removesuffix(_PART)) not in digests:
                 self.drop(name)
         self.whole &= digests
+        self._described.clear()
 
-    def put(self, digest: bytes, content: bytes) -> None:
-        """Take a whole content.
+    def put(self, digest: bytes, content: bytes, entry: Entry | None = None) -> None:
+        """Take a whole content; `entry`: the file becomes like it at once, which saves opening it again later.
 
         Raises:
             WrongContentError: when it is another one.
@@ -92,9 +95,14 @@ class Staging:
         state.update(content)
         if state.digest() != digest:
             raise WrongContentError("a file's content is not the one that was announced; it is fetched again")
-        file = os.open(digest.hex().encode(), _WRITE | os.O_TRUNC, 0o600, dir_fd=self.fd)
+        file = os.open(digest.hex(), _WRITE | os.O_TRUNC, 0o600, dir_fd=self.fd)
         try:
             _write(file, content)
+            if entry is not None:
+                # What is not allowed is told when the file is put in place, with its name.
+                with contextlib.suppress(PermissionError):
+                    describe(file, entry)
+                    self._described[digest] = entry
         finally:
             os.close(file)
         self.whole.add(digest)
@@ -161,27 +169,37 @@ class Staging:
         self.whole.add(digest)
         return True
 
-    def ready(self, digest: bytes, *, last: bool) -> bytes:
-        """Return the name of a file with a content that may be renamed away; a copy unless it is the last one needed.
+    def ready(self, entry: Entry, *, last: bool) -> bytes:
+        """Return the name of a file like the entry that may be renamed away; a copy unless it is the last one needed.
 
         Raises:
             OSError: when the copy cannot be written.
         """
+        digest = entry.digest
         name = digest.hex().encode()
-        if last:
-            self.whole.discard(digest)
+        if last and self._described.get(digest) == entry:
+            self._forget(digest)
             return name
-        copy = b"copy-" + name
         source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
         try:
+            if last:
+                describe(source, entry)
+                self._forget(digest)
+                return name
+            copy = b"copy-" + name
             target = os.open(copy, _WRITE | os.O_TRUNC, 0o600, dir_fd=self.fd)
             try:
                 copy_content(source, target)
+                describe(target, entry)
             finally:
                 os.close(target)
         finally:
             os.close(source)
         return copy
+
+    def _forget(self, digest: bytes) -> None:
+        self.whole.discard(digest)
+        self._described.pop(digest, None)
 
 
 class Part:
@@ -228,7 +246,6 @@ class Part:
         if self._state.digest() != self.digest or os.fstat(self._file).st_size != self.offset:
             self._staging.drop(self._name)
             raise WrongContentError("a file's content is not the one that was announced; it is fetched again")
-        os.fsync(self._file)
         os.rename(self._name, self.digest.hex(), src_dir_fd=self._staging.fd, dst_dir_fd=self._staging.fd)
         self._staging.whole.add(self.digest)
 

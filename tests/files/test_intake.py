@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from pmgsync.core.filenames import Selection
@@ -81,7 +82,7 @@ class Pair:
 
     def fetch(self, batch: Batch, *, pieces: int = 1 << 30) -> None:
         """Stage what a batch needs; at most so many pieces."""
-        wanted = self.intake.missing(batch)
+        wanted = self.intake.contents.missing(batch.needs)
         root = Root(self.source, self.tree.below)
         asked = [(number, need.name, offset) for number, (need, offset) in enumerate(wanted)]
         for parts, data in read_contents(root, asked):
@@ -92,7 +93,7 @@ class Pair:
             for number, offset, size, last in parts:
                 assert offset >= 0
                 self.fetched += size
-                self.intake.stage(wanted[number][0], offset, data[at : at + size], last=last)
+                self.intake.contents.stage(wanted[number][0], offset, data[at : at + size], last=last)
                 at += size
         root.close()
 
@@ -242,8 +243,8 @@ def test_a_hostile_owner_reaches_nothing_outside(new_pair: Callable[[Tree], Pair
     pair.intake.compared()
     batch = pair.intake.batch()
     assert batch is not None
-    for need, _ in pair.intake.missing(batch):
-        pair.intake.stage(need, 0, evil, last=True)
+    for need, _ in pair.intake.contents.missing(batch.needs):
+        pair.intake.contents.stage(need, 0, evil, last=True)
     pair.intake.place(batch)
     assert "symbolic link" in pair.intake.errors[b"link/shadow"].message
     assert (outside / "shadow").read_text() == "secret"
@@ -264,13 +265,13 @@ def test_a_content_that_is_another_is_refused(new_pair: Callable[[Tree], Pair]) 
     assert batch is not None
     needs = {need.name: need for need in batch.needs}
     with pytest.raises(FilesError, match="not the one that was announced"):
-        pair.intake.stage(needs[b"mail"], 0, b"wrong", last=True)
-    pair.intake.stage(needs[b"long"], 0, b"y" * (1 << 20), last=False)
+        pair.intake.contents.stage(needs[b"mail"], 0, b"wrong", last=True)
+    pair.intake.contents.stage(needs[b"long"], 0, b"y" * (1 << 20), last=False)
     with pytest.raises(FilesError, match="longer"):
-        pair.intake.stage(needs[b"long"], 1 << 20, b"y" * (3 << 20), last=False)
-    pair.intake.stage(needs[b"long"], 1 << 20, b"y" * (2 << 20), last=False)
+        pair.intake.contents.stage(needs[b"long"], 1 << 20, b"y" * (3 << 20), last=False)
+    pair.intake.contents.stage(needs[b"long"], 1 << 20, b"y" * (2 << 20), last=False)
     with pytest.raises(FilesError, match="not the one that was announced"):
-        pair.intake.stage(needs[b"long"], 3 << 20, b"", last=True)
+        pair.intake.contents.stage(needs[b"long"], 3 << 20, b"", last=True)
     assert not (pair.there / "mail").exists()
     pair.sync()
     pair.assert_equal()
@@ -319,39 +320,82 @@ def test_a_full_disk_stops_files_and_heals(tmp_path: Path) -> None:
         subprocess.run(["umount", target], check=True)
 
 
-def test_a_pass_that_was_cut_off_is_done_again(
-    new_pair: Callable[[Tree], Pair], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("survived", range(12))
+def test_a_pass_that_was_cut_off_is_finished_without_the_owner(
+    new_pair: Callable[[Tree], Pair], monkeypatch: pytest.MonkeyPatch, survived: int
 ) -> None:
+    """Whenever a process is killed, the next one shows all of the old or all of the new, and fetches nothing."""
     pair = new_pair(CONFIG)
     (pair.here / "conf.d").mkdir()
-    for number in range(6):
+    for number in range(5):
         (pair.here / f"conf.d/{number}").write_text(f"old {number}")
+    (pair.here / "conf.d/gone").write_text("gone")
     pair.sync()
-    for number in range(6):
+    old = listing(pair.there)
+    for number in range(5):
         (pair.here / f"conf.d/{number}").write_text(f"new {number}")
     (pair.here / "conf.d/7").write_text("new 1")  # the same content twice
+    (pair.here / "conf.d/sub").mkdir()
+    (pair.here / "conf.d/sub/x").write_text("x")
+    (pair.here / "conf.d/gone").unlink()
+    (pair.there / "conf.d/3").write_text("edited here")
 
     class Killed(BaseException):
         pass
 
-    real, left = os.rename, [3]
+    left = [survived]
 
-    def rename(source: object, target: object, **descriptors: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        real(source, target, **descriptors)  # type: ignore[arg-type]
+    def deadly(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: object, **options: object) -> None:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            real(*args, **options)
 
-    monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(Killed):
+        return call
+
+    for name in ("rename", "mkdir", "unlink"):
+        monkeypatch.setattr(os, name, deadly(getattr(os, name)))
+    killed = False
+    try:
         pair.sync()
-    monkeypatch.setattr(os, "rename", real)
+    except Killed:
+        killed = True
+    monkeypatch.undo()
     before = pair.fetched
     pair.restart()
+    seen = listing(pair.there)
+    kept = {name: content for name, content in seen.items() if ".pmgsync-" in name}
+    shown = {name: content for name, content in seen.items() if name not in kept}
+    assert killed == (survived < 11)
+    if shown != listing(pair.here):
+        assert shown == old | {"conf.d/3": "edited here"}
+        assert survived == 0, "only before the record is there nothing to finish"
     pair.sync()
     pair.assert_equal()
-    assert pair.fetched - before < 6 * 5, "what was staged is not fetched again"
-    assert not list(pair.there.rglob("*.pmgsync-*")), "its own half pass is no edit of this node"
+    assert pair.fetched - before <= (7 * 5 if survived == 0 else 0)
+    assert set(kept.values()) <= {"edited here"}, "its own half pass is no edit of this node"
+    assert "edited here" in [path.read_text() for path in pair.there.rglob("*.pmgsync-*")]
+
+
+def test_a_record_that_cannot_be_read_is_dropped(new_pair: Callable[[Tree], Pair]) -> None:
+    pair = new_pair(CONFIG)
+    (pair.here / "main.cf").write_text("main")
+    pair.sync()
+    record = pair.there / ".pmgsync/pass"
+    for data in (b"", b"\xc1", msgpack.packb([1, [["put", b"../x", None, False, None]]]), msgpack.packb([2, []])):
+        record.write_bytes(data)
+        pair.restart()
+        assert not record.exists()
+    assert not (pair.tmp_path / "x").exists()
+    pair.sync()
+    pair.assert_equal()
+
+
+def listing(root: Path) -> dict[str, str]:
+    """Return the contents of all files by name, but for pmgsync's own."""
+    files = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
+    return {name: path.read_text() for name, path in files.items() if not name.startswith(".pmgsync/")}
 
 
 def test_what_one_file_refuses_does_not_stop_the_others(
