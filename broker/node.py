@@ -239,6 +239,11 @@ class Broker:
         """Remove a member, on the master only."""
         self._put_in_force(self._documents.delete(cid))
 
+    def promotion_plan(self, *, force: bool) -> dict[str, Any]:
+        """Return the map of `pmgcm promote --dry-run --json`."""
+        survey = self._part().survey
+        return survey.describe(survey.plan(force=force))
+
     # -- sessions -----------------------------------------------------------------------------------------------------
 
     def _part(self) -> Participation:

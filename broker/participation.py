@@ -26,6 +26,7 @@ from broker.inbound import Inbound
 from broker.journal.retention import Limits
 from broker.leadership.asking import Asking
 from broker.leadership.lease import LeaseKeeper, Surroundings
+from broker.leadership.survey import Survey
 from broker.leadership.voter import Voter
 from broker.members.calls import Calls, End
 from broker.members.members import Members
@@ -87,6 +88,7 @@ class Participation:
         cid: this node's number.
         workers: serves the agent's workers.
         lease: keeps the master's lease.
+        survey: says what a promotion would do.
         health: judges this node.
     """
 
@@ -163,6 +165,9 @@ class Participation:
                 tell_agent=partial(tell_lease, sessions),
                 ask_agent=self._shared.ask_agent,
             ),
+        )
+        self.survey = Survey(
+            self.cid, self._members, self._chains, resources.voter, document=lambda: documents.document
         )
         self._joiners = Joiners(time.monotonic)
         self._control = ControlRequests(

@@ -17,9 +17,11 @@ from cli.delete import delete
 from cli.demo.command import demo
 from cli.doctor import doctor
 from cli.files import files
+from cli.history import history
 from cli.join import join
 from cli.join_cmd import join_cmd
 from cli.leave import leave
+from cli.promote import promote
 from cli.status import status
 from cli.verify import verify
 from cli.wait import wait
@@ -58,6 +60,8 @@ app.command()(status)
 app.command()(wait)
 app.command()(delete)
 app.command()(leave)
+app.command()(promote)
+app.command()(history)
 app.command()(doctor)
 app.command()(files)
 app.command()(verify)

@@ -37,6 +37,9 @@ class Node(Protocol):
     def delete_member(self, cid: int) -> None:
         """Remove a member, on the master only."""
 
+    def promotion_plan(self, *, force: bool) -> dict[str, Any]:
+        """Return the map of `pmgcm promote --dry-run --json`."""
+
 
 class AdminRequests:
     """Serves the command line."""
@@ -60,6 +63,10 @@ class AdminRequests:
                 ttl_s = number(message, "ttl_s")
                 token = self._tokens.issue(ttl_s)
                 send({"op": "token", "id": number(message, "id"), "token": token, "expires_s": ttl_s}, ())
+                return True
+            case "promotion.plan":
+                plan = self._node.promotion_plan(force=message.get("force") is True)
+                send({"op": "done", "id": number(message, "id"), "result": plan}, ())
                 return True
             case "cluster.create":
                 cluster = message.get("cluster")

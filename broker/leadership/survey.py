@@ -1,0 +1,187 @@
+"""The survey before a promotion: who answers, how far each member has the master's chain, and what would be done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from broker.chains.chains import Chains
+from broker.heartbeats.heartbeat import Applied, HeldChain
+from broker.leadership.voter import Voter
+from broker.members.link import MemberLink
+from broker.members.members import Members
+from pmgsync.core.membership import ClusterDocument
+from pmgsync.core.positions import format_lsn
+from pmgsync.core.promotion import ChainPoint, Plan, Survivor, plan_promotion
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What this broker knows of one other member.
+
+    Attributes:
+        answers: heartbeats come, and it can be asked.
+        heard_s: seconds since it was last heard; None: not since this broker was started.
+        journal, applied: how far its journal and its database have the master's chain; None: not at all.
+        version: of the document that it holds; (0, 0) when it was never heard.
+    """
+
+    cid: int
+    answers: bool
+    heard_s: float | None
+    journal: ChainPoint | None
+    applied: ChainPoint | None
+    version: tuple[int, int]
+
+    @property
+    def held(self) -> ChainPoint | None:
+        """How far it could give the master's chain to another member, or has it in its database."""
+        journal, applied = self.journal, self.applied
+        if journal is None or applied is None or journal.incarnation != applied.incarnation:
+            return journal or applied
+        return max(journal, applied, key=lambda point: point.complete_lsn)
+
+
+class Survey:
+    """Looks at the members whenever it is asked."""
+
+    def __init__(
+        self, cid: int, members: Members, chains: Chains, voter: Voter, *, document: Callable[[], ClusterDocument]
+    ) -> None:
+        """Begin; `document` returns the cluster document in force."""
+        self._cid = cid
+        self._members = members
+        self._chains = chains
+        self._voter = voter
+        self._document = document
+
+    def others(self) -> dict[int, Seen]:
+        """Return what is known of the other members, by CID."""
+        master = self._document().master
+        return {link.member.cid: self._seen(link, master) for link in self._members}
+
+    def _seen(self, link: MemberLink, master: int) -> Seen:
+        cid, heartbeat = link.member.cid, link.heartbeat
+        applied = _applied(self._members.acked(cid).get(master))
+        if heartbeat is None:
+            return Seen(cid, False, None, None, applied, (0, 0))
+        journal = _journal(heartbeat.chains.get(master))
+        return Seen(
+            cid,
+            link.up and not link.control_problem,
+            link.age_s,
+            journal,
+            journal if cid == master else applied,
+            (heartbeat.epoch, heartbeat.serial),
+        )
+
+    @property
+    def applied(self) -> ChainPoint | None:
+        """How far this node's database has the master's chain; None: not at all."""
+        return _applied(self._chains.applied.get(self._document().master))
+
+    @property
+    def journal(self) -> ChainPoint | None:
+        """How far this node's journal has the master's chain; None: not at all."""
+        head = self._chains.heads().get(self._document().master)
+        return None if head is None else ChainPoint(head.incarnation, head.complete)
+
+    @property
+    def have(self) -> ChainPoint | None:
+        """How far this node has the master's chain: what is in the journal and not applied yet needs nobody else."""
+        journal, applied = self.journal, self.applied
+        if journal is None or applied is None or journal.incarnation != applied.incarnation:
+            return applied or journal
+        return max(journal, applied, key=lambda point: point.complete_lsn)
+
+    def plan(self, *, force: bool) -> Plan:
+        """Return what a promotion of this node would do now."""
+        seen = self.others()
+        document = self._document()
+        heads = [one.journal for one in seen.values() if one.journal is not None]
+        have = self.have
+        same = [head for head in heads if have is None or head.incarnation == have.incarnation]
+        return plan_promotion(
+            document,
+            self._cid,
+            have=have,
+            others={cid: Survivor(cid, one.answers, one.held) for cid, one in seen.items()},
+            master_head=max(same, key=lambda head: head.complete_lsn, default=None),
+            force=force,
+        )
+
+    def describe(self, plan: Plan) -> dict[str, Any]:
+        """Return the map of `pmgcm promote --dry-run --json`; its contract is in README.md."""
+        document, seen = self._document(), self.others()
+        master, mine = seen.get(document.master), document.member(self._cid)
+        wait_s = self._voter.bound_s(self._cid)
+        return {
+            "cluster": document.name,
+            "epoch": document.epoch,
+            "fence": document.fence,
+            "node": {"cid": self._cid, "name": mine.name if mine is not None else ""},
+            "way": plan.way.name.lower(),
+            "reason": plan.reason,
+            "master": None
+            if master is None
+            else {
+                "cid": master.cid,
+                "name": _name(document, master.cid),
+                "answers": master.answers,
+                "heard_s": _seconds(master.heard_s),
+                "head": _lsn(master.journal),
+            },
+            "have": _lsn(self.have),
+            "applied": _lsn(self.applied),
+            "members": [
+                {
+                    "cid": one.cid,
+                    "name": _name(document, one.cid),
+                    "answers": one.answers,
+                    "heard_s": _seconds(one.heard_s),
+                    "votes": one.cid in document.voters,
+                    "journal": _lsn(one.journal),
+                    "applied": _lsn(one.applied),
+                }
+                for one in seen.values()
+            ],
+            "voters": len(document.voters),
+            "majority": document.majority,
+            "reached": len({self._cid, *(one.cid for one in seen.values() if one.answers)} & document.voters),
+            "fetch": None
+            if plan.fetch is None
+            else {"cid": plan.fetch.source, "upto": format_lsn(plan.fetch.upto.lsn)},
+            "fork": None if plan.fork is None else format_lsn(plan.fork.lsn),
+            "known_loss": None
+            if plan.known_loss is None
+            else {
+                "after": format_lsn(plan.known_loss[0]),
+                "upto": format_lsn(plan.known_loss[1]),
+                "bytes": plan.known_loss[1] - plan.known_loss[0],
+            },
+            "unreadable": list(plan.unreadable),
+            "wait_s": round(wait_s, 3),
+        }
+
+
+def _journal(chain: HeldChain | None) -> ChainPoint | None:
+    return None if chain is None else ChainPoint(chain.incarnation, chain.head)
+
+
+def _applied(applied: Applied | None) -> ChainPoint | None:
+    return None if applied is None else ChainPoint(applied.incarnation, applied.position)
+
+
+def _lsn(point: ChainPoint | None) -> str | None:
+    return None if point is None else format_lsn(point.complete_lsn)
+
+
+def _seconds(age_s: float | None) -> float | None:
+    return None if age_s is None or math.isinf(age_s) else round(age_s, 3)
+
+
+def _name(document: ClusterDocument, cid: int) -> str:
+    member = document.member(cid)
+    return member.name if member is not None else f"CID {cid}"
