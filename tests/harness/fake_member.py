@@ -134,8 +134,9 @@ class FakeMember:
         head = self.head_told or (self.frames[-1].here if self.frames else self.first)
         own = OwnChain(INCARNATION, START, False, head.lsn) if self.cid == self.origin else None
         values: dict[str, Any] = {
-            "cluster": CLUSTER, "cid": self.cid, "epoch": 1, "serial": 1, "time_us": time.time_ns() // 1000,
-            "uptime_s": 1, "load1": 0.0, "mem_pct": 1.0, "disk_pct": 1.0, "state": "A", "error": "", "alerts": (),
+            "cluster": CLUSTER, "cid": self.cid, "epoch": 1, "serial": 1, "master": 1, "uptime_s": 1,
+            "time_us": time.time_ns() // 1000, "load1": 0.0, "mem_pct": 1.0, "disk_pct": 1.0,
+            "state": "A", "error": "", "alerts": (),
             "chains": {self.origin: HeldChain(INCARNATION, self.first, head)}, "own": own, "applied": {},
         }  # fmt: skip
         return Heartbeat(**(values | other))
