@@ -224,14 +224,25 @@ class Chains:
         """The parts of a half transaction were dropped."""
         self.streams.fall_back(head.origin, head.complete)
 
-    def lost(self, origin: int, error: PmgsyncError) -> None:
-        """Deal with a gap that nobody can fill: begin behind it when apply has passed it, else ask for a snapshot."""
+    def begun_further_on(self, origin: int) -> bool:
+        """Begin the journal where apply stands when that is beyond its head, and return True.
+
+        A killed broker's journal may lack the last frames that it handed to apply. They were acknowledged, so that the
+        others may have forgotten them.
+        """
         head = self.heads()[origin]
         applied = self.applied.get(origin)
-        if applied and applied.incarnation == head.incarnation and applied.position > head.complete:
-            self.journals.reset(origin, head.incarnation, applied.position)
-            self._followers[origin].reset()
+        if not applied or applied.incarnation != head.incarnation or applied.position <= head.complete:
+            return False
+        self.journals.reset(origin, head.incarnation, applied.position)
+        self._followers[origin].reset()
+        return True
+
+    def lost(self, origin: int, error: PmgsyncError) -> None:
+        """Deal with a gap that nobody can fill: begin behind it when apply has passed it, else ask for a snapshot."""
+        if self.begun_further_on(origin):
             return
+        head = self.heads()[origin]
         if self._lost.get(origin) != head:
             # Detected again and again until somebody has resynchronised, which may take long.
             self._lost[origin] = head

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from broker.chains.sources import beyond_all, sources
+from broker.chains.sources import forgotten_by_all, sources
 from broker.heartbeats.heartbeat import DOWN_AFTER_S
 from broker.journal.journals import Journals
 from broker.members.members import Members
@@ -39,6 +39,12 @@ class Listener(Protocol):
 
     def fell_back(self, head: ChainHead) -> None:
         """Called when the parts of a half transaction were dropped."""
+
+    def begun_further_on(self, origin: int) -> bool:
+        """Called when the others have forgotten what follows the journal's head.
+
+        Begin the journal where apply stands, if that is further on, and return True; else do nothing.
+        """
 
     def lost(self, origin: int, error: PmgsyncError) -> None:
         """Called when no member can fill a gap any more."""
@@ -220,10 +226,15 @@ class Follower:
     def _fill_if_behind(self) -> None:
         head = self._head()
         behind = self._known_head is not None and self._known_head > head.position
-        # While the origin is silent, the heartbeats of the others say how far its chain goes.
-        silent = time.monotonic() - self._head_heard > DOWN_AFTER_S
-        if behind or self._ahead or (silent and self._candidates(head)):
+        if behind or self._ahead or self._others_are_further(head):
             self._fill()
+
+    def _others_are_further(self, head: ChainHead) -> bool:
+        """Return True when the origin is silent, and the heartbeats of the others say that its chain goes on."""
+        if time.monotonic() - self._head_heard <= DOWN_AFTER_S:
+            return False
+        holding = self._members.holding(self.origin, head.incarnation)
+        return any(chain.head > head.position for cid, chain in holding.items() if cid not in self._refused)
 
     def _candidates(self, head: ChainHead) -> list[int]:
         holding = self._members.holding(self.origin, head.incarnation)
@@ -238,7 +249,10 @@ class Follower:
         if not candidates:
             self._retry_at = now + RETRY_S
             holding = self._members.holding(self.origin, head.incarnation)
-            if beyond_all(head.position, holding, origin_up=self._members.up(self.origin)):
+            if not forgotten_by_all(head.position, holding) or self._listener.begun_further_on(self.origin):
+                return
+            # While the origin is away it may still have what the others have forgotten.
+            if self._members.up(self.origin):
                 error = ResyncRequiredError(
                     f"no member can replay the chain of node {self.origin} from {head.position} any more"
                 )

@@ -18,6 +18,6 @@ def sources(origin: int, position: Position, holding: Mapping[int, HeldChain]) -
     return sorted(found, key=lambda cid: (cid != origin, cid))
 
 
-def beyond_all(position: Position, holding: Mapping[int, HeldChain], *, origin_up: bool) -> bool:
-    """Return True when nobody can fill the gap any more: the origin is up, and everybody's part begins later."""
-    return origin_up and bool(holding) and all(chain.first > position for chain in holding.values())
+def forgotten_by_all(position: Position, holding: Mapping[int, HeldChain]) -> bool:
+    """Return True when everybody's part of the chain begins after a position."""
+    return bool(holding) and all(chain.first > position for chain in holding.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -292,6 +293,32 @@ def test_another_member_replays_the_chain_of_a_dead_origin(tmp_path: Path) -> No
         three.kill()
         until(lambda: len(receiver.ledger.transactions) == len(transactions), source.step, receiver.step)
         one.kill()
+        three.start()
+        until(lambda: len(late.ledger.transactions) == len(transactions), receiver.step, late.step)
+        assert late.ledger.transactions == transactions
+
+
+def test_a_journal_that_is_older_than_the_database_goes_on_without_the_origin(tmp_path: Path) -> None:
+    """A killed broker's journal may end before what its database has applied, and the others may have forgotten it."""
+    with running_brokers(tmp_path, 3) as (one, two, three):
+        rng = new_rng()
+        transactions = make_transactions(rng, 600)
+        source, receiver, late = Source(one, rng, transactions), Receiver(two), Receiver(three)
+        until(lambda: late.ledger.transactions, lambda: source.step(2), receiver.step, late.step)
+        three.kill()
+        older = tmp_path / "older"
+        shutil.copytree(three.state_dir / "journal", older)
+        upto = late.ledger.head.complete
+        three.start()
+        until(
+            lambda: _forgotten(two, Position(upto.lsn + 1)),
+            lambda: source.step(3), lambda: receiver.step(0.01), lambda: late.step(0.01),
+        )  # fmt: skip
+        three.kill()
+        until(lambda: len(receiver.ledger.transactions) == len(transactions), source.step, receiver.step)
+        one.kill()
+        shutil.rmtree(three.state_dir / "journal")
+        older.rename(three.state_dir / "journal")
         three.start()
         until(lambda: len(late.ledger.transactions) == len(transactions), receiver.step, late.step)
         assert late.ledger.transactions == transactions
