@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -17,18 +18,20 @@ from broker.cluster.password import PamPassword
 from broker.cluster.state_directory import StateDirectory
 from broker.cluster.tokens import Tokens
 from broker.leadership.voter import Voter
+from broker.members.calls import Send
 from broker.net import sockets
 from broker.net.loop import Loop, Socket
-from broker.net.port import Port
+from broker.net.port import Port, Ports
 from broker.net.zap import DOOR_DOMAIN, KEY_DOMAIN, MEMBERS_DOMAIN, ZapHandler
-from broker.participation import Participation, Ports, Resources
+from broker.participation import Participation, Resources
 from broker.requests.admin import AdminRequests
 from broker.requests.local import LocalRequests
 from broker.requests.sessions import CLIENTS, Session, Sessions
 from broker.requests.workers import WorkerRequests
 from pmgsync.config import NodeConfig
-from pmgsync.core.membership import ClusterDocument, SignedDocument, no_cluster
+from pmgsync.core.membership import ClusterDocument, SignedDocument, cuts_off, no_cluster
 from pmgsync.errors import PmgsyncError
+from pmgsync.wire.messages import Message
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ class Broker:
         self._passwords = PamPassword(self._loop, config.pam_service)
         self._resources = Resources(
             config=config,
+            state=self._state,
             keys=keys,
             context=self._context,
             loop=self._loop,
@@ -143,11 +147,13 @@ class Broker:
     def _follow(self, signed: SignedDocument | None) -> None:
         documents, part = self._documents, self._participation
         before = documents.signed.document if documents.signed is not None and part is not None else None
+        cut = before is not None and signed is not None and cuts_off(before, signed.document)
         if part is not None and signed is not None and documents.signed is not None:
             if signed.body == documents.signed.body:
                 return
-            if before is not None and before.cids - signed.document.cids:
+            if cut:
                 part.announce(signed)
+        keys = self._resources.keys.current
         documents.put_in_force(signed)
         cid = documents.cid
         if part is not None and (cid != part.cid or (before and signed and before.cluster != signed.document.cluster)):
@@ -158,22 +164,23 @@ class Broker:
             log.info("action=document cid=%d epoch=%d serial=%d", cid, *signed.document.version)
             self._resources.conf_file.follow(signed.document)
             if part is None:
-                before = None
+                cut, keys = False, self._resources.keys.current
                 part = self._participation = Participation(
-                    self._resources, offer_document=self._offer_document, change_document=self.change_document
+                    self._resources, offer_document=self._offer_document, change_document=self._change_document
                 )
-            part.follow_document(removed=bool(before and before.cids - signed.document.cids))
+            part.follow_document(cut=cut, renewed=self._resources.keys.current is not keys)
         self._local.spread_document()
         if part is not None and self._participation is part:
             part.lease.follow_document()
 
-    def change_document(self, document: ClusterDocument) -> SignedDocument:
-        """Sign, store and spread a new cluster document.
+    def _change_document(self, document: ClusterDocument, told: Callable[[SignedDocument], None]) -> SignedDocument:
+        """Sign, store and spread a new cluster document; `told` gets it before it is in force.
 
         Raises:
             PmgsyncError: when it cannot be stored or put in force.
         """
         signed = self._documents.change(document)
+        told(signed)
         self._put_in_force(signed)
         return signed
 
@@ -243,6 +250,10 @@ class Broker:
         """Return the map of `pmgcm promote --dry-run --json`."""
         survey = self._part().survey
         return survey.describe(survey.plan(force=force))
+
+    def update_member(self, session: Session, send: Send, message: Message) -> bool:
+        """Have what this node shows of itself changed in the document; it is answered when that is in force."""
+        return self._part().keys.handle_local(session, send, message)
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ from broker.cluster.door import Door
 from broker.cluster.joiners import Joiners
 from broker.cluster.key_port import KNOWN_SECRET, KeyPort
 from broker.cluster.password import PamPassword
+from broker.cluster.rekeying import Rekeying
+from broker.cluster.state_directory import StateDirectory
 from broker.cluster.tokens import Tokens
 from broker.heartbeats.heartbeat import pack_applied
 from broker.inbound import Inbound
@@ -32,8 +34,9 @@ from broker.members.calls import Calls, End
 from broker.members.members import Members
 from broker.net.keys import NodeKeys
 from broker.net.loop import Loop, Socket
-from broker.net.port import Port
+from broker.net.port import Ports
 from broker.requests.control import ControlRequests
+from broker.requests.keys import KeyRequests
 from broker.requests.sessions import Session, Sessions
 from broker.requests.shared import SharedRequests
 from broker.requests.voting import VotingRequests
@@ -52,20 +55,11 @@ CUT_LINGER_MS = 200
 
 
 @dataclass(frozen=True)
-class Ports:
-    """The TCP ports of a node. They outlive its part in a cluster: one just closed may be in use a while longer."""
-
-    events: Port
-    control: Port
-    join: Port
-    key: Port
-
-
-@dataclass(frozen=True)
 class Resources:
     """What a node has with and without a cluster."""
 
     config: NodeConfig
+    state: StateDirectory
     keys: NodeKeys
     context: zmq.Context[Socket]
     loop: Loop
@@ -89,6 +83,7 @@ class Participation:
         workers: serves the agent's workers.
         lease: keeps the master's lease.
         survey: says what a promotion would do.
+        keys: serves changes of this node's keys, and of members' on the master.
         health: judges this node.
     """
 
@@ -97,14 +92,14 @@ class Participation:
         resources: Resources,
         *,
         offer_document: Callable[[int, bytes], None],
-        change_document: Callable[[ClusterDocument], SignedDocument],
+        change_document: Callable[[ClusterDocument, Callable[[SignedDocument], None]], SignedDocument],
     ) -> None:
         """Open the journals; `follow_document` then opens ports and connections.
 
         Args:
             offer_document: takes the CID of a member and the packed document that it offers; raises PmgsyncError when
                 it is not acceptable.
-            change_document: signs, stores and puts in force a new document.
+            change_document: signs and stores a new document, tells of it, and puts it in force.
 
         Raises:
             ConfigError: when this is not the node that the document means.
@@ -121,6 +116,25 @@ class Participation:
         self._new_id = resources.new_id
         self._confirm_at = 0.0
         self._members = Members(resources.context, resources.loop, resources.keys, self.cid)
+        self._rekeying = Rekeying(
+            resources.state,
+            resources.keys,
+            resources.context,
+            resources.loop,
+            self._members,
+            signed=lambda: self._signed,
+            offer_document=offer_document,
+        )
+        self.keys = KeyRequests(
+            self.cid,
+            resources.keys,
+            documents,
+            self._rekeying,
+            self._members,
+            ask=Asking(self._members, self._calls, resources.new_id).ask,
+            change_document=change_document,
+            offer_document=offer_document,
+        )
         self._chains = Chains(
             self.cid,
             document.cluster,
@@ -157,7 +171,7 @@ class Participation:
             resources.voter,
             Surroundings(
                 document=lambda: self._signed,
-                change_document=change_document,
+                change_document=self.change_document,
                 offer_document=offer_document,
                 ask=Asking(self._members, self._calls, resources.new_id).ask,
                 send=self._members.send,
@@ -182,13 +196,14 @@ class Participation:
                 document=lambda: self._signed,
                 refused=self._members.refuse,
             ),
+            self.keys,
             confirm=self._confirm,
             give_up=self._give_up,
         )
         self._door = Door(
             self._ports.join, resources.loop, resources.tokens, resources.attempts, resources.passwords, self
         )
-        self._key_port = KeyPort(self._ports.key, resources.keys.curve_public)
+        self._key_port = KeyPort(self._ports.key, resources.keys)
         self._inbound = Inbound(
             self._members,
             self._chains,
@@ -220,16 +235,22 @@ class Participation:
 
     # -- the document -------------------------------------------------------------------------------------------------
 
-    def follow_document(self, *, removed: bool) -> None:
+    def follow_document(self, *, cut: bool, renewed: bool) -> None:
         """Bring ports and connections in line with the document in force.
 
         Args:
-            removed: somebody is not a member any more, and must be cut off.
+            cut: a key is nobody's any more, and its connections must end.
+            renewed: this node has other keys now.
 
         Raises:
             ConfigError: when a port cannot be bound.
         """
-        if removed:
+        if renewed:
+            self._rekeying.renewed()
+            self.keys.renewed()
+            self._members.renew(self._inbound)
+            self._ports.join.close()
+        if cut or renewed:
             self._close_members_ports()
         self.open_ports()
         self.publish(b"d", self._signed.pack())
@@ -238,7 +259,7 @@ class Participation:
         self.beat()
 
     def announce(self, signed: SignedDocument) -> None:
-        """Publish a document that is about to come in force, while those whom it removes can still hear it."""
+        """Publish a document that is about to come in force, while those whose connections it ends still hear it."""
         self.publish(b"d", signed.pack())
 
     def answer_offer(self, cid: int) -> None:
@@ -271,6 +292,7 @@ class Participation:
 
     def close(self) -> None:
         """Leave: end all connections and write what was accepted to the journals."""
+        self._rekeying.close()
         self._members.close()
         self._close_members_ports()
         self._ports.join.close()
@@ -293,12 +315,13 @@ class Participation:
 
     def change_document(self, document: ClusterDocument) -> SignedDocument:
         """Sign, store and spread a new cluster document."""
-        return self._change_document(document)
+        return self._change_document(document, lambda signed: None)
 
     # -- this machine's processes -------------------------------------------------------------------------------------
 
     def session_over(self, session: Session) -> None:
         """End what a session had open."""
+        self.keys.session_over(session)
         self._shared.close_streams(session.identity)
         self._calls.drop_owner(session.identity, UnreachableError(f"the {session.worker} worker went away"))
 
@@ -329,6 +352,7 @@ class Participation:
         """Check all time-outs."""
         self._chains.tick()
         self._members.tick()
+        self._rekeying.tick()
         document = self._signed.document
         self._trimming.tick(document.cids - document.joining, document.joining)
         if self._is_master:

@@ -23,6 +23,7 @@ from cli.join_cmd import join_cmd
 from cli.leave import leave
 from cli.promote import promote
 from cli.status import status
+from cli.update_fingerprints import update_fingerprints
 from cli.verify import verify
 from cli.wait import wait
 from pmgsync.errors import PmgsyncError
@@ -62,6 +63,7 @@ app.command()(delete)
 app.command()(leave)
 app.command()(promote)
 app.command()(history)
+app.command("update-fingerprints")(update_fingerprints)
 app.command()(doctor)
 app.command()(files)
 app.command()(verify)

@@ -48,6 +48,7 @@ class Documents:
     """Reads, changes and stores the document.
 
     Attributes:
+        keys: this node's; the document in force says which of them it uses.
         signed: the document in force, None when no cluster is defined; also that of a cluster that has removed this
             node.
         cid: this node's number in it, 0 when it is not a member (any more).
@@ -56,7 +57,7 @@ class Documents:
     def __init__(self, state: StateDirectory, keys: NodeKeys, judge: Judge | None = None) -> None:
         """Begin; without a judge, for a process that takes nothing from the network and changes no document."""
         self._state = state
-        self._keys = keys
+        self.keys = keys
         self._judge = judge
         self.signed: SignedDocument | None = None
         self.cid = 0
@@ -71,7 +72,9 @@ class Documents:
 
     def put_in_force(self, signed: SignedDocument | None) -> None:
         """Put a document in force, or none."""
-        member = signed.document.by_key(self._keys.curve_public) if signed is not None else None
+        if signed is not None:
+            self.keys.follow(signed.document)
+        member = signed.document.by_key(self.keys.curve_public) if signed is not None else None
         self.signed, self.cid = signed, member.cid if member is not None else 0
         if self._judge is not None:
             self._judge.follow(self.signed, self.cid)
@@ -163,7 +166,7 @@ class Documents:
         if self.signed is not None and self.is_member_of(signed.document.cluster):
             return self.signed
         self.refuse_second()
-        if signed.document.by_key(self._keys.curve_public) is None:
+        if signed.document.by_key(self.keys.curve_public) is None:
             raise ProtocolError("this node is not in the cluster document that it was given")
         self._state.store_document(signed)
         return signed
@@ -210,6 +213,8 @@ class Documents:
             ConfigError: when the document cannot be removed.
         """
         self.refuse_to_leave()
+        if list(self.keys.others):
+            self._state.store_keys(self.keys.reset())
         self._state.forget_cluster()
         self.put_in_force(None)
 
@@ -253,7 +258,7 @@ class Documents:
         )
 
     def _store(self, document: ClusterDocument, signer: int) -> SignedDocument:
-        signed = sign(document, signer, self._keys.sign_private, after=self.signed)
+        signed = sign(document, signer, self.keys.sign_private, after=self.signed)
         self._state.store_document(signed)
         return signed
 

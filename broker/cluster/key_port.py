@@ -11,6 +11,7 @@ import hashlib
 import zmq
 from zmq.utils import z85
 
+from broker.net.keys import NodeKeys
 from broker.net.port import Port
 from pmgsync.errors import PmgsyncError, ProtocolError, UnknownOperationError
 from pmgsync.wire.messages import error_map, pack, unpack
@@ -22,9 +23,9 @@ KNOWN_PUBLIC = z85.decode(zmq.curve_public(z85.encode(KNOWN_SECRET)))
 class KeyPort:
     """Answers `key`."""
 
-    def __init__(self, port: Port, curve_key: bytes) -> None:
+    def __init__(self, port: Port, keys: NodeKeys) -> None:
         self._port = port
-        self._curve_key = curve_key
+        self._keys = keys
 
     def receive(self, parts: list[zmq.Frame]) -> None:
         """Take a message with the sender's identity in front."""
@@ -36,7 +37,7 @@ class KeyPort:
             request = message["id"] if type(message.get("id")) is int else 0
             if message["op"] != "key":
                 raise UnknownOperationError(f"the key port does not know {message['op']!r:.40}")
-            answer = {"op": "key", "id": request, "curve_key": self._curve_key}
+            answer = {"op": "key", "id": request, "curve_key": self._keys.curve_public}
         except PmgsyncError as error:
             answer = error_map(request, error)
         self._port.send([parts[0].bytes, pack(answer)])

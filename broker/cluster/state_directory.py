@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Self
 
 import msgpack
-import zmq
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from zmq.utils import z85
 
 from broker.files import is_open, sync_directory, write_private
-from broker.net.keys import NodeKeys
+from broker.net.keys import KeyPair, NodeKeys
+from pmgsync.core.members import KEY_BYTES
 from pmgsync.core.membership import SignedDocument
 from pmgsync.errors import ConfigError, ProtocolError, UnreachableError
 
 KEYS_FILE = "node.keys"
+KEYS_VERSION = 2
 DOCUMENT_FILE = "cluster.document"
 LOCK_FILE = "lock"
 VOTES_FILE = "votes.json"
@@ -75,11 +75,7 @@ class StateDirectory:
         path = self.path / KEYS_FILE
         with self.locked():
             if not path.exists():
-                public, secret = zmq.curve_keypair()
-                signing = Ed25519PrivateKey.generate()
-                write_private(
-                    path, msgpack.packb([1, z85.decode(public), z85.decode(secret), signing.private_bytes_raw()])
-                )
+                self.store_keys(NodeKeys(KeyPair.generate()))
             if is_open(path):
                 raise ConfigError(
                     f"other users can get at {path}",
@@ -87,15 +83,25 @@ class StateDirectory:
                     "file, and join again",
                 )
             try:
-                version, curve_public, curve_secret, sign_private = msgpack.unpackb(path.read_bytes())
-                if version != 1 or len(curve_public) != 32 or len(curve_secret) != 32:
-                    raise ValueError("unknown version or length")
-                return NodeKeys(curve_public, curve_secret, Ed25519PrivateKey.from_private_bytes(sign_private))
+                version, current, pending, old = msgpack.unpackb(path.read_bytes())
+                if version != KEYS_VERSION:
+                    raise ValueError("unknown version")
+                return NodeKeys(_pair(current), _pair(pending) if pending else None, tuple(map(_pair, old)))
             except Exception as error:
                 raise ConfigError(
                     f"the key file {path} cannot be read ({type(error).__name__})",
                     hint="restore it from a backup, or remove the state directory and join the cluster anew",
                 ) from error
+
+    def store_keys(self, keys: NodeKeys) -> None:
+        """Replace the file of keys.
+
+        Raises:
+            ConfigError: when it cannot be written; the old one stays.
+        """
+        pending = _raw(keys.pending) if keys.pending is not None else None
+        data = [KEYS_VERSION, _raw(keys.current), pending, [_raw(pair) for pair in keys.old]]
+        write_private(self.path / KEYS_FILE, msgpack.packb(data))
 
     def document(self) -> SignedDocument | None:
         """Return the cluster document held, None when no cluster is defined.
@@ -208,3 +214,14 @@ class StateDirectory:
             yield
         finally:
             os.close(descriptor)
+
+
+def _raw(pair: KeyPair) -> list[bytes]:
+    return [pair.curve_public, pair.curve_secret, pair.sign_private.private_bytes_raw()]
+
+
+def _pair(raw: list[bytes]) -> KeyPair:
+    curve_public, curve_secret, sign_private = raw
+    if len(curve_public) != KEY_BYTES or len(curve_secret) != KEY_BYTES:
+        raise ValueError("unknown length")
+    return KeyPair(curve_public, curve_secret, Ed25519PrivateKey.from_private_bytes(sign_private))

@@ -10,7 +10,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from broker.net import sockets
-from broker.net.keys import NodeKeys
+from broker.net.keys import KeyPair
 from broker.net.loop import Loop, Socket
 from pmgsync.core.frames import MAX_BODY
 from pmgsync.core.membership import Member
@@ -42,6 +42,7 @@ class Connection:
 
     Attributes:
         problem: why there is no connection, "" while there is one.
+        refused: True from when the member refuses this node's key. libzmq does not try again then.
         established: True from the handshake to the end of the connection.
         changed: when `established` last changed, or the socket was made.
         lasted_s: for how long the newest connection that has ended was established.
@@ -51,7 +52,7 @@ class Connection:
         self,
         context: zmq.Context[Socket],
         loop: Loop,
-        keys: NodeKeys,
+        keys: KeyPair,
         member: Member,
         kind: int,
         port: int,
@@ -60,6 +61,7 @@ class Connection:
         ended: Callable[[], None],
     ) -> None:
         self.problem = ""
+        self.refused = False
         self.established = False
         self.changed = time.monotonic()
         self.lasted_s = 0.0
@@ -118,6 +120,7 @@ class Connection:
         # The disconnect that follows says less than the reason that came before it.
         self._explained = event in _FAILED
         self.established = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        self.refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH or (self.refused and not self.established)
         if self.established != greeted:
             now = time.monotonic()
             self.lasted_s, self.changed = now - self.changed if greeted else self.lasted_s, now

@@ -78,6 +78,11 @@ class MemberLink:
         return self._control.problem
 
     @property
+    def key_refused(self) -> bool:
+        """True when the member takes this node's key for that of a stranger."""
+        return self._events.refused or self._control.refused
+
+    @property
     def refused(self) -> str:
         """Why something that the member sent in the last minute was refused, "" when nothing was."""
         return self._refused if time.monotonic() - self._refused_at < REFUSED_S else ""
@@ -179,4 +184,6 @@ class MemberLink:
     def _open(
         self, kind: int, port: int, receive: Callable[[list[zmq.Frame]], None], ended: Callable[[], None]
     ) -> Connection:
-        return Connection(self._context, self._loop, self._keys, self.member, kind, port, receive=receive, ended=ended)
+        return Connection(
+            self._context, self._loop, self._keys.current, self.member, kind, port, receive=receive, ended=ended
+        )

@@ -50,6 +50,12 @@ class Members:
             if member.cid not in self._links and member.cid != self._cid:
                 self._links[member.cid] = MemberLink(self._context, self._loop, self._keys, member, receiver)
 
+    def renew(self, receiver: Receiver) -> None:
+        """End all links, for this node has other keys; `meet` makes new ones."""
+        for link in self:
+            receiver.connection_lost(link)
+            self._drop(link)
+
     def close(self) -> None:
         """End all links."""
         for link in self:

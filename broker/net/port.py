@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import zmq
 
@@ -114,3 +115,13 @@ class Port:
         except zmq.ZMQError:
             return False
         return True
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The TCP ports of a node. They outlive its part in a cluster: one just closed may be in use a while longer."""
+
+    events: Port
+    control: Port
+    join: Port
+    key: Port

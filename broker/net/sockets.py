@@ -8,7 +8,7 @@ from pathlib import Path
 
 import zmq
 
-from broker.net.keys import NodeKeys
+from broker.net.keys import KeyPair, NodeKeys
 from broker.net.loop import Socket
 from pmgsync.errors import ConfigError
 
@@ -81,7 +81,7 @@ def serve(socket: Socket, secret_key: bytes, domain: bytes, address: str, port: 
         ) from error
 
 
-def connect(socket: Socket, keys: NodeKeys, server_key: bytes, address: str, port: int) -> None:
+def connect(socket: Socket, keys: KeyPair | NodeKeys, server_key: bytes, address: str, port: int) -> None:
     """Make a socket a CURVE client of a node whose public key is known, and connect it."""
     socket.curve_publickey = keys.curve_public
     socket.curve_secretkey = keys.curve_secret

@@ -40,6 +40,9 @@ class Node(Protocol):
     def promotion_plan(self, *, force: bool) -> dict[str, Any]:
         """Return the map of `pmgcm promote --dry-run --json`."""
 
+    def update_member(self, session: Session, send: Send, message: Message) -> bool:
+        """Have what this node shows of itself changed in the document; it is answered when that is in force."""
+
 
 class AdminRequests:
     """Serves the command line."""
@@ -81,6 +84,8 @@ class AdminRequests:
                 self._node.leave_cluster()
             case "member.delete":
                 self._node.delete_member(number(message, "cid"))
+            case "member.update":
+                return self._node.update_member(session, send, message)
             case _:
                 return False
         send({"op": "done", "id": number(message, "id"), "result": {}}, ())

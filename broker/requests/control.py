@@ -12,6 +12,7 @@ from broker.heartbeats.heartbeat import parse_applied
 from broker.members.calls import Send
 from broker.members.members import Members
 from broker.net.port import Port
+from broker.requests.keys import KeyRequests
 from broker.requests.shared import SharedRequests, answer_error, number
 from broker.requests.voting import VotingRequests
 from pmgsync.errors import PmgsyncError, ProtocolError, UnknownOperationError
@@ -29,6 +30,7 @@ class ControlRequests:
         members: Members,
         joiners: Joiners,
         voting: VotingRequests,
+        keys: KeyRequests,
         *,
         confirm: Callable[[int], None],
         give_up: Callable[[int], None],
@@ -45,6 +47,7 @@ class ControlRequests:
         self._members = members
         self._joiners = joiners
         self._voting = voting
+        self._keys = keys
         self._confirm = confirm
         self._give_up = give_up
 
@@ -73,6 +76,8 @@ class ControlRequests:
 
     def _handle(self, owner: object, cid: int, send: Send, message: Message, attachments: Sequence[bytes]) -> None:
         if self._shared.handle(owner, send, message) or self._voting.handle(cid, send, message, attachments):
+            return
+        if self._keys.handle(cid, send, message):
             return
         match message["op"]:
             case "ack":

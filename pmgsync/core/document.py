@@ -140,6 +140,8 @@ class ClusterDocument:
     Attributes:
         max_cid: the highest CID ever given out.
         history: one entry an epoch, oldest first; the last is this document's.
+        rekeyed: SHA-256 of the bodies of the documents before and after each change of the master's signing key, the
+            newest; this one is not among them.
         fence: `lease`: the master writes only while a majority acknowledges it. `none`: it always writes.
         fence_wanted: the setting of the node that created the cluster; `lease` comes in force with the third voter.
     """
@@ -156,6 +158,7 @@ class ClusterDocument:
     fence: str = "none"
     lease_ms: int = LEASE_MS
     fence_wanted: str = "lease"
+    rekeyed: tuple[bytes, ...] = ()
 
     @property
     def version(self) -> tuple[int, int]:
@@ -212,6 +215,7 @@ class ClusterDocument:
             "fence": self.fence,
             "fence_wanted": self.fence_wanted,
             "lease_ms": self.lease_ms,
+            "rekeyed": [one.hex() for one in self.rekeyed],
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -229,6 +233,7 @@ class ClusterDocument:
             history = tuple(Epoch.from_map(entry) for entry in data["history"])
             epoch, serial, master, max_cid = numbers = [data["epoch"], data["serial"], data["master"], data["max_cid"]]
             name, profile = data["name"], data["profile"]
+            rekeyed = tuple(bytes.fromhex(one) for one in data.get("rekeyed", []))
             fence, lease_ms = data.get("fence", "none"), data.get("lease_ms", LEASE_MS)
             fence_wanted = data.get("fence_wanted", "lease")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -245,8 +250,11 @@ class ClusterDocument:
                 f"a cluster document's lease_ms is {lease_ms!r:.40}, expected {SHORTEST_LEASE_MS} to {LONGEST_LEASE_MS}"
             )
         document = cls(
-            cluster, name, profile, epoch, serial, master, max_cid, members, history, fence, lease_ms, fence_wanted
+            cluster, name, profile, epoch, serial, master, max_cid, members, history, fence, lease_ms, fence_wanted,
+            rekeyed,
         )  # fmt: skip
+        if any(len(one) != 32 for one in rekeyed):
+            raise ProtocolError("a cluster document names another document by something that is no SHA-256")
         document._check()
         return document
 

@@ -24,6 +24,7 @@ __all__ = [
     "Member",
     "SignedDocument",
     "accept_document",
+    "cuts_off",
     "first_document",
     "format_fingerprint",
     "new_epoch",
@@ -33,6 +34,8 @@ __all__ = [
     "sign",
     "with_confirmed",
     "with_fence",
+    "with_host",
+    "with_keys",
     "with_member",
     "without_member",
 ]
@@ -154,7 +157,55 @@ def with_confirmed(document: ClusterDocument, cid: int) -> ClusterDocument:
         raise MembershipError(f"no member has CID {cid}", hint="`pmgcm status` lists the members")
     if member.votes:
         return document
-    members = tuple(replace(one, state="member") if one.cid == cid else one for one in document.members)
+    return _with_changed(document, replace(member, state="member"))
+
+
+def with_keys(document: ClusterDocument, cid: int, curve_key: bytes, sign_key: bytes) -> ClusterDocument:
+    """Return the document in which a member has other keys; the same one when it has these.
+
+    Raises:
+        MembershipError: when there is no such member, it is joining, or somebody else has the key.
+    """
+    member = document.member(cid)
+    if member is None:
+        raise MembershipError(f"no member has CID {cid}", hint="`pmgcm status` lists the members")
+    if member.state == "joining" or (cid == document.master and document.joining):
+        who = ", ".join(map(str, sorted(document.joining)))
+        raise MembershipError(
+            f"keys cannot be changed while node {who} is joining",
+            hint="wait until `pmgcm status` shows it as a member, or delete it",
+        )
+    owner = document.by_key(curve_key)
+    if owner is not None and owner.cid != cid:
+        raise MembershipError(f"the new key of CID {cid} belongs to member {owner.name} ({owner.cid})")
+    changed = replace(member, curve_key=curve_key, sign_key=sign_key)
+    return _with_changed(document, changed)
+
+
+def with_host(
+    document: ClusterDocument, cid: int, level: str, host_keys: tuple[tuple[str, str], ...]
+) -> ClusterDocument:
+    """Return the document with another subscription level and other host keys of a member; the same one when it has
+    these.
+
+    Raises:
+        MembershipError: when there is no such member.
+    """
+    member = document.member(cid)
+    if member is None:
+        raise MembershipError(f"no member has CID {cid}", hint="`pmgcm status` lists the members")
+    return _with_changed(document, replace(member, level=level, host_keys=host_keys))
+
+
+def cuts_off(before: ClusterDocument, after: ClusterDocument) -> bool:
+    """True when a key that was a member's is nobody's any more: connections of it must be cut."""
+    return not {one.curve_key for one in before.members} <= {one.curve_key for one in after.members}
+
+
+def _with_changed(document: ClusterDocument, changed: Member) -> ClusterDocument:
+    if changed in document.members:
+        return document
+    members = tuple(changed if one.cid == changed.cid else one for one in document.members)
     return replace(document, serial=document.serial + 1, members=members)
 
 

@@ -2,7 +2,8 @@
 
 What a node holds changes by these rules alone, and needs nobody else's word for them:
 
-1. Within an epoch only its master's signature counts, and the greater serial is newer.
+1. Within an epoch only its master's signature counts, and the greater serial is newer. A master that changes its
+   signing key signs that change with the old one; the documents before and after it are bases too.
 2. A new epoch is signed by its master and carries the votes of a majority of those who had one in the document that it
    was made from (its base), or is marked as forced. The base travels with it, signed by the master before; so a node
    that has missed documents, even whole epochs, checks one step after the other from what it holds.
@@ -32,7 +33,9 @@ from pmgsync.errors import MembershipError, ProtocolError, SplitBrainError
 MAX_DOCUMENT = 1 << 20
 """Bytes of a signed document with its bases."""
 MAX_BASES = 64
-"""Bases that travel with a document; who has missed more epochs joins anew."""
+"""Bases that travel with a document; who has missed more epochs and changes of keys joins anew."""
+MAX_REKEYED = 16
+"""Two for each change of the master's signing key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class SignedDocument:
     """A document with the bytes that were signed, the signer and the signature.
 
     Attributes:
-        bases: the documents that the epochs up to this one were made from, oldest first, at least the last one.
+        bases: the documents that the epochs up to this one were made from, and those around each change of the master's
+            signing key, oldest first, at least the last one.
     """
 
     document: ClusterDocument
@@ -91,6 +95,15 @@ class SignedDocument:
                 f"the signature of {signer.name} ({signer.cid}) on a cluster document is wrong"
             ) from error
 
+    @property
+    def changes_key(self) -> bool:
+        """True when the master signed this with another key than it has from here on."""
+        try:
+            self.verify(self.document)
+        except MembershipError:
+            return True
+        return False
+
     def ballot(self, epoch: int, candidate: int) -> Ballot:
         """Return what is voted on when a new epoch is to be made from this document."""
         return Ballot(self.document.cluster, epoch, candidate, digest(self.body))
@@ -112,14 +125,24 @@ def sign(
         after: the signed document that it was made from; one of another cluster is not looked at. Without it a document
             of a later epoch than the first cannot be checked by whoever holds one of an earlier epoch.
     """
-    body = document.to_json()
     bases: tuple[SignedDocument, ...] = ()
     if after is not None and after.document.cluster == document.cluster:
-        bases = after.bases if after.document.epoch == document.epoch else (*after.bases, replace(after, bases=()))
+        rekeyed = after.changes_key or _changes_key(document, signer, key)
+        bases = after.bases
+        if rekeyed or after.document.epoch != document.epoch:
+            bases = (*bases, replace(after, bases=()))
+        if rekeyed:
+            document = replace(document, rekeyed=(*document.rekeyed, digest(after.body))[-MAX_REKEYED:])
+    body = document.to_json()
     signed = SignedDocument(document, body, signer, key.sign(body), bases[-MAX_BASES:])
     while len(signed.bases) > 1 and len(signed.pack()) > MAX_DOCUMENT // 2:
         signed = replace(signed, bases=signed.bases[1:])
     return signed
+
+
+def _changes_key(document: ClusterDocument, signer: int, key: Ed25519PrivateKey) -> bool:
+    member = document.member(signer)
+    return member is not None and member.sign_key != key.public_key().public_bytes_raw()
 
 
 class Order(Enum):
@@ -183,10 +206,6 @@ def accept_document(held: ClusterDocument, offered: SignedDocument) -> bool:
     order = compare(held, new)
     if order is Order.OLDER:
         return False
-    if new.history == held.history:
-        _check_master(held, offered)
-        _check_kept(held, new)
-        return True
     _check_steps(held, offered)
     if order is Order.SPLIT:
         raise SplitBrainError(
@@ -198,7 +217,7 @@ def accept_document(held: ClusterDocument, offered: SignedDocument) -> bool:
 
 
 def _check_steps(held: ClusterDocument, offered: SignedDocument) -> None:
-    """Check every epoch of an offered document that is not in the one held.
+    """Check every epoch, and every change of a master's key, that is in an offered document and not in the one held.
 
     Raises:
         MembershipError: when one does not hold.
@@ -211,9 +230,26 @@ def _check_steps(held: ClusterDocument, offered: SignedDocument) -> None:
             f"documents between it and epoch {held.epoch}, which is held here",
             hint="delete this node on the master and join it anew",
         )
-    _check_master(held, line[known[-1]])
-    for base, new in pairwise(line[known[-1] :]):
-        _check_epoch(base, new)
+    newer = [number for number in known if line[number].document.version > held.version]
+    if newer:
+        # Each is signed with the key that its master has in the one before.
+        first = line[newer[0]]
+        _check_master(held, first)
+        _check_kept(held, first.document)
+        rest = line[newer[0] :]
+    else:
+        base, rest = line[known[-1]], line[known[-1] :]
+        # The documents around a change of the master's key are not signed with the key that it has now, and older ones
+        # that are would be a thief's work: the document held names those that were genuine.
+        if base.document != held and digest(base.body) not in held.rekeyed:
+            _check_master(held, base)
+    for base, new in pairwise(rest):
+        if new.document.history == base.document.history:
+            if new.document.version <= base.document.version:
+                raise MembershipError("the documents that a cluster document was made from are not in order")
+            _check_master(base.document, new)
+        else:
+            _check_epoch(base, new)
         _check_kept(base.document, new.document)
 
 

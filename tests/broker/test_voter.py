@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from broker.cluster.state_directory import StateDirectory
 from broker.leadership.voter import Voter
-from broker.net.keys import NodeKeys
+from broker.net.keys import KeyPair, NodeKeys
 from pmgsync.core.epochs import Candidacy, Granted, Refused
 from pmgsync.core.lease import Request
 from pmgsync.core.membership import Member, SignedDocument, first_document, sign, with_fence, with_member
@@ -20,7 +20,7 @@ from pmgsync.errors import ConfigError
 from tests.harness.broker_process import CLUSTER
 
 SEEDS = [bytes([number]) * 32 for number in range(5)]
-KEYS = [NodeKeys(seed, seed, Ed25519PrivateKey.from_private_bytes(seed)) for seed in SEEDS]
+KEYS = [NodeKeys(KeyPair(seed, seed, Ed25519PrivateKey.from_private_bytes(seed))) for seed in SEEDS]
 LEASE_S = 10.0
 EPOCH = 1
 

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmgsync.core.key_change import KeyChange
 from pmgsync.core.membership import (
     ClusterDocument,
     Epoch,
@@ -16,6 +17,7 @@ from pmgsync.core.membership import (
     Member,
     SignedDocument,
     accept_document,
+    cuts_off,
     first_document,
     format_fingerprint,
     new_epoch,
@@ -24,9 +26,12 @@ from pmgsync.core.membership import (
     sign,
     with_confirmed,
     with_fence,
+    with_host,
+    with_keys,
     with_member,
     without_member,
 )
+from pmgsync.core.votes import digest
 from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, SplitBrainError
 
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(1, 9)]
@@ -366,3 +371,103 @@ def test_a_history_that_cannot_be_is_refused(change: bytes) -> None:
     end = body.index(b'"lease_ms"')
     with pytest.raises(ProtocolError):
         ClusterDocument.from_json(body[:start] + change + b"," + body[end:])
+
+
+# -- keys that are changed
+
+
+def rekeyed(base: SignedDocument, number: int, old: Ed25519PrivateKey) -> tuple[SignedDocument, Ed25519PrivateKey]:
+    """Return the document in which the master has other keys, signed with the old ones, and its new signing key."""
+    new = Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
+    master = base.document.master
+    changed = with_keys(base.document, master, bytes([number]) * 32, new.public_key().public_bytes_raw())
+    return sign(changed, master, old, after=base), new
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=10))
+def test_whoever_missed_changes_of_the_masters_key_checks_them_all(steps: list[bool]) -> None:
+    """True is a change of the master's keys, False any other. From each document every later one is taken."""
+    key, line = KEYS[0], [signed(grown(3))]
+    for number, rekey in enumerate(steps, 100):
+        if rekey:
+            document, key = rekeyed(line[-1], number, key)
+        else:
+            fence = "none" if line[-1].document.fence == "lease" else "lease"
+            document = sign(with_fence(line[-1].document, fence), 1, key, after=line[-1])
+        line.append(SignedDocument.unpack(document.pack()))
+    for here, held in enumerate(line):
+        for there, offered in enumerate(line):
+            assert accept_document(held.document, offered) == (there > here)
+    # What no majority had gives way to a new epoch, also a change of keys; not two of them, or what was before them.
+    for here, held in enumerate(line):
+        for there, base in enumerate(line):
+            new = promoted(base, 2, (2, 3))
+            if here <= there or digest(base.body) in held.document.rekeyed or not any(steps[there:here]):
+                assert accept_document(held.document, new)
+            else:
+                with pytest.raises(MembershipError, match="signature"):
+                    accept_document(held.document, new)
+
+
+def test_who_has_the_masters_old_key_changes_nothing() -> None:
+    before = signed(grown(3))
+    held, key = rekeyed(before, 100, KEYS[0])
+    later = sign(with_fence(held.document, "lease"), 1, key, after=held)
+    thief = replace(member(8), curve_key=b"t" * 32, sign_key=KEYS[7].public_key().public_bytes_raw())
+    mine = with_member(before.document, thief)
+    forged = [
+        sign(with_fence(later.document, "none"), 1, KEYS[0], after=later),
+        sign(replace(mine, serial=99), 1, KEYS[0], after=before),
+        # A base that is older than what is held, and an epoch that is made from it by force.
+        sign(
+            new_epoch(mine, mine.max_cid, epoch=2, fork=None, when=0, reason="", forced=True),
+            mine.max_cid,
+            KEYS[7],
+            after=sign(mine, 1, KEYS[0], after=before),
+        ),
+    ]
+    for offered in forged:
+        for one in (held, later):
+            with pytest.raises(MembershipError, match="signature"):
+                accept_document(one.document, offered)
+    earlier = replace(before.document, serial=before.document.serial - 1)
+    assert accept_document(earlier, later)
+    with pytest.raises(MembershipError, match="not in order"):
+        accept_document(earlier, replace(later, bases=(later.bases[0], *later.bases)))
+
+
+def test_a_key_change_proves_itself() -> None:
+    document = grown(3)
+    new = Ed25519PrivateKey.from_private_bytes(b"n" * 32)
+    change = KeyChange(
+        document.cluster, 2, document.members[1].curve_key, b"k" * 32, new.public_key().public_bytes_raw()
+    )
+    good = change.proof(KEYS[1], new)
+    assert KeyChange.read(good, document, 2) == change
+    for message, cid, why in (
+        (good, 3, "not signed with its old key"),
+        (change.proof(KEYS[2], new), 2, "not signed with its old key"),
+        (change.proof(KEYS[1], KEYS[2]), 2, "not signed with its new key"),
+        ({**good, "curve_key": b"x" * 32}, 2, "not signed"),
+        ({**good, "curve_key": b"x"}, 2, "no curve_key of 32 bytes"),
+        ({**good, "by_new": None}, 2, "no by_new of 64 bytes"),
+        (good, 9, "no member has CID 9"),
+    ):
+        with pytest.raises(PmgsyncError, match=why):
+            KeyChange.read(message, document, cid)
+    changed = with_keys(document, 2, change.curve_key, change.sign_key)
+    with pytest.raises(MembershipError, match="not signed with its old key"):
+        KeyChange.read(good, changed, 2)
+    with pytest.raises(MembershipError, match=r"belongs to member node3 \(3\)"):
+        with_keys(document, 2, document.members[2].curve_key, change.sign_key)
+    joining = with_member(document, replace(member(4), state="joining"))
+    for cid in (1, 4):
+        with pytest.raises(MembershipError, match="while node 4 is joining"):
+            with_keys(joining, cid, change.curve_key, change.sign_key)
+    assert cuts_off(document, changed)
+    assert cuts_off(document, without_member(document, 2))
+    assert not cuts_off(document, joining)
+    again = with_host(document, 2, "premium", (("fingerprint", "AA"),))
+    assert not cuts_off(document, again)
+    assert (again.serial, again.members[1].level) == (document.serial + 1, "premium")
+    assert with_host(again, 2, "premium", (("fingerprint", "AA"),)) is again

@@ -64,7 +64,7 @@ def test_wrong_usage_is_2(arguments: tuple[str, ...]) -> None:
 def test_help_names_every_command() -> None:
     done = pmgcm("--help")
     assert done.returncode == 0
-    for name in ("create", "join-cmd", "join", "status", "wait", "delete", "demo"):
+    for name in ("create", "join-cmd", "join", "status", "wait", "delete", "update-fingerprints", "demo"):
         assert f" {name} " in done.stdout
 
 
@@ -81,13 +81,15 @@ def test_the_configuration_can_come_from_the_environment(node: Node) -> None:
     refused(pmgcm("status", PMGCM_CONFIG=str(node.config)), "no cluster defined")
 
 
-@pytest.mark.parametrize("command", [("status",), ("wait",), ("join-cmd",), ("delete", "2", "--yes")])
+@pytest.mark.parametrize(
+    "command", [("status",), ("wait",), ("join-cmd",), ("delete", "2", "--yes"), ("update-fingerprints",)]
+)
 def test_without_a_cluster_commands_say_so(node: Node, command: tuple[str, ...]) -> None:
     refused(node.pmgcm(*command), "error: no cluster defined", "hint:")
     assert not node.state.exists() or not (node.state / "cluster.document").exists()
 
 
-@pytest.mark.parametrize("command", [("status",), ("wait", "--timeout", "1"), ("join-cmd",)])
+@pytest.mark.parametrize("command", [("status",), ("wait", "--timeout", "1"), ("join-cmd",), ("update-fingerprints",)])
 def test_without_a_broker_commands_say_so(node: Node, command: tuple[str, ...]) -> None:
     found(node)
     refused(node.pmgcm(*command), "pmgsync-broker is not running here", "hint: start it")
