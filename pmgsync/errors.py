@@ -56,6 +56,14 @@ class FrameDamagedError(ProtocolError):
     """A frame's checksum does not match its bytes."""
 
 
+class DamagedFileError(PmgsyncError):
+    """A backup is not whole, or something of it was changed."""
+
+
+class PassphraseError(PmgsyncError):
+    """A backup is encrypted under another passphrase."""
+
+
 class MembershipError(PmgsyncError):
     """A membership operation is not allowed, or its proof (token, fingerprint, signature) does not hold."""
 
