@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from cli.backup import backup
 from cli.console import CommandFailedError, InterruptedBySignalError, note, print_error
 from cli.create import create
 from cli.delete import delete
@@ -22,6 +23,7 @@ from cli.join import join
 from cli.join_cmd import join_cmd
 from cli.leave import leave
 from cli.promote import promote
+from cli.restore import restore
 from cli.status import status
 from cli.update_fingerprints import update_fingerprints
 from cli.verify import verify
@@ -67,6 +69,8 @@ app.command("update-fingerprints")(update_fingerprints)
 app.command()(doctor)
 app.command()(files)
 app.command()(verify)
+app.command()(backup)
+app.command()(restore)
 app.command()(demo)
 
 

@@ -1,4 +1,4 @@
-"""How far a snapshot is: a bar on a terminal, a line every few seconds without one."""
+"""How far a copy is: a bar on a terminal, a line every few seconds without one."""
 
 from __future__ import annotations
 
@@ -23,9 +23,15 @@ def estimate_left_s(done: int, total: int, elapsed_s: float) -> float | None:
 
 
 class SnapshotProgress:
-    """Shows bytes, rows, rate and time left. `total` is an estimate and may be overtaken."""
+    """Shows bytes, rows, rate and time left. `total` is an estimate and may be overtaken.
 
-    def __init__(self) -> None:
+    Attributes:
+        what: what is copied.
+        who: whose waiting is told of.
+    """
+
+    def __init__(self, what: str = "snapshot", who: str = "the master") -> None:
+        self.what, self.who = what, who
         self.bytes = 0
         self.rows = 0
         self.total_bytes = 0
@@ -47,11 +53,11 @@ class SnapshotProgress:
             )
 
             self._bar = Progress(
-                TextColumn("snapshot"), BarColumn(), DownloadColumn(binary_units=True),
+                TextColumn(self.what), BarColumn(), DownloadColumn(binary_units=True),
                 TextColumn("{task.fields[rows]:,} rows"), TransferSpeedColumn(), TimeRemainingColumn(),
                 console=Console(stderr=True),
             )  # fmt: skip
-            self._task = self._bar.add_task("snapshot", total=None, rows=0)
+            self._task = self._bar.add_task(self.what, total=None, rows=0)
             self._bar.start()
         return self
 
@@ -62,13 +68,13 @@ class SnapshotProgress:
             self._bar.stop()
         if kind is None:
             elapsed = time.monotonic() - self._begun
-            note(f"snapshot: {amount(self.bytes)}, {self.rows:,} rows in {elapsed:.1f} s")
+            note(f"{self.what}: {amount(self.bytes)}, {self.rows:,} rows in {elapsed:.1f} s")
 
     def waiting(self, what: str) -> None:
         """Tell once what the sender waits for before it can go on."""
         if what and what not in self._waited:
             self._waited.add(what)
-            note(f"the master waits for {printable(what)}")
+            note(f"{self.who} waits for {printable(what)}")
 
     def show(self, done_bytes: int, rows: int, total_bytes: int) -> None:
         """Show how much has arrived, of about how much."""
@@ -87,6 +93,6 @@ class SnapshotProgress:
         elapsed = now - self._begun
         left = estimate_left_s(self.bytes, total, elapsed)
         note(
-            f"snapshot: {amount(self.bytes)} of about {amount(total)}, {self.rows:,} rows, "
+            f"{self.what}: {amount(self.bytes)} of about {amount(total)}, {self.rows:,} rows, "
             f"{amount(self.bytes / elapsed)}/s" + (f", about {duration(left)} left" if left is not None else "")
         )

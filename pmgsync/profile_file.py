@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pmgsync.core.profile import (
     DEFAULT_SCHEMA,
+    IN_BACKUP,
     RULE_KINDS,
     Action,
     FileTree,
@@ -105,6 +106,12 @@ def _profile(top: Section) -> Profile:
 
 def _digest(name: str, values: Mapping[str, Any]) -> str:
     said = {key: value for key, value in values.items() if key != "description"} | {"name": name}
+    if "tables" in said:
+        # What a backup has is no concern of the other nodes.
+        said["tables"] = {
+            key: {each: value for each, value in rule.items() if each != "backup"}
+            for key, rule in said["tables"].items()
+        }
     text = json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -146,6 +153,7 @@ def _table_rule(path: Path, key: str, value: object) -> TableRule:
     deletes = section.take("deletes", True, _FLAG, as_flag)
     inserts_by = section.take("inserts_by_owner", None, "a column's name", as_text)
     dated_by = section.take("dated_by", None, "a column's name", as_text)
+    backup = section.take("backup", IN_BACKUP[0], f"one of {', '.join(IN_BACKUP)}", one_of(*IN_BACKUP))
     raw_rules = section.take("merge", {}, "a table of rules", as_table)
     section.end()
     rules = {column: _merge_rule(path, f"{where} merge.{column}", rule) for column, rule in raw_rules.items()}
@@ -157,15 +165,15 @@ def _table_rule(path: Path, key: str, value: object) -> TableRule:
         if column in {*key_columns, *rules, owner, inserts_by}:
             raise section.fail("local_columns", f"names {column}, which the other keys rely on")
     return TableRule(
-        schema, name, policy, key_columns, owner, frozenset(local_columns), rules, deletes, inserts_by, dated_by
+        schema, name, policy, key_columns, owner, frozenset(local_columns), rules, deletes, inserts_by, dated_by, backup
     )  # fmt: skip
 
 
 _NEEDED = {Policy.OWNED: ("owner",), Policy.MERGE: ("merge",)}
 _ALLOWED = {
-    Policy.MIRROR: {"key", "local_columns"},
-    Policy.OWNED: {"key", "local_columns", "owner", "dated_by"},
-    Policy.MERGE: {"key", "local_columns", "merge", "deletes", "inserts_by_owner"},
+    Policy.MIRROR: {"key", "local_columns", "backup"},
+    Policy.OWNED: {"key", "local_columns", "owner", "dated_by", "backup"},
+    Policy.MERGE: {"key", "local_columns", "merge", "deletes", "inserts_by_owner", "backup"},
     Policy.LOCAL: set(),
 }
 

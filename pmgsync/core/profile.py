@@ -14,6 +14,9 @@ DEFAULT_SCHEMA = "public"
 RuleKind = Literal["greatest", "least", "latest", "advance"]
 RULE_KINDS: tuple[RuleKind, ...] = ("greatest", "least", "latest", "advance")
 
+InBackup = Literal["always", "statistics", "never"]
+IN_BACKUP: tuple[InBackup, ...] = ("always", "statistics", "never")
+
 
 class Policy(Enum):
     """Who may write a table, and what the others do with the changes."""
@@ -58,6 +61,7 @@ class TableRule:
         deletes: merge tables: True when deletes travel; with `inserts_by_owner` only those of the owner do.
         inserts_by_owner: merge tables: rows are inserted (and deleted) by the node whose CID this column has.
         dated_by: owned tables: the column with a row's date, a timestamp or seconds since 1970; for messages only.
+        backup: whether a backup has the table: `statistics` only when it is asked for them.
     """
 
     schema: str
@@ -70,6 +74,7 @@ class TableRule:
     deletes: bool = True
     inserts_by_owner: str | None = None
     dated_by: str | None = None
+    backup: InBackup = "always"
 
     @property
     def columns(self) -> frozenset[str]:

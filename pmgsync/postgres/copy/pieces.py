@@ -8,7 +8,7 @@ from typing import Any
 from pmgsync.core.positions import LAST, MAX_LSN, format_lsn
 from pmgsync.core.profile import OWN_SCHEMA
 from pmgsync.errors import ProtocolError
-from pmgsync.postgres.session import quote_ident
+from pmgsync.postgres.session import quote_ident, quote_literal
 
 
 def table_label(schema: bytes, table: bytes) -> str:
@@ -29,11 +29,16 @@ def table_piece(piece: Mapping[str, Any]) -> tuple[bytes, bytes, list[bytes]]:
     raise ProtocolError(f"the snapshot has a malformed table piece {piece!r:.200}")
 
 
-def copy_from(quoted: bytes, columns: list[bytes], condition: bytes = b"") -> bytes:
-    """Return the statement that takes rows of these columns in; of a table without columns, empty rows."""
+def copy_from(quoted: bytes, columns: list[bytes], condition: bytes = b"", *, encoding: str = "") -> bytes:
+    """Return the statement that takes rows of these columns in; of a table without columns, empty rows.
+
+    Args:
+        encoding: that the rows are in; "": the session's, and in SQL_ASCII any bytes are taken, into any database.
+    """
     listed = b" (%s)" % b", ".join(map(quote_ident, columns)) if columns else b""
     where = b" WHERE " + condition if condition else b""
-    return b"COPY %s%s FROM STDIN (FORMAT text)%s" % (quoted, listed, where)
+    option = b", ENCODING %s" % quote_literal(encoding.encode()) if encoding else b""
+    return b"COPY %s%s FROM STDIN (FORMAT text%s)%s" % (quoted, listed, option, where)
 
 
 def checked_vector(result: Mapping[str, Any]) -> dict[int, tuple[int, int, int]]:

@@ -59,7 +59,7 @@ def take_database_snapshot(dsn: str, profile: Profile, *, own: tuple[int, int]) 
     Raises:
         PmgsyncError: when it cannot be taken; it is begun anew by itself when a table changes under it.
     """
-    return _retried(lambda: _take_database(dsn, profile, own))
+    return retried(lambda: _take_database(dsn, profile, own))
 
 
 def take_chain_snapshot(
@@ -84,10 +84,10 @@ def take_chain_snapshot(
     Raises:
         PmgsyncError: when it cannot be taken.
     """
-    return _retried(lambda: _take_chain(dsn, profile, origin, own, master, members, tables))
+    return retried(lambda: _take_chain(dsn, profile, origin, own, master, members, tables))
 
 
-def _retried(take: Callable[[], Generator[Piece, None, None]]) -> Iterator[Piece]:
+def retried(take: Callable[[], Generator[Piece, None, None]]) -> Iterator[Piece]:
     """Begin anew when a table changes before the first piece that counts; from then on every table is locked."""
     for attempt in range(1, TRIES + 1):
         sent = False
@@ -122,14 +122,15 @@ def _export(dsn: str) -> Generator[Piece, None, ExportedSnapshot]:
     with contextlib.closing(waiting):
         while True:
             try:
-                yield _wait(next(waiting))
+                yield wait_piece(next(waiting))
             except StopIteration as end:
                 snapshot = end.value
                 assert isinstance(snapshot, ExportedSnapshot)
                 return snapshot
 
 
-def _wait(text: str) -> Piece:
+def wait_piece(text: str) -> Piece:
+    """Return the piece that says what is waited for."""
     return {"kind": "wait", "for": text}, None
 
 
@@ -148,17 +149,17 @@ def _take_database(dsn: str, profile: Profile, own: tuple[int, int]) -> Generato
                 while section not in schema:
                     try:
                         next(dumping)
-                        yield _wait("the schema")
+                        yield wait_piece("the schema")
                     except StopIteration as end:
                         schema[section] = end.value
         tables = [(table, rule) for table in list_tables(connection) if (rule := _database_rule(table, profile))]
         for text in hold_tables(connection, dsn, [table for table, _ in tables]):
-            yield _wait(text)
+            yield wait_piece(text)
         yield _plan(connection, [table for table, _ in tables]), None
         yield from _schema("pre-data", schema["pre-data"])
         counts = [0, 0]
         for table, rule in tables:
-            yield from _rows(connection, table, table.copied(rule.local_columns), None, counts)
+            yield from table_rows(connection, table, table.copied(rule.local_columns), None, counts)
         yield from _schema("post-data", schema["post-data"])
         for chunk in _chunks(_final_sql(connection, profile)):
             yield {"kind": "sequences"}, chunk
@@ -205,11 +206,11 @@ def _take_chain(
             if condition is not None and table.oid in published:
                 chosen.append((table, rule, condition))
         for text in hold_tables(connection, dsn, [table for table, _, _ in chosen]):
-            yield _wait(text)
+            yield wait_piece(text)
         yield _plan(connection, [table for table, _, _ in chosen]), None
         counts = [0, 0]
         for table, rule, condition in chosen:
-            yield from _rows(connection, table, table.copied(rule.local_columns), condition or None, counts)
+            yield from table_rows(connection, table, table.copied(rule.local_columns), condition or None, counts)
         yield _result({origin: place}, counts), None
 
 
@@ -292,9 +293,17 @@ def _chunks(sql: bytes) -> Iterator[bytes]:
         yield sql[start : start + CHUNK_BYTES]
 
 
-def _rows(
+def table_rows(
     connection: Connection, table: Table, columns: Sequence[bytes], condition: bytes | None, counts: list[int]
 ) -> Iterator[Piece]:
+    """Yield the pieces of one table; `counts` are the rows and bytes so far, and grow.
+
+    Args:
+        condition: SQL of the rows that are wanted; None: all.
+
+    Raises:
+        psycopg2.Error: when the server ends it.
+    """
     yield {
         "kind": "table", "schema": table.schema, "table": table.name, "columns": list(columns)
     }, None  # fmt: skip
