@@ -144,6 +144,7 @@ class Participation:
             publish=lambda header, body: self.publish(b"f", header, body),
             durable=partial(tell_durable, sessions),
             new_id=resources.new_id,
+            watches=document.is_witness(self.cid),
         )
         limits = Limits(config.journal.max_bytes, config.journal.max_age_s)
         self._trimming = Trimming(self.cid, self._chains, self._members, limits)
@@ -354,7 +355,8 @@ class Participation:
         self._members.tick()
         self._rekeying.tick()
         document = self._signed.document
-        self._trimming.tick(document.cids - document.joining, document.joining)
+        witnesses = frozenset(cid for cid in document.cids if document.is_witness(cid))
+        self._trimming.tick(document.databases, document.joining - witnesses)
         if self._is_master:
             for cid in self._joiners.silent():
                 try:

@@ -11,6 +11,7 @@ import typer
 
 from cli.console import note, say
 from cli.port_checks import port_findings
+from cli.witness import SUGGESTION
 from pmgsync.errors import MembershipError, PmgsyncError
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def create(
         _set_up(config, profile, state, cluster, cluster_name)
     say(f"cluster {cluster_name!r} was created; this node is its master, {config.name}({FIRST_CID})")
     note("the line that lets another node join: pmgcm join-cmd")
+    if config.cluster.fence == "lease":
+        note(f"note: {SUGGESTION}")
 
 
 def _clear_interrupted(config: NodeConfig, state: StateDirectory) -> None:

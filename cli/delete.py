@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
 
 from cli.console import confirm, note, say
+from pmgsync.errors import MembershipError
+
+PATIENCE_S = 10.0
+PAUSE_S = 0.3
 
 
 def delete(
@@ -27,11 +32,20 @@ def delete(
     assert member is not None
     if not yes:
         confirm(f"Node {member.name} ({cid}, {member.address}) will be removed from {document.name!r}.")
-    change_cluster(
-        config,
-        {"op": "member.delete", "cid": cid},
-        offline=lambda documents: documents.delete(cid),
-        done=lambda documents: cid not in documents.document.cids,
-    )
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            change_cluster(
+                config,
+                {"op": "member.delete", "cid": cid},
+                offline=lambda documents: documents.delete(cid),
+                done=lambda documents: cid not in documents.document.cids,
+            )
+            break
+        except MembershipError as error:
+            # The last change is not with a majority yet.
+            if not error.recoverable or time.monotonic() > deadline:
+                raise
+            time.sleep(PAUSE_S)
     say(f"node {member.name} ({cid}) was removed")
     note("what the cluster has made on it goes with `pmgcm leave`, on that node")

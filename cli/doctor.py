@@ -61,7 +61,8 @@ def examine(config: NodeConfig, profile: Profile) -> Iterator[Finding]:
     document, cid = _document(config)
     status = _status(config)
     yield from check_node(config, running=status is not None)
-    yield from check_database(config.dsn, profile, document, cid)
+    if document is None or not document.is_witness(cid):
+        yield from check_database(config.dsn, profile, document, cid)
     yield from check_cluster(status, document, profile)
 
 

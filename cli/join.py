@@ -45,6 +45,7 @@ def join(
         int, typer.Option(min=1, max=65535, help="The master's key port, asked when no fingerprint is given")
     ] = DEFAULT_KEY_PORT,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before this node's database is replaced")] = False,
+    witness: Annotated[bool, typer.Option("--witness", help="Have a vote only: no database and no agent")] = False,
 ) -> None:
     """Join a cluster: this node's database becomes a copy of the master's. Nothing changes unless all goes well.
 
@@ -58,12 +59,19 @@ def join(
     from cli.join_proof import proof, server_key
     from cli.local_node import change_cluster, held_documents, load
     from cli.services import stopped
+    from cli.witness import join_as_witness
     from pmgsync.profile_file import load_profile
 
     config = load(context)
-    profile = load_profile(config.profile)
     state = StateDirectory(config.state_dir)
     held_documents(config).refuse_second()
+    if witness:
+        join_as_witness(
+            config, master_ip, port, key_port,
+            fingerprint=fingerprint, token=token, password_file=password_file, yes=yes,
+        )  # fmt: skip
+        return
+    profile = load_profile(config.profile)
     master_key = server_key(master_ip, key_port, fingerprint, yes=yes)
     here = check_here(config, profile)
     proved = proof(token, password_file)

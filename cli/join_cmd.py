@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.console import note, say, say_json
+from cli.witness import SUGGESTION
 from pmgsync.errors import PmgsyncError
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -27,7 +28,8 @@ def join_cmd(
         welcome, parts = link.request({"op": "hello", "worker": "cli"})
         if not welcome["cid"] or not parts:
             raise no_cluster()
-        master = SignedDocument.unpack(parts[0]).document.member(welcome["cid"])
+        document = SignedDocument.unpack(parts[0]).document
+        master = document.member(welcome["cid"])
         assert master is not None
         answer, _ = link.request({"op": "token", "ttl_s": seconds})
     fingerprint, token = format_fingerprint(master.curve_key), answer["token"]
@@ -45,6 +47,8 @@ def join_cmd(
         )
     else:
         note(f"run this on the new node within {ttl}; it works once:")
+        if document.fence_wanted == "lease" and len(document.voters) == 2:
+            note(f"note: {SUGGESTION} (the same line with --witness)")
         say(line)
 
 

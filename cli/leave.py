@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def leave(
     context: typer.Context,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask, also when this node is still a member")] = False,
+    witness: Annotated[bool, typer.Option("--witness", help="This machine has been a witness: no database")] = False,
 ) -> None:
     """Forget the cluster: slot, publication, schema and triggers go, the data stays. For a node that was deleted."""
     from broker.cluster.conf_file import write_cluster_conf
@@ -24,7 +25,9 @@ def leave(
 
     config = load(context)
     documents = held_documents(config)
-    left = find_leftovers(config.dsn)
+    # One that was deleted already is not in the document.
+    witness = witness or (documents.signed is not None and documents.signed.document.is_witness(documents.cid))
+    left = [] if witness else find_leftovers(config.dsn)
     if documents.signed is None and not left:
         say("nothing is left of a cluster on this node")
         return
@@ -41,6 +44,9 @@ def leave(
             offline=lambda held: held.leave(),
             done=lambda held: held.signed is None,
         )
+    if witness:
+        say("this machine is in no cluster any more")
+        return
     deprovision(config.dsn)
     write_cluster_conf(None, config)
     say("this node is in no cluster; nothing of one is left in its database")

@@ -97,10 +97,12 @@ def render(status: Mapping[str, Any], *, clocks_matter: bool = False) -> list[st
     # Wider than usual only for long names and IPv6 addresses: scripts know the columns.
     name_width = max([NAME_WIDTH, *map(len, names)])
     address_width = max([ADDRESS_WIDTH, *map(len, addresses)])
+    role_width = max([ROLE_WIDTH, *(len(node["role"]) for node in nodes)])
     more = name_width - NAME_WIDTH + address_width - ADDRESS_WIDTH
-    lines = [f"NAME(CID){'-' * (14 + more)}IPADDRESS----ROLE-STATE---------UPTIME---LOAD----MEM---DISK"]
+    dashes, wider = "-" * (14 + more), "-" * (role_width - ROLE_WIDTH)
+    lines = [f"NAME(CID){dashes}IPADDRESS----ROLE{wider}-STATE---------UPTIME---LOAD----MEM---DISK"]
     for node, name, address in zip(nodes, names, addresses, strict=True):
-        line = f"{name:<{name_width}} {address:>{address_width}}   {node['role']:<{ROLE_WIDTH}} "
+        line = f"{name:<{name_width}} {address:>{address_width}}   {node['role']:<{role_width}} "
         lines.append(line + _rest(node))
     for node, name in zip(nodes, names, strict=True):
         lines += [f"{name}: {note}" for note in notes(node)]

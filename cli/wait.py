@@ -63,11 +63,11 @@ class Goal:
 
     def missing(self, status: Mapping[str, Any]) -> list[int]:
         """Return the members whose barrier is still to be asked for."""
-        return [node["cid"] for node in status["nodes"] if node["cid"] not in self.barriers]
+        return [cid for cid in _databases(status) if cid not in self.barriers]
 
     def behind(self, status: Mapping[str, Any]) -> list[Behind]:
         """Return who has not got there, by a status map; nobody means done."""
-        nodes = {node["cid"]: node for node in status["nodes"]}
+        nodes = _databases(status)
         found = []
         for origin, node in nodes.items():
             need = self._need(origin, node)
@@ -101,6 +101,11 @@ class Goal:
             return Behind(cid, origin, reason or "it has not begun with that chain")
         lag = need - _lsn(position)
         return Behind(cid, origin, reason, lag) if lag > 0 else None
+
+
+def _databases(status: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Return the nodes of a status map by CID, without witnesses: they apply nothing."""
+    return {node["cid"]: node for node in status["nodes"] if node["role"] != "witness"}
 
 
 def _lsn(text: str | None) -> int:

@@ -53,6 +53,7 @@ class Chains:
         publish: Callable[[bytes, bytes], None],
         durable: Callable[[Position, int], None],
         new_id: Callable[[], int],
+        watches: bool = False,
     ) -> None:
         """Open the journals.
 
@@ -61,6 +62,7 @@ class Chains:
             directory: of the journals.
             publish, durable: as in `Publishing`.
             new_id: returns a request id.
+            watches: nobody applies anything here; the chains are followed for the others.
 
         Raises:
             JournalError: when the own chain's journal cannot be read.
@@ -70,6 +72,7 @@ class Chains:
         self._loop = loop
         self._members = members
         self._new_id = new_id
+        self._watches = watches
         self.journals = Journals(directory, cid, soon=partial(loop.once, WRITE_AFTER_S))
         self.journals.start()
         self.streams = Streams(self.journals, self._damaged)
@@ -181,6 +184,10 @@ class Chains:
         lsn = chain.head.lsn if chain.head.complete else chain.head.lsn - 1
         self.clocks.setdefault(origin, HeadClock()).note(heartbeat.received, own.incarnation, lsn)
         head, follower = self.heads().get(origin), self._followers.get(origin)
+        if self._watches and (head is None or follower is None or head.incarnation != own.incarnation):
+            # From now on: what is older is with those who apply it.
+            self.follow(origin, own.incarnation, chain.head if chain.head.complete else Position(lsn))
+            return
         if head is None or follower is None:
             return
         if head.incarnation == own.incarnation:
@@ -239,7 +246,17 @@ class Chains:
         return True
 
     def lost(self, origin: int, error: PmgsyncError) -> None:
-        """Deal with a gap that nobody can fill: begin behind it when apply has passed it, else ask for a snapshot."""
+        """Deal with a gap that nobody can fill: begin behind it when apply has passed it, else ask for a snapshot.
+
+        Where nobody applies, the journal begins again with the oldest that a member has.
+        """
+        if self._watches:
+            incarnation = self.heads()[origin].incarnation
+            firsts = [chain.first for chain in self._members.holding(origin, incarnation).values()]
+            if firsts:
+                self.journals.reset(origin, incarnation, min(firsts))
+                self._followers[origin].reset()
+            return
         if self.begun_further_on(origin):
             return
         head = self.heads()[origin]

@@ -86,6 +86,7 @@ def _members(document: ClusterDocument) -> Iterable[ConfMember]:
     return [
         ConfMember(member.cid, member.name, member.address, member.cid == document.master, dict(member.host_keys))
         for member in document.members
+        if member.role != "witness"  # the gateway's daemons have nothing to do with it
     ]
 
 

@@ -35,7 +35,7 @@ class Judge(Protocol):
         """True when this node acts as master."""
 
     def refuse_change(self, new: ClusterDocument) -> None:
-        """Refuse a change of who is a member while the one before could still be lost; raises UnreachableError."""
+        """Refuse a change of who is a member while the one before could still be lost; raises MembershipError."""
 
     def may_take(self, offered: SignedDocument) -> bool:
         """Say whether an offered document is to be taken; raises MembershipError when it cannot be believed."""
@@ -223,7 +223,7 @@ class Documents:
 
         Raises:
             MembershipError: when this node has voted for another master.
-            UnreachableError: when the last change of who is a member could still be lost.
+            MembershipError, recoverable: when the last change of who is a member could still be lost.
             ConfigError: when it cannot be written.
         """
         if self.signed is not None and document == self.signed.document:
@@ -231,6 +231,11 @@ class Documents:
         self._refuse_to_lead()
         if self._judge is not None:
             self._judge.refuse_change(document)
+        elif self.signed is not None and len(self.signed.document.voters) > 2:
+            raise MembershipError(
+                "a cluster of three and more can only be changed while pmgsync-broker runs on its master",
+                hint="start it: systemctl start pmgsync-broker",
+            )
         return self._store(document, self.cid)
 
     def offer(self, data: bytes) -> SignedDocument | None:

@@ -83,7 +83,7 @@ class Door:
             case "check":
                 self._prove(caller, message, lambda token: self._check(caller, token))
             case "admit":
-                self._prove(caller, message, lambda token: self._admit(caller, message, token))
+                self._prove(caller, message, lambda token: self._admit_when_kept(caller, message, token))
             case other:
                 raise UnknownOperationError(f"the join door does not know {other!r:.40}")
 
@@ -161,6 +161,19 @@ class Door:
 
         self._cluster.ask_facts(End(("door", caller.identity), answer, caller.request))
 
+    def _admit_when_kept(self, caller: _Caller, message: Message, token: str) -> None:
+        """Admit a newcomer once the last change of the cluster cannot be lost any more; one change at a time."""
+
+        def admit(error: PmgsyncError | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                self._admit(caller, message, token)
+            except PmgsyncError as refusal:
+                self._refuse(caller, refusal)
+
+        self._cluster.when_kept(admit)
+
     def _admit(self, caller: _Caller, message: Message, token: str) -> None:
         document = self._cluster.master_document()
         newcomer = _newcomer(message, caller.key)
@@ -220,7 +233,7 @@ def _newcomer(message: Message, client_key: bytes) -> Member:
             **{name: message.get(name) for name in ("name", "address", "events", "control", "join")},
             **{name: bytes(key or b"").hex() for name, key in keys.items()},
             "cid": 1,
-            "role": "node",
+            "role": "witness" if message.get("role") == "witness" else "node",
             "state": "joining",
             "level": str(message.get("level", ""))[:64],
             "host_keys": message.get("host_keys", {}),

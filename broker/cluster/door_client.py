@@ -167,6 +167,7 @@ class DoorClient:
             "events": member.events,
             "control": member.control,
             "join": member.join,
+            "role": member.role,
             "level": member.level,
             "host_keys": dict(member.host_keys),
             "curve_key": member.curve_key,

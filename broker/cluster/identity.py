@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from broker.net.keys import NodeKeys
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import Member
@@ -21,7 +23,23 @@ def own_member(config: NodeConfig, keys: NodeKeys) -> Member:
         ConfigError: when its subscription level or one of its host's keys cannot be read.
     """
     profile = load_profile(config.profile)
-    member = Member(
+    member = replace(
+        _member(config, keys), level=read_level(config.subscription), host_keys=read_host_keys(config, profile)
+    )
+    return Member.from_map(member.to_map())
+
+
+def own_witness(config: NodeConfig, keys: NodeKeys) -> Member:
+    """Return this machine as a witness.
+
+    Raises:
+        ProtocolError: when its name or address cannot stand in a document.
+    """
+    return Member.from_map(replace(_member(config, keys), role="witness").to_map())
+
+
+def _member(config: NodeConfig, keys: NodeKeys) -> Member:
+    return Member(
         cid=FIRST_CID,
         name=config.name,
         address=config.address,
@@ -30,7 +48,4 @@ def own_member(config: NodeConfig, keys: NodeKeys) -> Member:
         join=config.join_port,
         curve_key=keys.curve_public,
         sign_key=keys.sign_public,
-        level=read_level(config.subscription),
-        host_keys=read_host_keys(config, profile),
     )
-    return Member.from_map(member.to_map())

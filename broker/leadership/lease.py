@@ -32,7 +32,7 @@ TELL_S = 1.0
 """So often the agent is told the deadline again: it may have been started anew."""
 ARM_S = 30.0
 """For so long a handover waits until the triggers stand on a master that was not fenced."""
-KEPT_S = 10.0
+KEPT_S = 6.0
 """For so long somebody waits until a majority holds the document, before he is told to come again."""
 
 Done = Callable[[PmgsyncError | None], None]

@@ -21,7 +21,7 @@ from pmgsync.core.epochs import Granted, Record, Refused, may_acknowledge, may_l
 from pmgsync.core.lease import Lease, Promise, Request, is_kept
 from pmgsync.core.signed import SignedDocument, accept_document
 from pmgsync.core.votes import Ballot, Vote
-from pmgsync.errors import PmgsyncError, ProtocolError, UnreachableError
+from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Voter:
         """Refuse a change of who is a member while the one before could still be lost.
 
         Raises:
-            UnreachableError: when a majority does not hold the document in force yet, and who is a member changes.
+            MembershipError, recoverable: when a majority does not hold the document in force yet.
         """
         if self.held is None:
             return
@@ -121,10 +121,12 @@ class Voter:
         if new.cluster != old.cluster or (new.cids, new.voters) == (old.cids, old.voters):
             return
         if not is_kept(old, self.holding):
-            raise UnreachableError(
+            error = MembershipError(
                 "the last change of the cluster is not on the disks of a majority of its members yet",
-                hint="try again in a moment; when members are away for long, see `pmgcm status`",
+                hint="try again in a moment; `pmgcm status` says who does not answer",
             )
+            error.recoverable = True
+            raise error
 
     # -- what binds it ------------------------------------------------------------------------------------------------
 

@@ -177,7 +177,9 @@ class Health:
     def _missing(self, document: ClusterDocument) -> str:
         """Return a sentence on workers that should be running and are not, "" when there are none."""
         present = {session.worker for session in self._sessions.workers()}
-        wanted = ["capture", *(f"apply:{cid}" for cid in sorted(document.cids - document.joining - {self._cid}))]
+        if document.is_witness(self._cid):
+            return ""
+        wanted = ["capture", *(f"apply:{cid}" for cid in sorted(document.databases - {self._cid}))]
         missing = [name for name in wanted if name not in present]
         if not missing or not self._started:
             return ""

@@ -69,7 +69,7 @@ def _node(
     positions: dict[str, str] = {}
     visible: dict[str, str] = {}
     for origin, clock in sorted(clocks.items()):
-        if origin == member.cid or document.member(origin) is None:
+        if origin == member.cid or document.member(origin) is None or member.role == "witness":
             continue
         done = view.applied.get(origin)
         if done is None:
@@ -102,6 +102,9 @@ def _node(
         "disk_pct": heartbeat.disk_pct if heartbeat else None,
         "positions": positions,
         "visible": visible,
+        "held": {str(origin): format_lsn(_complete(chain.head)) for origin, chain in sorted(heartbeat.chains.items())}
+        if heartbeat
+        else {},
         "head": format_lsn(head) if head else None,
         "watermark": format_lsn(heartbeat.own.watermark) if heartbeat and heartbeat.own else None,
         "lag_bytes": lag_bytes,

@@ -87,8 +87,10 @@ class Supervisor:
         names: set[str] = set()
         if cid and signed:
             document = SignedDocument.unpack(signed[0]).document
-            others = document.cids - document.joining - {cid}
-            names = {"capture", "snapshot"} | {f"apply:{other}" for other in others}
+            if document.is_witness(cid):
+                self._end(list(self._children))
+                return
+            names = {"capture", "snapshot"} | {f"apply:{other}" for other in document.databases - {cid}}
             if load_profile(self._config.profile).files:
                 names.add("files")
         self._end([name for name in self._children if name not in names])

@@ -183,6 +183,16 @@ class ClusterDocument:
         return frozenset(member.cid for member in self.members if member.state == "joining")
 
     @property
+    def databases(self) -> frozenset[int]:
+        """CIDs of the members that have a database whose copy is in place: all but witnesses and who is joining."""
+        return frozenset(member.cid for member in self.members if member.votes and member.role != "witness")
+
+    def is_witness(self, cid: int) -> bool:
+        """True when a member is a witness."""
+        member = self.member(cid)
+        return member is not None and member.role == "witness"
+
+    @property
     def cids(self) -> frozenset[int]:
         return frozenset(member.cid for member in self.members)
 

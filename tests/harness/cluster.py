@@ -82,6 +82,8 @@ class Node:
         self.config = directory / "node.toml"
         self.profile = profile
         self.extra = extra
+        # A witness has none.
+        self.has_database = True
         # Runs a command in this node's network namespace, when it has one of its own.
         self.within: tuple[str, ...] = ()
 
@@ -93,6 +95,7 @@ class Node:
 
     def write_config(self, **ports: int) -> None:
         """Write node.toml; `ports` overrides what others see of it."""
+        dsn = self.server.dsn(self.dbname) if self.has_database else "host=/nowhere dbname=none"
         self.config.write_text(
             f'''[node]
 name = "{self.name}"
@@ -106,7 +109,7 @@ control = {ports.get("control", self.control)}
 join = {ports.get("join", self.join)}
 key = {self.key}
 [postgres]
-dsn = "{self.server.dsn(self.dbname)}"
+dsn = "{dsn}"
 {self.extra.replace("{directory}", str(self.directory))}
 '''
         )

@@ -1,0 +1,86 @@
+"""A witness: it makes two nodes three voters, keeps what they publish, and has no database."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg2.errors
+import pytest
+
+from pmgsync.core.positions import parse_lsn
+from tests.harness.cluster import Cluster, Node, eventually
+from tests.harness.schema import STANDARD
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path, nodes=2, schema=STANDARD)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def witness(cluster: Cluster, tmp_path: Path) -> Iterator[Node]:
+    """A machine with a broker, which has not joined yet."""
+    node = Node(tmp_path / "third", "third", profile="mirror", dbname="none", address="127.0.0.1")
+    node.has_database = False
+    node.directory.mkdir()
+    node.write_config()
+    node.start("broker")
+    try:
+        yield node
+    finally:
+        node.close()
+
+
+def fence(cluster: Cluster) -> str:
+    return str(cluster.master.status()["lease"]["fence"])
+
+
+def test_a_witness_makes_a_third_voter(cluster: Cluster, witness: Node) -> None:
+    master, slave = cluster.nodes
+    assert "two members and no witness" in master.pmgcm("status").stdout
+    assert "--witness" in master.pmgcm("join-cmd").stderr
+    done = witness.pmgcm(*cluster.join_arguments(), "--witness")
+    assert "a witness of the cluster" in done.stdout
+    eventually(lambda: fence(cluster) == "lease", what="the fence comes in force")
+    shown = master.pmgcm("status").stdout
+    assert "witness A" in " ".join(shown.split())
+    assert "acknowledged by" in shown
+    assert "promised to node1(1)" in witness.pmgcm("status").stdout
+    cluster.wait()
+    assert "ok" in witness.pmgcm("doctor").stdout
+
+    # One of three is away: the master goes on, and the witness keeps what the slave will lack.
+    slave.kill("broker")
+    slave.kill("agent")
+    master.sql("INSERT INTO t SELECT g, 'while away' FROM generate_series(9001, 9100) AS g")
+    lsn = master.sql("SELECT pg_current_wal_flush_lsn()")[0][0]
+    eventually(lambda: parse_lsn(master.node_status(1)["head"]) > parse_lsn(lsn) - 8192, what="it is published")
+    eventually(
+        lambda: witness.node_status(3)["held"].get("1") == master.node_status(1)["head"], what="the witness has it"
+    )
+    master.stop()
+    slave.start()
+    eventually(
+        lambda: slave.sql("SELECT count(*) FROM t WHERE id > 9000") == [(100,)],
+        what="the slave takes from the witness what the dead master had published",
+    )
+    master.start()
+    cluster.wait()
+
+    master.pmgcm("delete", "3", "--yes")
+    eventually(lambda: fence(cluster) == "none", what="the fence goes with the third voter")
+    witness.pmgcm("leave", "--witness", "--yes")
+    witness.kill("broker", signal.SIGTERM)
+    master.sql("INSERT INTO t VALUES (9999, 'two again')")
+    with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+        slave.sql("INSERT INTO t VALUES (9998, 'x')")
+    cluster.wait()
