@@ -24,6 +24,7 @@ from cli.join_cmd import join_cmd
 from cli.leave import leave
 from cli.promote import promote
 from cli.restore import restore
+from cli.resync import resync
 from cli.status import status
 from cli.update_fingerprints import update_fingerprints
 from cli.verify import verify
@@ -69,6 +70,7 @@ app.command("update-fingerprints")(update_fingerprints)
 app.command()(doctor)
 app.command()(files)
 app.command()(verify)
+app.command()(resync)
 app.command()(backup)
 app.command()(restore)
 app.command()(demo)

@@ -124,7 +124,12 @@ class StaleTables:
             tables[known.key] = known if column is None else replace(known, columns=(*known.columns, column))
         cursor.execute(b"SELECT schema, name, relation FROM pmgsync.relation WHERE origin = %d" % self.origin)
         found = {(s, n): int(r) for s, n, r in rows(cursor) if s is not None and n is not None and r is not None}
+        before = {table.key for table in self.waiting()}
         self.tables, self.relations = tables, found
+        for table in self.waiting():
+            if table.key not in before:
+                # Somebody else has noted it, `pmgcm resync` or `verify --repair`, and waits for it.
+                self._attempts.pop(table.key, None)
 
     def skips(self, key: TableName, lsn: int) -> bool:
         """Return True when a table's changes at an LSN are to be left out."""

@@ -116,7 +116,10 @@ def rows_in_chunks(
         return {bytes(key): (bytes(digest), bytes(who or b"")) for key, digest, who in cursor.fetchall()}
 
 
-def fetch_again(dsn: str, origin: int, tables: Collection[tuple[bytes, bytes]]) -> None:
+DIFFERING = "rows differ from those of the node that answers for them"
+
+
+def fetch_again(dsn: str, origin: int, tables: Collection[tuple[bytes, bytes]], reason: str = DIFFERING) -> None:
     """Have apply fetch what an origin answers for of some tables, in its place among the origin's changes.
 
     They count as stale from now on, which is how everything is fetched that a chain does not bring. Apply's session is
@@ -124,6 +127,7 @@ def fetch_again(dsn: str, origin: int, tables: Collection[tuple[bytes, bytes]]) 
 
     Args:
         tables: schema and name.
+        reason: the end of the sentence that says why.
 
     Raises:
         PmgsyncError: when it cannot be written.
@@ -133,10 +137,10 @@ def fetch_again(dsn: str, origin: int, tables: Collection[tuple[bytes, bytes]]) 
         cursor.execute(
             b"INSERT INTO pmgsync.stale_table (origin, schema, name, kind, reason, lsn) "
             b"SELECT p.origin, t.schema::name, t.name::name, 'table', "
-            b"'rows differ from those of the node that answers for them', p.lsn "
+            b"%s, p.lsn "
             b"FROM pmgsync.position AS p, (VALUES %s) AS t (schema, name) WHERE p.origin = %d "
             b"ON CONFLICT (origin, schema, name) DO UPDATE SET kind = 'table', reason = EXCLUDED.reason"
-            % (listed, origin)
+            % (quote_literal(reason.encode()), listed, origin)
         )
         if cursor.rowcount != len(tables):
             raise ProtocolError(f"this node has applied nothing of the chain of node {origin}")
