@@ -30,6 +30,8 @@ from broker.requests.sessions import CLIENTS, Session, Sessions
 from broker.requests.workers import WorkerRequests
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, cuts_off, no_cluster
+from pmgsync.core.stretches import stretches_between
+from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError
 from pmgsync.wire.messages import Message
 
@@ -60,7 +62,8 @@ class Broker:
         self._loop = Loop()
         self._context: zmq.Context[Socket] = zmq.Context()
         self._voter = Voter(self._state, keys)
-        self._documents = Documents(self._state, keys, self._voter)
+        self._divergence = DivergenceFiles(config.state_dir)
+        self._documents = Documents(self._state, keys, self._voter, leave=self._leave_behind)
         self._zap = ZapHandler(self._context, self._loop, self._documents.cid_of_key)
         socket = sockets.bind_local(self._context, config.broker_socket)
         tokens = Tokens(time.monotonic)
@@ -190,6 +193,18 @@ class Broker:
             self._put_in_force(taken)
         elif self._documents.replaces(data):
             self._part().answer_offer(cid)
+
+    def _leave_behind(self, held: ClusterDocument, taken: ClusterDocument) -> None:
+        """Write down what this node may have that does not count under the document that it is about to take.
+
+        Raises:
+            ConfigError: when it cannot be written: then the document is not taken.
+        """
+        lives = self._participation.lives() if self._participation is not None else {}
+        found = stretches_between(held.history, taken.history, node=self._documents.cid, lives=lives)
+        self._divergence.note(found)
+        for stretch in found:
+            log.info("action=stretch id=%s what=%s", stretch.id, stretch.what)
 
     def _stand_aside(self) -> None:
         """Leave the cluster until the document can be put in force; `_retry` tries that again."""

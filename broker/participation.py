@@ -44,6 +44,7 @@ from broker.requests.workers import WorkerRequests, tell_announcement, tell_dura
 from broker.status.health import Health
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, with_confirmed, without_member
+from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import ConfigError, PmgsyncError, UnreachableError
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,8 @@ class Participation:
             watches=document.is_witness(self.cid),
         )
         limits = Limits(config.journal.max_bytes, config.journal.max_age_s)
-        self._trimming = Trimming(self.cid, self._chains, self._members, limits)
+        divergence = DivergenceFiles(config.state_dir)
+        self._trimming = Trimming(self.cid, self._chains, self._members, limits, divergence)
         self._shared = SharedRequests(
             self.cid,
             config.name,
@@ -258,6 +260,13 @@ class Participation:
         self._members.meet(self._signed.document, self._inbound)
         self._joiners.expect(self._signed.document.joining)
         self.beat()
+
+    def lives(self) -> dict[int, set[int]]:
+        """Return the incarnations of each chain that are known here, in the journal or applied, by origin."""
+        found = {origin: {head.incarnation} for origin, head in self._chains.heads().items()}
+        for origin, applied in self._chains.applied.items():
+            found.setdefault(origin, set()).add(applied.incarnation)
+        return found
 
     def announce(self, signed: SignedDocument) -> None:
         """Publish a document that is about to come in force, while those whose connections it ends still hear it."""

@@ -10,11 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-from broker.files import is_open, sync_directory
+from broker.files import is_open
 from cli.console import ask_secret, note
 from pmgsync.core.backups import Contents, Record, pack_records, unpack_records
 from pmgsync.core.sealing import SALT_BYTES, is_encrypted, open_chunks, seal_chunks
 from pmgsync.errors import ConfigError, DamagedFileError, PmgsyncError
+from pmgsync.private_files import sync_directory
 
 WITHOUT_TERMINAL = "give --passphrase-file"
 

@@ -129,9 +129,9 @@ def _set_up(config: NodeConfig, profile: Profile, state: StateDirectory, cluster
 @contextlib.contextmanager
 def _undone_on_failure(config: NodeConfig, state: StateDirectory, cluster: bytes) -> Iterator[None]:
     """Put the database back when what is done in here fails, unless the cluster document is stored already."""
-    from broker.files import write_private
     from cli.local_node import held_documents
     from pmgsync.postgres.setup.provision import deprovision
+    from pmgsync.private_files import write_private
 
     marker = state.path / BEGUN_FILE
     write_private(marker, b"")

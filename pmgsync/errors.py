@@ -148,6 +148,12 @@ class UnknownEpochError(PmgsyncError):
     recoverable = True
 
 
+class AwaitedError(PmgsyncError):
+    """A transaction waits for something else that happens on this node, and all that follow it on its chain with it."""
+
+    recoverable = True
+
+
 class TransientApplyError(ApplyError):
     """Applying failed for a reason that passes (deadlock, shutdown, lost connection)."""
 

@@ -9,10 +9,15 @@ from broker.chains.chains import Chains
 from broker.journal.retention import Decision, Limits, decide
 from broker.members.members import Members
 from pmgsync.core.positions import Position
+from pmgsync.core.stretches import Stretch
+from pmgsync.divergence_files import DivergenceFiles
+from pmgsync.errors import PmgsyncError
 
 INTERVAL_S = 5.0
 JOINING_BYTES = 1 << 30
 """What a chain's journal keeps for a node that is joining, beyond what members need."""
+EXPORT = 0
+"""Stands among the members for the export of what does not count any more: it needs its frames like a receiver."""
 NEARLY_FULL = 0.8
 """Share of a limit at which status begins to warn."""
 
@@ -20,11 +25,12 @@ NEARLY_FULL = 0.8
 class Trimming:
     """Looks at all chains every few seconds."""
 
-    def __init__(self, cid: int, chains: Chains, members: Members, limits: Limits) -> None:
+    def __init__(self, cid: int, chains: Chains, members: Members, limits: Limits, divergence: DivergenceFiles) -> None:
         self._cid = cid
         self._chains = chains
         self._members = members
         self._limits = limits
+        self._divergence = divergence
         self._next = 0.0
         self._decisions: dict[int, Decision] = {}
 
@@ -39,7 +45,7 @@ class Trimming:
                 alerts.append({"kind": "journal", "text": text})
             alerts += [{"kind": "journal", "text": note} for note in journals.opened(origin).notes]
         for origin, decision in self._decisions.items():
-            for cid in sorted(decision.resync):
+            for cid in sorted(decision.resync - {EXPORT}):
                 text = f"node {cid} needs resync: the journal no longer has what it lacks of node {origin}'s chain"
                 alerts.append({"kind": "needs-resync", "text": text})
         return alerts
@@ -65,6 +71,12 @@ class Trimming:
                 if origin in heads and done.incarnation == heads[origin].incarnation
             }
         held = journals.held()
+        known[EXPORT] = {origin: head.complete for origin, head in heads.items()}
+        for stretch in self._pending():
+            head = heads.get(stretch.origin)
+            if head is not None and head.incarnation == stretch.incarnation and not stretch.exported:
+                known[EXPORT][stretch.origin] = min(head.complete, Position(stretch.after))
+        members = members | {EXPORT}
         self._decisions = decide(held, members, known, self._limits)
         lower = Limits(min(JOINING_BYTES, self._limits.max_bytes), self._limits.max_age_s)
         with_joining = decide(held, members | joining, known, lower) if joining else self._decisions
@@ -72,3 +84,9 @@ class Trimming:
             upto = min(decision.trim, with_joining[origin].trim)
             if upto > journals.first(origin):
                 journals.trim(origin, upto)
+
+    def _pending(self) -> list[Stretch]:
+        try:
+            return self._divergence.pending()
+        except PmgsyncError:
+            return []  # status says so; the limits hold all the same

@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from broker.files import sync_directory
 from pmgsync.config import NodeConfig
 from pmgsync.core.cluster_conf import ConfMember, parse, render, with_members
 from pmgsync.core.membership import ClusterDocument
 from pmgsync.errors import ConfigError, PmgsyncError
 from pmgsync.gateway import cluster_conf_path
+from pmgsync.private_files import sync_directory
 from pmgsync.profile_file import load_profile
 
 log = logging.getLogger(__name__)

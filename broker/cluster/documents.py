@@ -6,7 +6,7 @@ That process is the broker. While none runs, `pmgcm create` and `pmgcm join` may
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -44,6 +44,9 @@ class Judge(Protocol):
         """Take over that a document is in force, or none."""
 
 
+Leave = Callable[[ClusterDocument, ClusterDocument], None]
+
+
 class Documents:
     """Reads, changes and stores the document.
 
@@ -54,8 +57,16 @@ class Documents:
         cid: this node's number in it, 0 when it is not a member (any more).
     """
 
-    def __init__(self, state: StateDirectory, keys: NodeKeys, judge: Judge | None = None) -> None:
-        """Begin; without a judge, for a process that takes nothing from the network and changes no document."""
+    def __init__(
+        self, state: StateDirectory, keys: NodeKeys, judge: Judge | None = None, *, leave: Leave | None = None
+    ) -> None:
+        """Begin; without a judge, for a process that takes nothing from the network and changes no document.
+
+        Args:
+            leave: is called with the document held and the one that is about to be stored in its place, and writes down
+                what does not count any more: afterwards the old history is gone.
+        """
+        self._leave_behind = leave
         self._state = state
         self.keys = keys
         self._judge = judge
@@ -250,6 +261,7 @@ class Documents:
         judge = self._judge
         if not (accept_document(self.signed.document, offered) if judge is None else judge.may_take(offered)):
             return None
+        self._leave(offered)
         self._state.store_document(offered)
         return offered
 
@@ -262,8 +274,14 @@ class Documents:
             and (compare(offered, held.document) is Order.NEWER)
         )
 
+    def _leave(self, taken: SignedDocument) -> None:
+        held = self.signed
+        if held is not None and self.cid and self._leave_behind is not None:
+            self._leave_behind(held.document, taken.document)
+
     def _store(self, document: ClusterDocument, signer: int) -> SignedDocument:
         signed = sign(document, signer, self.keys.sign_private, after=self.signed)
+        self._leave(signed)
         self._state.store_document(signed)
         return signed
 

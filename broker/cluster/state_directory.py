@@ -14,11 +14,12 @@ from typing import Self
 import msgpack
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from broker.files import is_open, sync_directory, write_private
+from broker.files import is_open
 from broker.net.keys import KeyPair, NodeKeys
 from pmgsync.core.members import KEY_BYTES
 from pmgsync.core.membership import SignedDocument
 from pmgsync.errors import ConfigError, ProtocolError, UnreachableError
+from pmgsync.private_files import sync_directory, write_private
 
 KEYS_FILE = "node.keys"
 KEYS_VERSION = 2

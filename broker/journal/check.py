@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from broker.files import sync_directory
 from broker.journal import file as journal_file
 from broker.journal.file import Row
 from broker.journal.retention import Ledger, WallAge
 from pmgsync.core.chains import ChainHead
 from pmgsync.core.positions import Position
 from pmgsync.errors import JournalDamagedError, ProtocolError
+from pmgsync.private_files import sync_directory
 
 QUICK_CHECK_BYTES = 256 << 20
 """When a file up to this size is opened, every page is checked; of a larger one only those that are read."""

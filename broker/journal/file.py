@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from broker.files import sync_directory
 from pmgsync.core.frames import Frame, read_frame
 from pmgsync.core.positions import Position
 from pmgsync.errors import ProtocolError
+from pmgsync.private_files import sync_directory
 
 FORMAT = 1
 SUFFIX = ".db"

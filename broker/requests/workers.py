@@ -12,7 +12,7 @@ from broker.members.members import Members
 from broker.requests.sessions import Session, Sessions
 from broker.requests.shared import SharedRequests, frame_sender, number
 from pmgsync.core.positions import Position
-from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError, UnreachableError
+from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError, UnknownChainError, UnreachableError
 from pmgsync.wire.messages import Message, error_map
 
 CAPTURE = "capture"
@@ -81,6 +81,8 @@ class WorkerRequests:
                 self._lease_told(number(message, "number"), message.get("guarded") is True)
             case "chain.open":
                 self._open_chain(send, message)
+            case "chain.held":
+                self._tell_held(send, message)
             case "apply.open":
                 self._open_apply(session, send, message)
             case "call":
@@ -112,6 +114,17 @@ class WorkerRequests:
         credit = number(message, "credit")
         stream = Stream(origin, position, credit, live=True, send=frame_sender(send, request), finish=finish)
         self._chains.streams.open(session.identity, request, stream)
+
+    def _tell_held(self, send: Send, message: Message) -> None:
+        origin = number(message, "origin")
+        held = self._chains.held().get(origin)
+        if held is None:
+            raise UnknownChainError(f"no chain of node {origin} is held here")
+        head = held.head.lsn if held.head.complete else held.head.lsn - 1
+        own = self._chains.own.chain if origin == self._cid else None
+        whole = max(head, own.watermark) if own is not None and own.incarnation == held.incarnation else head
+        answer = {"op": "chain.held", "id": number(message, "id"), "incarnation": held.incarnation}
+        send({**answer, "first": held.first.lsn, "head": head, "whole": whole}, ())
 
     def _begin_of_apply(self, origin: int, message: Message) -> tuple[int, Position]:
         """Return incarnation and position from which a worker gets frames.

@@ -17,6 +17,7 @@ from broker.requests.sessions import Sessions
 from broker.status.status_map import BEHIND_S, View, status_map
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument
+from pmgsync.divergence_files import DivergenceFiles
 
 GRACE_S = 5.0
 """For so long after its start a broker does not report missing workers: they need time to connect."""
@@ -61,6 +62,7 @@ class Health:
         self._conf_problem = conf_problem
         self._voting_problem = voting_problem
         self._lease = lease
+        self._divergence = DivergenceFiles(config.state_dir)
         self._since = time.monotonic()
 
     def heartbeat(self) -> Heartbeat:
@@ -115,6 +117,7 @@ class Health:
     def _judge(self, document: ClusterDocument) -> tuple[str, str, Alerts]:
         """Return the state (`A` or `S`), what is wrong ("" when nothing), and the alerts."""
         alerts = [*self._trimming.alerts(), *({"kind": "journal", "text": text} for text in self._chains.damage)]
+        alerts += self._divergence.alerts()
         if problem := self._conf_problem():
             alerts.append({"kind": "cluster.conf", "text": problem})
         if problem := self._voting_problem():

@@ -6,6 +6,8 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from pmgsync.agent.apply_thread import ApplyThread
 from pmgsync.agent.resync import Resync
@@ -14,9 +16,12 @@ from pmgsync.config import NodeConfig
 from pmgsync.core.document import Epoch
 from pmgsync.core.frames import read_frames
 from pmgsync.core.positions import Position
+from pmgsync.core.profile import Policy
+from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
 from pmgsync.postgres.apply import Applier
 from pmgsync.postgres.apply.stale import StaleTables
+from pmgsync.postgres.setup.returning import fetch_from_master, mirrored_tables, pass_chain, positions
 from pmgsync.profile_file import load_profile
 from pmgsync.trace import hop
 from pmgsync.wire.link import BrokerLink
@@ -38,15 +43,80 @@ class ApplyWorker(Worker):
         self.origin = origin
         self._profile = load_profile(config.profile)
         self._stale = StaleTables(origin)
+        self._divergence = DivergenceFiles(config.state_dir)
 
     def _history(self) -> Sequence[Epoch]:
         return self.document.history
+
+    def _holds(self, epoch: int) -> str:
+        """Return what has to be worked off here before changes that the master of an epoch made may be applied."""
+        pending = [one for one in self._divergence.pending() if one.epoch <= epoch]
+        return f"{len(pending)} stretches of chains that do not count any more are exported first" if pending else ""
+
+    def _end_stretches(self, known: tuple[int, Position] | None) -> None:
+        """Tell where the stretches of this chain end here that do not count any more: nothing after it is applied."""
+        incarnation, position = known if known is not None else (0, Position(0))
+        for stretch in self._divergence.pending():
+            if stretch.origin != self.origin or stretch.upto is not None or stretch.epoch > self.document.epoch:
+                continue
+            ended = stretch.ended(position.lsn if stretch.incarnation == incarnation else 0)
+            # What was left out of a table of this chain, or fetched with more than counts, is to be fetched from the
+            # master of now: this chain's origin does not answer for it any more.
+            tables = tuple(
+                key
+                for key, table in self._stale.tables.items()
+                if self._mirrors(*key) and (table.kind != "none" or table.until > stretch.after)
+            )
+            if ended.empty and not tables:
+                self._divergence.done(stretch)
+            else:
+                self._divergence.keep(replace(ended, tables=tables))
+
+    def _pass_those_gone(self) -> None:
+        """Have everything of the master's fetched when a master before it is gone, and its chain not wholly applied
+        here: the rest comes no more.
+        """
+        document = self.document
+        if self.origin != document.master:
+            return
+        for before, entry in pairwise(document.history):
+            fork = entry.fork
+            if fork is None or before.master == self.cid or before.master in document.cids:
+                continue
+            incarnation, lsn = positions(self.config.dsn).get(before.master, (0, 0))
+            if incarnation == fork.incarnation and lsn < fork.lsn:
+                reason = f"node {before.master}, the master before, is gone, and not all that it wrote came here"
+                tables = mirrored_tables(self.config.dsn, self._profile)
+                fetch_from_master(self.config.dsn, document.master, tables, reason=reason)
+                pass_chain(self.config.dsn, before.master, fork.lsn)
+
+    def _fetch_mirrors(self) -> None:
+        """Have everything of the master's fetched from it, when a chain is copied whole that a master before it wrote:
+        the copy has only the rows that its origin answers for now.
+        """
+        document = self.document
+        if document.master in {self.origin, self.cid} or self.origin not in {one.master for one in document.history}:
+            return
+        incarnation, lsn = positions(self.config.dsn).get(self.origin, (0, 0))
+        forks = [
+            entry.fork for before, entry in pairwise(document.history) if before.master == self.origin and entry.fork
+        ]
+        if all(fork.incarnation == incarnation and lsn >= fork.lsn for fork in forks):
+            return
+        reason = f"not all that node {self.origin}, a master before, wrote came here"
+        tables = mirrored_tables(self.config.dsn, self._profile)
+        fetch_from_master(self.config.dsn, document.master, tables, reason=reason)
+
+    def _mirrors(self, schema: bytes, name: bytes) -> bool:
+        rule = self._profile.rule_for(*(part.decode(errors="surrogateescape") for part in (schema, name)))
+        return rule is not None and rule.policy is Policy.MIRROR
 
     def _members(self) -> Collection[int]:
         return self.document.cids
 
     def session(self, link: BrokerLink) -> None:
         """Apply from the database's position on until something ends it."""
+        self._pass_those_gone()
         applier = Applier(
             self.config.dsn,
             self._profile,
@@ -56,9 +126,11 @@ class ApplyWorker(Worker):
             members=self._members,
             stale=self._stale,
             waits=self.config.synchronous_commit,
+            holds=self._holds,
         )
         try:
             known = applier.connect()
+            self._end_stretches(known)
             incarnation, position = known if known is not None else (0, Position(0))
             try:
                 opened, _ = link.request(
@@ -85,13 +157,15 @@ class ApplyWorker(Worker):
         thread = ApplyThread(applier, self.wakeup)
         counted = Counter(self.counters)
         try:
-            self._stream(link, thread, int(opened["id"]), incarnation, lambda: self._describe(applier, counted))
+            self._stream(
+                link, thread, int(opened["id"]), incarnation, lambda: self._describe(applier, counted, thread.awaits)
+            )
         except ResyncRequiredError as error:
             thread.stop()
             self._resynchronise(error)
         finally:
             thread.stop()
-            self._describe(applier, counted)
+            self._describe(applier, counted, "")
             with contextlib.suppress(UnreachableError):  # a broker that is gone has no stream to close
                 link.send({"op": "cancel", "id": int(opened["id"])})
 
@@ -114,16 +188,18 @@ class ApplyWorker(Worker):
             elif thread.idle:
                 # An error is over when something was applied, or there is nothing to apply; not because time passes.
                 self.recovered()
+            self.state = "S" if thread.awaits else "A"
             if self.report_due:
                 describe()
                 self.report()
 
-    def _describe(self, applier: Applier, counted: Counter[str]) -> None:
+    def _describe(self, applier: Applier, counted: Counter[str], awaits: str) -> None:
         """Set what the next report says; `counted` is what sessions before this one have counted."""
         warnings = list(applier.stats.warnings)[-ALERT_COUNT:]
         self.alerts = [{"kind": "table", "text": warning} for warning in warnings]
         self.alerts += self._stale.alerts()[:ALERT_COUNT]
         self.alerts += [{"kind": "schema", "text": text} for text in applier.failures]
+        self.alerts += [{"kind": "epoch", "text": awaits}] if awaits else []
         self.counters = counted + Counter(dict(applier.stats.lost))
 
     def _take(self, thread: ApplyThread, stream: int, message: Message, attachments: Sequence[bytes]) -> None:
@@ -139,6 +215,8 @@ class ApplyWorker(Worker):
         self.state = "S"
         self.alerts = [{"kind": "resync", "text": f"resynchronising from node {self.origin}: {reason.message}"}]
         assert self.link is not None
+        if not reason.tables:
+            self._fetch_mirrors()
         resync = Resync(
             self.config,
             self._profile,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pmgsync.core.frames import Frame
 from pmgsync.core.positions import Position
-from pmgsync.errors import PmgsyncError, ResyncRequiredError
+from pmgsync.errors import AwaitedError, PmgsyncError, ResyncRequiredError
 from pmgsync.postgres.apply import Applier
 from pmgsync.trace import hop
 from pmgsync.wire.waiting import Wakeup
@@ -23,6 +23,8 @@ BATCH_BYTES = 1 << 20
 FLUSH_IDLE_S = 0.05
 """What is visible is made durable when nothing more has come for so long, and every FLUSH_BUSY_S in any case."""
 FLUSH_BUSY_S = 0.2
+AWAIT_S = 0.1
+"""Seconds between two looks at whether what a transaction waits for is there."""
 MAINTAIN_S = 2.0
 """Seconds between two looks at which stale tables can be fetched again."""
 
@@ -43,7 +45,11 @@ class Applied:
 
 
 class ApplyThread:
-    """Applies frames in the order in which they are submitted; each result wakes the worker."""
+    """Applies frames in the order in which they are submitted; each result wakes the worker.
+
+    Attributes:
+        awaits: a sentence on what the next transaction waits for, "" when it waits for nothing.
+    """
 
     def __init__(self, applier: Applier, wakeup: Wakeup) -> None:
         self._applier = applier
@@ -51,6 +57,8 @@ class ApplyThread:
         self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Applied | PmgsyncError] = queue.SimpleQueue()
         self._pending_bytes = 0
+        self._stopping = threading.Event()
+        self.awaits = ""
         self._thread = threading.Thread(target=self._run, name="apply", daemon=True)
         self._thread.start()
 
@@ -81,6 +89,7 @@ class ApplyThread:
 
     def stop(self) -> None:
         """End the thread; what it is doing is rolled back or done when this returns."""
+        self._stopping.set()
         self._frames.put(None)
         self._applier.cancel()
         self._thread.join()
@@ -121,12 +130,30 @@ class ApplyThread:
             if batch is None:
                 return
             hop("begun", batch[-1].here.lsn)
-            position = self._applier.apply(batch)
+            position = self._applied(batch)
+            if position is None:
+                return
             hop("committed", position.lsn)
             if position != self._applier.durable:
                 now = time.monotonic()
                 flush_at, flush_latest = now + FLUSH_IDLE_S, min(flush_latest, now + FLUSH_BUSY_S)
             self._report(sum(frame.size for frame in batch))
+
+    def _applied(self, batch: list[Frame]) -> Position | None:
+        """Apply a batch, which may have to wait for something else on this node; None when told to stop meanwhile."""
+        while True:
+            try:
+                position = self._applier.apply(batch)
+            except AwaitedError as error:
+                if error.message != self.awaits:
+                    log.info("action=await origin=%d reason=%s", self._applier.origin, error.message)
+                self.awaits = error.message
+                self._report(0)
+                if self._stopping.wait(AWAIT_S):
+                    return None
+            else:
+                self.awaits = ""
+                return position
 
     def _report(self, size: int) -> None:
         self._results.put(Applied(self._applier.position, self._applier.durable, size))

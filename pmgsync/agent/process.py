@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def make_worker(name: str, config: NodeConfig) -> Worker:
-    """Return the worker of a name: `capture`, `snapshot`, `files` or `apply:CID`."""
+    """Return the worker of a name: `capture`, `snapshot`, `files`, `divergence` or `apply:CID`."""
     kind, _, origin = name.partition(":")
     if kind == "apply":
         from pmgsync.agent.apply import ApplyWorker
@@ -31,6 +31,10 @@ def make_worker(name: str, config: NodeConfig) -> Worker:
         from pmgsync.agent.files import FilesWorker
 
         return FilesWorker(config)
+    if kind == "divergence":
+        from pmgsync.agent.divergence import DivergenceWorker
+
+        return DivergenceWorker(config)
     from pmgsync.agent.snapshot import SnapshotWorker
 
     return SnapshotWorker(config)

@@ -16,6 +16,7 @@ from pathlib import Path
 from pmgsync.config import NodeConfig, load_config
 from pmgsync.core.backoff import Backoff
 from pmgsync.core.membership import SignedDocument
+from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.profile_file import load_profile
 from pmgsync.service import notify_systemd, set_up_logging
@@ -29,6 +30,8 @@ LONGEST_PAUSE_S = 15.0
 STEADY_S = 30.0
 """A worker that ran this long starts again after the first pause."""
 STOP_S = 5.0
+DIVERGENCE = "divergence"
+"""The worker that ends by itself when nothing is left to do."""
 
 
 @dataclass
@@ -93,6 +96,8 @@ class Supervisor:
             names = {"capture", "snapshot"} | {f"apply:{other}" for other in document.databases - {cid}}
             if load_profile(self._config.profile).files:
                 names.add("files")
+            if self._diverged():
+                names.add(DIVERGENCE)
         self._end([name for name in self._children if name not in names])
         for name in names - self._children.keys():
             self._children[name] = _Child()
@@ -100,10 +105,14 @@ class Supervisor:
 
     def _start_ended(self) -> None:
         now = time.monotonic()
-        for name, child in self._children.items():
+        for name, child in list(self._children.items()):
             if child.process is not None and child.process.poll() is not None:
                 log.warning("action=worker-ended worker=%s code=%d", name, child.process.returncode)
+                over = name == DIVERGENCE and child.process.returncode == 0 and not self._diverged()
                 child.process = None
+                if over:
+                    del self._children[name]
+                    continue
                 if now - child.started > STEADY_S:
                     child.backoff.succeeded()
                 child.restart_at = now + child.backoff.failed()
@@ -114,6 +123,14 @@ class Supervisor:
                 child.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
                 child.started = now
                 log.info("action=worker-started worker=%s pid=%d", name, child.process.pid)
+
+    def _diverged(self) -> bool:
+        """Return True when something waits for the divergence worker."""
+        try:
+            return bool(DivergenceFiles(self._config.state_dir).pending())
+        except PmgsyncError as error:
+            log.error("action=divergence-unreadable error=%s", error)
+            return True  # the worker says so in status
 
     def _trouble(self) -> str:
         waiting = sorted(name for name, child in self._children.items() if child.process is None)

@@ -10,16 +10,20 @@ Invariant: what is read from the lines of a transaction is what was written, val
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from pmgsync.core import ddl
 from pmgsync.core.changes import Change, Truncated
 from pmgsync.core.forks import Divergence
-from pmgsync.core.pgoutput import Delete, Emitted, Insert, Relation, Row, Unchanged, Update
+from pmgsync.core.owners import Writers
+from pmgsync.core.pgoutput import Delete, Emitted, Insert, Relation, Row, RowChange, Unchanged, Update
+from pmgsync.core.policies import counts_wholly, owner_index, select
 from pmgsync.core.positions import format_lsn, parse_lsn
-from pmgsync.errors import ProtocolError
+from pmgsync.core.profile import Policy, Profile, TableRule
+from pmgsync.errors import ApplyError, ProtocolError
 
 VERSION = 1
 _1970 = datetime(1970, 1, 1, tzinfo=UTC)
@@ -35,7 +39,7 @@ class Diverged:
     Attributes:
         lsn: of the transaction's commit on the origin.
         time: of the commit, µs since 1970 by the origin's clock.
-        kind: `insert`, `update`, `delete` or `truncate`.
+        kind: `insert`, `update`, `delete` or `truncate`; `schema`: a statement, which stands in `new`.
         key: of the row; empty when the table has none: then `old` is the whole row.
         old: what is known of the row before: its key, or all of it under REPLICA IDENTITY FULL.
         new: the row afterwards, without out-of-line values that were not touched.
@@ -51,24 +55,67 @@ class Diverged:
     new: Values | None = None
 
 
-def diverged_changes(
-    changes: Iterable[Change], lsn: int, time: int, counts: Callable[[bytes, bytes], bool]
-) -> Iterator[Diverged]:
-    """Return what a transaction did to master-owned tables.
+class MastersRows:
+    """Says which changes count only while their origin is master: those of mirrored tables, and of other tables those
+    of rows that the master writes in place of nodes that are gone.
+    """
 
-    Args:
-        counts: says of a schema and a name whether the table is the master's.
+    def __init__(self, profile: Profile, origin: int, members: Collection[int]) -> None:
+        """Begin.
+
+        Args:
+            members: the CIDs of all members.
+        """
+        self._profile = profile
+        self._as_master = Writers.at(origin, origin, members)
+        self._as_node = Writers.at(origin, 0, members, leads=False)
+
+    def mirrors(self, relation: Relation) -> bool:
+        """Return True when only the master writes a table."""
+        rule = self.rule(relation.namespace, relation.name)
+        return rule is not None and rule.policy is Policy.MIRROR
+
+    def rule(self, schema: bytes, name: bytes) -> TableRule | None:
+        """Return what the profile says of a table."""
+        return self._profile.rule_for(*(part.decode(errors="surrogateescape") for part in (schema, name)))
+
+    def has(self, relation: Relation, row: RowChange) -> bool:
+        """Return True when a change counts only while its origin is master."""
+        rule = self.rule(relation.namespace, relation.name)
+        if rule is None or rule.policy is Policy.LOCAL:
+            return False
+        if rule.policy is Policy.MIRROR:
+            return True
+        try:
+            owner = owner_index(rule, relation) if counts_wholly(rule, self._as_master) is None else None
+            kept = [select(rule, relation, row, writers, owner) for writers in (self._as_master, self._as_node)]
+        except ApplyError:
+            return False  # whose row it is cannot be told: nobody has applied it
+        return kept[0] is not None and kept[1] is None
+
+
+def diverged_changes(changes: Iterable[Change], lsn: int, time: int, rows: MastersRows) -> Iterator[Diverged]:
+    """Return what a transaction did that counts only while its origin is master.
+
+    Raises:
+        ProtocolError: when a message of pmgsync's own cannot be read.
     """
     for change in changes:
         match change:
+            case Emitted(prefix=ddl.PREFIX, content=content):
+                done = ddl.unpack_change(content)
+                new = {b"statement": done.statement or done.label.encode("utf-8", "replace")}
+                for table in done.tables or (None,):
+                    place = (table.schema, table.name) if table is not None else (b"", b"")
+                    yield Diverged(lsn, time, "schema", *place, {}, None, new)
             case Emitted():
                 continue
             case Truncated(relations=relations):
                 for one in relations:
-                    if counts(one.namespace, one.name):
+                    if rows.mirrors(one):
                         yield Diverged(lsn, time, "truncate", one.namespace, one.name, {})
             case (Relation() as relation, row):
-                if counts(relation.namespace, relation.name):
+                if rows.has(relation, row):
                     yield _row(relation, row, lsn, time)
 
 
@@ -104,14 +151,16 @@ def _values(relation: Relation, row: Row, *, key_only: bool = False) -> Values:
 # -- lines ------------------------------------------------------------------------------------------------------------
 
 
-def first_line(what: Divergence, *, cluster: bytes, node: int, epoch: int) -> str:
+def first_line(what: Divergence, *, cluster: bytes, node: int, epoch: int, missing: str = "") -> str:
     """Return the line that a file begins with.
 
     Args:
         node: CID of the member that had the changes; epoch: the one that they do not count in.
+        missing: a sentence on what the file should have and has not, "" when it has everything.
     """
     return _dump(
-        {
+        ({"missing": missing} if missing else {})
+        | {
             "divergence": VERSION,
             "cluster": cluster.hex(),
             "node": node,
@@ -153,6 +202,7 @@ class DivergenceFile:
     node: int
     epoch: int
     changes: tuple[Diverged, ...]
+    missing: str = ""
 
 
 def read_lines(lines: Iterable[str]) -> DivergenceFile:
@@ -191,13 +241,16 @@ def read_lines(lines: Iterable[str]) -> DivergenceFile:
         raise ProtocolError(f"the divergence file has {len(changes)} changes, its last line says {count!r:.20}")
     try:
         what = Divergence(head["origin"], head["incarnation"], parse_lsn(head["after"]), parse_lsn(head["upto"]))
-        return DivergenceFile(what, bytes.fromhex(head["cluster"]), head["node"], head["epoch"], tuple(changes))
+        missing = str(head.get("missing", ""))
+        return DivergenceFile(
+            what, bytes.fromhex(head["cluster"]), head["node"], head["epoch"], tuple(changes), missing
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProtocolError(f"line 1 of the divergence file cannot be read ({type(error).__name__})") from error
 
 
 def _read_change(data: dict[str, Any]) -> Diverged:
-    if data["kind"] not in {"insert", "update", "delete", "truncate"}:
+    if data["kind"] not in {"insert", "update", "delete", "truncate", "schema"}:
         raise ValueError("unknown kind")
     schema, table = data["table"]
     time = (datetime.fromisoformat(data["time"]) - _1970) // timedelta(microseconds=1)

@@ -42,9 +42,21 @@ class Standing(Enum):
         return self in {Standing.PAST_FORK, Standing.NOT_MASTER, Standing.ELSEWHERE}
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a transaction stands.
+
+    Attributes:
+        number: of the history's entry with which the time began that it was written in; None when it was in none.
+    """
+
+    standing: Standing
+    number: int | None = None
+
+
 def judge(
     history: Sequence[Epoch], *, origin: int, epoch: int, incarnation: int, lsn: int, elsewhere: int = 0
-) -> Standing:
+) -> Verdict:
     """Judge the changes to master-owned tables in one transaction.
 
     Args:
@@ -55,8 +67,8 @@ def judge(
         elsewhere: the newest epoch of the other side, while the origin is there in a split; else 0.
     """
     if epoch > history[-1].epoch:
-        return Standing.ELSEWHERE if epoch <= elsewhere else Standing.UNKNOWN
-    standing = Standing.NOT_MASTER
+        return Verdict(Standing.ELSEWHERE if epoch <= elsewhere else Standing.UNKNOWN)
+    verdict = Verdict(Standing.NOT_MASTER)
     for number, entry in _reigns(history, origin):
         start, fork = entry.start, fork_after(history, number)
         here = start is not None and start.incarnation == incarnation
@@ -64,9 +76,9 @@ def judge(
         if lsn <= start.lsn if start is not None and here else epoch < entry.epoch:
             continue
         if fork is None or (fork.incarnation == incarnation and lsn <= fork.lsn):
-            return Standing.COUNTS
-        standing = Standing.PAST_FORK
-    return standing
+            return Verdict(Standing.COUNTS, number)
+        verdict = Verdict(Standing.PAST_FORK, number)
+    return verdict
 
 
 def _reigns(history: Sequence[Epoch], origin: int) -> Iterator[tuple[int, Epoch]]:

@@ -1,24 +1,37 @@
-"""The judge of a chain: who may write what in each of its transactions, under the history that is held here. Pure."""
+"""The judge of a chain: who may write what in each of its transactions, under the history that is held here. Pure.
+
+Invariant: a change to a table of the master's is applied after every such change that its master had when it became
+one. For the chains of two masters are applied side by side, and the same row may have been written by both: the
+earlier master's chain must have come to the fork first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from pmgsync.core.document import Epoch
-from pmgsync.core.forks import Standing, judge
+from pmgsync.core.document import Epoch, Fork
+from pmgsync.core.forks import NOTHING, Standing, judge
 from pmgsync.core.frames import Header
 from pmgsync.core.owners import Writers
 from pmgsync.core.positions import format_lsn
-from pmgsync.errors import UnknownEpochError
+from pmgsync.errors import AwaitedError, UnknownEpochError
+
+Awaits = Callable[[int, Fork, int], str]
+"""Takes the master before, the fork on its chain, and the epoch that begins there; returns what is still to be waited
+for before changes of that epoch may be applied, "" when nothing is."""
 
 
 class Judge:
     """Says of each transaction of a chain who may write what in it, under one history."""
 
-    def __init__(self, origin: int, history: Sequence[Epoch], members: Collection[int], elsewhere: int) -> None:
+    def __init__(
+        self, origin: int, history: Sequence[Epoch], members: Collection[int], elsewhere: int, awaits: Awaits
+    ) -> None:
         self._origin = origin
         self._history = history
         self._elsewhere = elsewhere
+        self._awaits = awaits
+        self._begun = {0}
         self._leads, self._owns = (
             Writers.at(origin, history[-1].master, members, leads=leads) for leads in (True, False)
         )
@@ -28,8 +41,9 @@ class Judge:
 
         Raises:
             UnknownEpochError: when that cannot be told yet.
+            AwaitedError: when something else has to be applied here first.
         """
-        standing = judge(
+        verdict = judge(
             self._history,
             origin=self._origin,
             epoch=header.epoch,
@@ -37,10 +51,19 @@ class Judge:
             lsn=lsn,
             elsewhere=self._elsewhere,
         )
-        if standing is Standing.UNKNOWN:
+        if verdict.standing is Standing.UNKNOWN:
             raise UnknownEpochError(
                 f"a transaction of node {self._origin} at {format_lsn(lsn)} is of epoch {header.epoch}, and this node "
                 f"knows of epoch {self._history[-1].epoch} only",
                 hint="it is applied as soon as the cluster document of that epoch has come here",
             )
-        return self._leads if standing is Standing.COUNTS else self._owns
+        if verdict.standing is not Standing.COUNTS:
+            return self._owns
+        assert verdict.number is not None
+        if verdict.number not in self._begun:
+            entry, before = self._history[verdict.number], self._history[verdict.number - 1]
+            reason = self._awaits(before.master, entry.fork or NOTHING, entry.epoch)
+            if reason:
+                raise AwaitedError(f"what node {self._origin} wrote as master of epoch {entry.epoch} waits: {reason}")
+            self._begun.add(verdict.number)
+        return self._leads

@@ -13,9 +13,9 @@ from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.core.ceilings import Ceilings
 from pmgsync.core.document import Epoch, Fork
 from pmgsync.core.frames import Frame
-from pmgsync.core.positions import LAST, Position
+from pmgsync.core.positions import LAST, Position, format_lsn
 from pmgsync.core.profile import MergeRule, Policy
-from pmgsync.errors import UnknownEpochError
+from pmgsync.errors import AwaitedError, UnknownEpochError
 from pmgsync.postgres.setup.sequence_values import publish_sequences
 from tests.harness.server import INCARNATION, Pair, make_profile, rule
 from tests.harness.session import examples
@@ -68,6 +68,16 @@ def write(pair: Pair, number: int, rows: int = 1) -> None:
 
 def end(frames: list[Frame]) -> int:
     return frames[-1].here.lsn
+
+
+def stand(pair: Pair, origin: int, lsn: int, incarnation: int = INCARNATION) -> None:
+    """Say that the target has applied another chain up to an LSN."""
+    pair.run(
+        f"INSERT INTO pmgsync.position (origin, incarnation, lsn, part) VALUES ({origin}, {incarnation}, "
+        f"'{format_lsn(lsn)}', {LAST}) ON CONFLICT (origin) DO UPDATE SET lsn = EXCLUDED.lsn, "
+        "incarnation = EXCLUDED.incarnation",
+        on=pair.target,
+    )
 
 
 def fork(lsn: int) -> Fork:
@@ -126,6 +136,41 @@ def test_a_transaction_of_an_epoch_that_is_not_known_waits(pair: Pair) -> None:
     write(pair, 3)
     pair.apply()
     assert ids(pair, "id FROM m") == [3001]
+
+
+def test_a_new_master_waits_for_what_it_had_of_the_one_before(pair: Pair) -> None:
+    """Or a row of both would end with the older value: the two chains are applied side by side."""
+    write(pair, 1)
+    own = pair.frames()
+    pair.epoch = 2
+    pair.again(own[-1].here)
+    write(pair, 2)
+    as_master = pair.frames()
+    pair.history = (Epoch(1, 2), Epoch(2, 1, fork(50), start=fork(end(own))))
+    pair.held[2] = "something is exported"
+    with pair.applier() as applier:
+        with pytest.raises(AwaitedError, match="chain of node 2"):
+            applier.apply([*own, *as_master])
+        assert ids(pair, "rid FROM o") == [1001] and applier.position == own[-1].here, "what it owns does not wait"
+        stand(pair, 2, 49)
+        with pytest.raises(AwaitedError, match="chain of node 2"):
+            applier.apply(as_master)
+        stand(pair, 2, 50)
+        with pytest.raises(AwaitedError, match="something is exported"):
+            applier.apply(as_master)
+        pair.run(
+            "INSERT INTO pmgsync.stale_table (origin, schema, name, kind, reason, lsn) "
+            "VALUES (1, 'public', 'm', 'table', 'it was touched', '0/0')",
+            on=pair.target,
+        )
+        pair.held.clear()
+        applier.apply(as_master)
+        assert ids(pair, "id FROM m") == [] and ids(pair, "rid FROM o") == [1001, 2001], "it is to be fetched"
+    pair.run("DELETE FROM pmgsync.stale_table", on=pair.target)
+    stand(pair, 2, 3, incarnation=5)
+    write(pair, 3)
+    pair.apply()
+    assert ids(pair, "id FROM m") == [3001], "a chain that was begun anew was copied after the fork"
 
 
 @pytest.mark.parametrize("counts", [True, False])
@@ -194,6 +239,7 @@ def test_any_history_against_an_oracle(server: EmbeddedPostgres, data: st.DataOb
     pair = Pair(server, PROFILE)
     try:
         pair.setup(SCHEMA)
+        stand(pair, 2, 9)
         count = data.draw(st.integers(3, 8), label="transactions")
         sizes = data.draw(st.lists(st.sampled_from([1, 1, 1, 60]), min_size=count, max_size=count), label="rows")
         leaves = data.draw(st.integers(0, count), label="fork after")

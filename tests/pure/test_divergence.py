@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pmgsync.core.changes import Change, Truncated
 from pmgsync.core.divergence import (
     Diverged,
+    MastersRows,
     change_line,
     diverged_changes,
     first_line,
@@ -17,7 +18,10 @@ from pmgsync.core.divergence import (
 )
 from pmgsync.core.forks import Divergence
 from pmgsync.core.pgoutput import UNCHANGED, Column, Delete, Insert, Relation, Update
+from pmgsync.core.profile import Policy
 from pmgsync.errors import ProtocolError
+from tests.harness.server import make_profile
+from tests.harness.server import rule as rule_of
 
 WHAT = Divergence(1, 77, 0x100, 0x200)
 HEAD = first_line(WHAT, cluster=b"c" * 16, node=1, epoch=2)
@@ -28,7 +32,7 @@ changes = st.builds(
     Diverged,
     st.integers(0, 2**63 - 1),
     st.integers(0, 2**52),
-    st.sampled_from(["insert", "update", "delete", "truncate"]),
+    st.sampled_from(["insert", "update", "delete", "truncate", "schema"]),
     names,
     names,
     values,
@@ -71,7 +75,8 @@ def test_what_a_transaction_did() -> None:
     columns = (Column(b"id", True, 23, -1), Column(b"v", False, 25, -1), Column(b"\xff", False, 25, -1))
     rule = Relation(1, b"public", b"rule", "d", columns, b"")
     keyless = Relation(2, b"public", b"log", "f", tuple(column._replace(key=True) for column in columns), b"")
-    mail = Relation(3, b"public", b"cstatistic", "d", columns, b"")
+    mail = Relation(3, b"public", b"cstatistic", "f", (Column(b"cid", True, 23, -1), *columns[1:]), b"")
+    local = Relation(4, b"public", b"statinfo", "d", columns, b"")
     done: list[Change] = [
         (rule, Insert(1, (b"1", None, b"\x80"))),
         (rule, Update(1, None, False, (b"1", b"new", UNCHANGED))),
@@ -79,9 +84,13 @@ def test_what_a_transaction_did() -> None:
         (rule, Delete(1, (b"2", None, None), True)),
         (keyless, Delete(2, (b"1", None, b"x"), False)),
         (mail, Insert(3, (b"1", b"", b""))),
+        (mail, Insert(3, (b"2", b"", b""))),
+        (mail, Insert(3, (b"9", b"", b""))),
+        (local, Insert(4, (b"1", b"", b""))),
         Truncated((rule, mail), False, False),
     ]
-    found = list(diverged_changes(done, 5, 6, lambda schema, name: name != b"cstatistic"))
+    profile = make_profile(rule_of("cstatistic", Policy.OWNED, owner="cid"), rule_of("statinfo", Policy.LOCAL))
+    found = list(diverged_changes(done, 5, 6, MastersRows(profile, 1, (1, 2))))
     place = (b"public", b"rule")
     assert found == [
         Diverged(5, 6, "insert", *place, {b"id": b"1"}, None, {b"id": b"1", b"v": None, b"\xff": b"\x80"}),
@@ -89,6 +98,8 @@ def test_what_a_transaction_did() -> None:
         Diverged(5, 6, "update", *place, {b"id": b"1"}, {b"id": b"1"}, {b"id": b"2", b"v": b"new"}),
         Diverged(5, 6, "delete", *place, {b"id": b"2"}, {b"id": b"2"}, None),
         Diverged(5, 6, "delete", b"public", b"log", {}, {b"id": b"1", b"v": None, b"\xff": b"x"}, None),
+        # Of a node that is gone, in whose place the master writes.
+        Diverged(5, 6, "insert", b"public", b"cstatistic", {}, None, {b"cid": b"9", b"v": b"", b"\xff": b""}),
         Diverged(5, 6, "truncate", *place, {}),
     ]
     assert change_line(found[0]) == (

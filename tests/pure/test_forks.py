@@ -19,7 +19,7 @@ AGAIN = (*ONE, Epoch(2, 1), Epoch(4, 2, Fork(LIFE, 100)))
 
 
 def standing(history: tuple[Epoch, ...], origin: int, epoch: int, lsn: int, life: int = LIFE) -> Standing:
-    return judge(history, origin=origin, epoch=epoch, incarnation=life, lsn=lsn)
+    return judge(history, origin=origin, epoch=epoch, incarnation=life, lsn=lsn).standing
 
 
 def test_the_master_of_an_epoch_counts_up_to_the_fork() -> None:
@@ -59,7 +59,7 @@ def test_one_elected_again_goes_on() -> None:
 
 def test_what_comes_from_the_other_side_of_a_split_does_not_wait() -> None:
     def from_there(epoch: int, elsewhere: int) -> Standing:
-        return judge(TWO, origin=3, epoch=epoch, incarnation=LIFE, lsn=7, elsewhere=elsewhere)
+        return judge(TWO, origin=3, epoch=epoch, incarnation=LIFE, lsn=7, elsewhere=elsewhere).standing
 
     assert from_there(3, 3) is Standing.ELSEWHERE and Standing.ELSEWHERE.diverges
     assert from_there(4, 3) is Standing.UNKNOWN, "an epoch that neither side knew of"

@@ -10,12 +10,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import psycopg2
+from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.core.changes import Change, Inserted, Piece, transactions
-from pmgsync.core.document import Epoch
+from pmgsync.core.document import Epoch, Fork
 from pmgsync.core.frames import Frame, is_part, unpack_body
 from pmgsync.core.judges import Judge
-from pmgsync.core.positions import LAST, Position
+from pmgsync.core.positions import LAST, Position, parse_lsn
 from pmgsync.core.profile import Profile
 from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError
 from pmgsync.postgres.apply import maintenance
@@ -23,6 +24,7 @@ from pmgsync.postgres.apply.chain_session import ChainSession
 from pmgsync.postgres.apply.execution import Execution
 from pmgsync.postgres.apply.plan import ApplyStats, PlannedTransaction, SchemaItem
 from pmgsync.postgres.apply.stale import StaleTables, TableName
+from pmgsync.postgres.session import rows
 
 GROUP_CHANGES = 20_000
 """A local transaction of small transactions ends with the frame in which it comes to more row changes than this."""
@@ -47,6 +49,7 @@ class _Half:
     waits: int
 
 
+# Over 250 lines: one class holds what is committed, half done and planned of a chain, which only make sense together.
 class Applier:
     """Applies one origin's chain to the local database. For one thread; only `cancel` may be called from another.
 
@@ -57,6 +60,7 @@ class Applier:
         history: returns the epochs of the document held, asked at every `apply`.
         members: returns all members' CIDs.
         elsewhere: returns the newest epoch of the other side while the origin is there in a split, else 0.
+        holds: takes an epoch; returns why changes that its master made may not be applied yet, "" when they may.
         stale: what is known of stale tables, when it is to outlive this object.
         waits: True: a commit waits for the disk; False: it is visible before, and `flush` makes it durable.
 
@@ -76,6 +80,7 @@ class Applier:
         history: Callable[[], Sequence[Epoch]],
         members: Callable[[], Collection[int]],
         elsewhere: Callable[[], int] = lambda: 0,
+        holds: Callable[[int], str] = lambda epoch: "",
         stale: StaleTables | None = None,
         waits: bool = True,
     ) -> None:
@@ -86,7 +91,11 @@ class Applier:
         self._history = history
         self._members = members
         self._elsewhere = elsewhere
-        self._judge = Judge(origin, history(), members(), elsewhere())
+        self._holds = holds
+        self._own_cid = own_cid
+        self._judge: Judge | None = None
+        self._judged: object = None
+        self._begins = False
         self.stats = ApplyStats()
         self._trimmed = 0
         self._half: _Half | None = None
@@ -104,6 +113,7 @@ class Applier:
             ApplyError: when the database is not set up.
         """
         self.close()
+        self._judge = None
         self._execution = Execution(self._session, self._profile, self.stats, self.stale)
         try:
             known = self._session.open()
@@ -167,13 +177,14 @@ class Applier:
             ResyncRequiredError: when a frame is of another incarnation.
             ProtocolError: when a frame cannot be read, or leaves a gap.
             UnknownEpochError: when a transaction is of a later epoch than those known; what precedes it is committed.
+            AwaitedError: when something else has to be done on this node first; what precedes it is committed.
             TransientApplyError: when repeating may help.
             ApplyError: when the chain cannot go on. What precedes the transaction named is committed.
             UnreachableError: when the session was lost and there is no new one.
         """
         if not self._session.is_open:
             self.connect()
-        self._judge = Judge(self.origin, self._history(), self._members(), self._elsewhere())
+        judge = self._judging()
         group: list[PlannedTransaction] = []
         reached, changes, planner = self.position, 0, self._execution.planner
         planner.look_again()
@@ -185,7 +196,7 @@ class Applier:
                 if is_part(frame.header):
                     self._execution.commit_group(group, reached)
                     group, changes = [], 0
-                    self._take_part(frame)
+                    self._take_part(frame, judge)
                     reached = self.position
                     continue
                 if frame.prev > reached:
@@ -201,7 +212,11 @@ class Applier:
                     if lsn > frame.here.lsn:
                         raise ProtocolError(f"a frame that ends at {frame.here} holds a transaction beyond its end")
                     try:
-                        planner.set_writers(self._judge.writers(frame.header, lsn))
+                        planner.set_writers(judge.writers(frame.header, lsn))
+                        if self._begins:
+                            self._execution.commit_group(group, reached)
+                            group = []
+                            self._begin_epoch(cursor)
                         items, rest = planner.plan(cursor, piece.changes, lsn)
                     except PmgsyncError:
                         # What precedes it must not wait until it can be applied.
@@ -245,7 +260,32 @@ class Applier:
                 hint="nothing need be done: a snapshot is taken",
             )
 
-    def _take_part(self, frame: Frame) -> None:
+    def _judging(self) -> Judge:
+        """Return the judge under the history of now."""
+        known = self._history(), self._members(), self._elsewhere()
+        if self._judge is None or known != self._judged:
+            self._judge, self._judged = Judge(self.origin, *known, self._awaits), known
+        return self._judge
+
+    def _awaits(self, before: int, fork: Fork, epoch: int) -> str:
+        """Return what has to be applied here before what a master wrote whose time began at a fork."""
+        if fork.lsn and before != self._own_cid and before in self._members():
+            with self._session.cursor() as cursor:
+                cursor.execute(b"SELECT incarnation, lsn::text FROM pmgsync.position WHERE origin = %d" % before)
+                found = rows(cursor)
+            # Of another life it was copied whole, after that fork.
+            if not found or (found[0][0] == b"%d" % fork.incarnation and _lsn(found[0][1]) < fork.lsn):
+                return f"the chain of node {before}, the master before, is not applied up to {fork} here yet"
+        reason = self._holds(epoch)
+        self._begins = not reason
+        return reason
+
+    def _begin_epoch(self, cursor: Cursor) -> None:
+        """Look at what was noted while an epoch was waited for: tables that are to be fetched first."""
+        self._begins = False
+        self.stale.load(cursor)
+
+    def _take_part(self, frame: Frame, judge: Judge) -> None:
         header, half = frame.header, self._half
         if header.prev.complete:
             if header.prev > self.position:
@@ -267,9 +307,11 @@ class Applier:
         if (piece.commit is not None) != header.here.complete:
             raise ProtocolError("a transaction's last part has no Commit, or another part has one")
         lsn = header.here.lsn
-        self._execution.planner.set_writers(self._judge.writers(header, lsn))
+        self._execution.planner.set_writers(judge.writers(header, lsn))
         with self._session.cursor() as cursor:
             if half is None:
+                if self._begins:
+                    self._begin_epoch(cursor)
                 self._execution.begin(cursor)
                 half = self._half = _Half(lsn, header.attempt, 0, 0, PlannedTransaction(lsn, None, []), 0)
             items, rest = self._execution.planner.plan(cursor, piece.changes, lsn)
@@ -318,3 +360,8 @@ class Applier:
             maintenance.republish(self._dsn, self.origin)
         self.stale.tried(found, found)
         return list(found)
+
+
+def _lsn(text: bytes | None) -> int:
+    assert text is not None
+    return parse_lsn(text.decode())
