@@ -16,6 +16,7 @@ from cli.console import CommandFailedError, InterruptedBySignalError, note, prin
 from cli.create import create
 from cli.delete import delete
 from cli.demo.command import demo
+from cli.divergence import divergence
 from cli.doctor import doctor
 from cli.files import files
 from cli.history import history
@@ -71,6 +72,7 @@ app.command()(doctor)
 app.command()(files)
 app.command()(verify)
 app.command()(resync)
+app.add_typer(divergence, name="divergence")
 app.command()(backup)
 app.command()(restore)
 app.command()(demo)

@@ -40,6 +40,17 @@ class Export:
     file: DivergenceFile
 
 
+def node_of(name: str) -> int:
+    """Return the CID of the node that has a stretch of this name.
+
+    Raises:
+        ConfigError: when it is none.
+    """
+    if not _ID.fullmatch(name):
+        raise ConfigError(f"{name!r:.80} is no divergence", hint="`pmgcm divergence list` shows what there is")
+    return int(name.split("-")[1])
+
+
 class Draft:
     """An export in the making.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from pmgsync.agent import row_checks
+from pmgsync.agent import divergence_reads, row_checks
 from pmgsync.agent.serving import Serving
 from pmgsync.agent.worker import REPORT_S, Worker
 from pmgsync.config import NodeConfig
+from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError, ProtocolError
 from pmgsync.postgres.copy.take import take_chain_snapshot, take_database_snapshot
 from pmgsync.postgres.setup.facts import read_facts, read_node
@@ -40,7 +41,7 @@ class SnapshotWorker(Worker):
 
     def session(self, link: BrokerLink) -> None:
         """Answer calls until something ends the session."""
-        link.send({"op": "serve", "methods": ["snapshot", "facts", *row_checks.METHODS]})
+        link.send({"op": "serve", "methods": ["snapshot", "facts", *row_checks.METHODS, divergence_reads.METHOD]})
         waiter = Waiter(link.socket, wakeup=self.wakeup)
         try:
             while True:
@@ -87,6 +88,10 @@ class SnapshotWorker(Worker):
         credit = int(message.get("credit", 0))
         if method in row_checks.METHODS:
             pieces = row_checks.answer_rows(method, args, self.config.dsn, self._profile)
+            self._serving[request] = Serving(pieces, credit, self.wakeup)
+            return
+        if method == divergence_reads.METHOD:
+            pieces = divergence_reads.answer_divergence(args, DivergenceFiles(self.config.state_dir))
             self._serving[request] = Serving(pieces, credit, self.wakeup)
             return
         facts, _ = read_node(self.config.dsn)

@@ -175,17 +175,20 @@ def first_line(what: Divergence, *, cluster: bytes, node: int, epoch: int, missi
 
 def change_line(change: Diverged) -> str:
     """Return the line of a change."""
-    return _dump(
-        {
-            "lsn": format_lsn(change.lsn),
-            "time": (_1970 + timedelta(microseconds=change.time)).isoformat(timespec="microseconds"),
-            "table": [_text(change.schema), _text(change.table)],
-            "kind": change.kind,
-            "key": _texts(change.key),
-            "old": None if change.old is None else _texts(change.old),
-            "new": None if change.new is None else _texts(change.new),
-        }
-    )
+    return _dump(change_map(change))
+
+
+def change_map(change: Diverged) -> dict[str, Any]:
+    """Return a change as its line has it."""
+    return {
+        "lsn": format_lsn(change.lsn),
+        "time": (_1970 + timedelta(microseconds=change.time)).isoformat(timespec="microseconds"),
+        "table": [_text(change.schema), _text(change.table)],
+        "kind": change.kind,
+        "key": _texts(change.key),
+        "old": None if change.old is None else _texts(change.old),
+        "new": None if change.new is None else _texts(change.new),
+    }
 
 
 def last_line(count: int) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from pmgsync.divergence_files import DivergenceFiles
 from tests.harness.cluster import Cluster, Node, eventually
+from tests.harness.command_line import refused
 from tests.harness.epochs import promote
 from tests.harness.schema import BANK_TABLES, STANDARD
 
@@ -86,5 +87,33 @@ def test_a_master_whose_database_never_stopped(new_cluster: Callable[..., Cluste
     assert any("pmgcm divergence" in text for text in texts)
     with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
         one.sql("INSERT INTO t VALUES (99, 'no')")
+    closed_up(one)
+    name = show_and_make_again(one, two)
+    cluster.wait(node=two)
+    cluster.assert_equal([*BANK_TABLES, "t"])
+    assert one.pmgcm("divergence", "drop", name, "--yes").stdout == f"{name} was removed\n"
+    assert one.pmgcm("divergence", "list").stdout == "nothing has diverged on this node\n"
+
+
+def show_and_make_again(one: Node, two: Node) -> str:
+    (file,) = json.loads(one.pmgcm("divergence", "list", "--json").stdout)["files"]
+    name = str(file["id"])
+    assert (file["changes"], file["tables"], file["missing"]) == (14, ["public.loose", "public.t"], "")
+    assert f"{name}  14 changes of node 1" in one.pmgcm("divergence", "list").stdout
+    assert "delete public.t (id=2)" in one.pmgcm("divergence", "show", name).stdout
+    assert len(one.pmgcm("divergence", "show", name, "--json").stdout.splitlines()) == 16
+    refused(one.pmgcm("divergence", "replay", name, check=False), "not permitted (not master)")
+    refused(one.pmgcm("divergence", "show", "1-2-3", check=False), "no divergence '1-2-3'", "divergence list")
+    refused(one.pmgcm("divergence", "drop", name, check=False), "--yes")
+    replayed = two.pmgcm("divergence", "replay", name, check=False)
+    assert replayed.returncode == 1 and "11 changes made, 3 not made" in replayed.stdout
+    assert "conflict: insert public.t (id=21)" in replayed.stdout and "of the new master" in replayed.stdout
+    assert two.content("t", "id, v").count('(21,"of the new master")') == 1
+    again = json.loads(two.pmgcm("divergence", "replay", name, "--force", "--json").stdout)
+    assert again["outcomes"] == {"forced": 3, "there": 11}
+    return name
+
+
+def closed_up(one: Node) -> None:
     modes = [path.stat().st_mode & 0o777 for path in Path(one.state_dir / "divergence").iterdir()]
     assert modes == [0o600] and (one.state_dir / "divergence").stat().st_mode & 0o777 == 0o700
