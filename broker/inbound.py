@@ -12,6 +12,7 @@ import zmq
 
 from broker.chains.chains import Chains
 from broker.heartbeats.heartbeat import Heartbeat
+from broker.leadership.splits import Splits, is_known
 from broker.members.calls import Calls
 from broker.members.link import MemberLink
 from broker.members.members import Members, peer
@@ -41,6 +42,7 @@ class Inbound:
         offer_document: Callable[[int, bytes], None],
         new_id: Callable[[], int],
         announced: Callable[[int, bytes], None],
+        splits: Splits,
     ) -> None:
         """Begin.
 
@@ -58,6 +60,7 @@ class Inbound:
         self._offer_document = offer_document
         self._new_id = new_id
         self._announced = announced
+        self._splits = splits
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -97,9 +100,12 @@ class Inbound:
         if heartbeat.cid != link.member.cid or heartbeat.cluster != document.cluster:
             raise ProtocolError("its heartbeat speaks for another node or cluster")
         self._members.heard(link, heartbeat)
-        version, other = (heartbeat.epoch, heartbeat.serial), heartbeat.master not in {0, document.master}
-        # Two masters of one epoch, one of them by force: which document counts does not show in its number.
-        if version > document.version or (other and heartbeat.epoch == document.epoch):
+        self._splits.heard(heartbeat.cid, heartbeat.epoch, heartbeat.master)
+        version = heartbeat.epoch, heartbeat.serial
+        # An epoch that this node's history does not have, one of the two by force: which document counts does not show
+        # in its number, and it may be neither.
+        other = heartbeat.master != 0 and not is_known(document, heartbeat.epoch, heartbeat.master)
+        if version > document.version or other:
             link.send({"op": "document", "id": self._new_id()})
         self._chains.heard(heartbeat)
 

@@ -17,6 +17,7 @@ from broker.cluster.identity import own_member
 from broker.cluster.password import PamPassword
 from broker.cluster.state_directory import StateDirectory
 from broker.cluster.tokens import Tokens
+from broker.leadership.splits import Splits
 from broker.leadership.voter import Voter
 from broker.members.calls import Send
 from broker.net import sockets
@@ -32,7 +33,7 @@ from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, cuts_off, no_cluster
 from pmgsync.core.stretches import stretches_between
 from pmgsync.divergence_files import DivergenceFiles
-from pmgsync.errors import PmgsyncError
+from pmgsync.errors import PmgsyncError, SplitBrainError
 from pmgsync.wire.messages import Message
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Broker:
         self._voter = Voter(self._state, keys)
         self._divergence = DivergenceFiles(config.state_dir)
         self._documents = Documents(self._state, keys, self._voter, leave=self._leave_behind)
+        self._splits = Splits(self._held_document, self._spread_split)
         self._zap = ZapHandler(self._context, self._loop, self._documents.cid_of_key)
         socket = sockets.bind_local(self._context, config.broker_socket)
         tokens = Tokens(time.monotonic)
@@ -82,6 +84,7 @@ class Broker:
             passwords=self._passwords,
             documents=self._documents,
             voter=self._voter,
+            splits=self._splits,
             conf_file=ConfFile(config),
             new_id=itertools.count(1).__next__,
         )
@@ -94,6 +97,7 @@ class Broker:
             admin=AdminRequests(self, tokens),
             workers=self._workers,
             membership=self._membership,
+            splits=self._splits.sides,
         )
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -172,6 +176,7 @@ class Broker:
                     self._resources, offer_document=self._offer_document, change_document=self._change_document
                 )
             part.follow_document(cut=cut, renewed=self._resources.keys.current is not keys)
+        self._splits.follow_document()
         self._local.spread_document()
         if part is not None and self._participation is part:
             part.lease.follow_document()
@@ -188,11 +193,21 @@ class Broker:
         return signed
 
     def _offer_document(self, cid: int, data: bytes) -> None:
-        taken = self._documents.offer(data)
+        try:
+            taken = self._documents.offer(data)
+        except SplitBrainError:
+            self._splits.note(cid, SignedDocument.unpack(data))
+            raise
         if taken is not None:
             self._put_in_force(taken)
         elif self._documents.replaces(data):
             self._part().answer_offer(cid)
+
+    def _spread_split(self) -> None:
+        self._local.spread_document()
+
+    def _held_document(self) -> ClusterDocument | None:
+        return self._documents.signed.document if self._documents.signed is not None else None
 
     def _leave_behind(self, held: ClusterDocument, taken: ClusterDocument) -> None:
         """Write down what this node may have that does not count under the document that it is about to take.
@@ -256,6 +271,15 @@ class Broker:
         self._documents.refuse_to_leave()
         self._put_in_force(None)
         self._documents.leave()
+
+    def decide_split(self, *, dry: bool) -> dict[str, Any]:
+        """Keep this side of a split, on its master; `dry`: only say what would be."""
+        self._documents.master_document()
+        document = self._splits.decision(self._documents.cid, self._voter.record.epoch)
+        result = {"epoch": document.epoch, "problem": self._splits.problem()}
+        if not dry:
+            self._put_in_force(self._documents.change(document))
+        return result
 
     def delete_member(self, cid: int) -> None:
         """Remove a member, on the master only."""

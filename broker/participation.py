@@ -28,6 +28,7 @@ from broker.inbound import Inbound
 from broker.journal.retention import Limits
 from broker.leadership.asking import Asking
 from broker.leadership.lease import LeaseKeeper, Surroundings
+from broker.leadership.splits import Splits
 from broker.leadership.survey import Survey
 from broker.leadership.voter import Voter
 from broker.members.calls import Calls, End
@@ -71,6 +72,7 @@ class Resources:
     passwords: PamPassword
     documents: Documents
     voter: Voter
+    splits: Splits
     conf_file: ConfFile
     new_id: Callable[[], int]
 
@@ -215,6 +217,7 @@ class Participation:
             offer_document=offer_document,
             new_id=resources.new_id,
             announced=partial(tell_announcement, sessions),
+            splits=resources.splits,
         )
         self.health = Health(
             self.cid,
@@ -227,6 +230,7 @@ class Participation:
             joining=self._joiners.progress,
             conf_problem=lambda: resources.conf_file.problem,
             voting_problem=lambda: resources.voter.problem,
+            split_problem=resources.splits.problem,
             lease=self.lease.status,
         )
 

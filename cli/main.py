@@ -14,6 +14,7 @@ import typer
 from cli.backup import backup
 from cli.console import CommandFailedError, InterruptedBySignalError, note, print_error
 from cli.create import create
+from cli.decide import decide
 from cli.delete import delete
 from cli.demo.command import demo
 from cli.divergence import divergence
@@ -73,6 +74,7 @@ app.command()(files)
 app.command()(verify)
 app.command()(resync)
 app.add_typer(divergence, name="divergence")
+app.command()(decide)
 app.command()(backup)
 app.command()(restore)
 app.command()(demo)

@@ -23,7 +23,7 @@ from pmgsync.private_files import sync_directory, write_private
 DIRECTORY = "divergence"
 MAX_LINE = 64 << 10
 PENDING, EXPORT = ".json", ".jsonl"
-_ID = re.compile(r"\d+-\d+-\d+-[0-9a-f]{4}-[0-9a-f]+")
+_ID = re.compile(r"\d+-\d+-\d+-[0-9a-f]{4}-[0-9a-f]+(-gained)?")
 
 
 @dataclass(frozen=True, slots=True)

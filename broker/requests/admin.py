@@ -34,6 +34,9 @@ class Node(Protocol):
     def leave_cluster(self) -> None:
         """Forget the cluster; not on a master that others need."""
 
+    def decide_split(self, *, dry: bool) -> dict[str, Any]:
+        """Keep this side of a split, on its master; `dry`: only say what would be."""
+
     def delete_member(self, cid: int) -> None:
         """Remove a member, on the master only."""
 
@@ -82,6 +85,10 @@ class AdminRequests:
                 self._node.enter_cluster(SignedDocument.unpack(attachments[0]))
             case "cluster.leave":
                 self._node.leave_cluster()
+            case "split.decide":
+                result = self._node.decide_split(dry=message.get("dry") is not False)
+                send({"op": "done", "id": number(message, "id"), "result": result}, ())
+                return True
             case "member.delete":
                 self._node.delete_member(number(message, "cid"))
             case "member.update":

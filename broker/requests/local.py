@@ -40,6 +40,7 @@ class LocalRequests:
         admin: Handler,
         workers: Callable[[], Handler],
         membership: Callable[[], tuple[int, SignedDocument | None]],
+        splits: Callable[[], Mapping[int, int]],
     ) -> None:
         """Begin.
 
@@ -47,6 +48,7 @@ class LocalRequests:
             admin: serves what is possible with and without a cluster.
             workers: returns who serves the rest; raises MembershipError when no cluster is defined.
             membership: returns this node's CID and the document in force; 0 and None when no cluster is defined.
+            splits: returns who is on another side of a split, and that side's newest epoch.
         """
         self._socket = socket
         self._loop = loop
@@ -54,6 +56,7 @@ class LocalRequests:
         self._admin = admin
         self._workers = workers
         self._membership = membership
+        self._splits = splits
         loop.add_socket(socket, self._receive)
 
     def close(self) -> None:
@@ -66,7 +69,11 @@ class LocalRequests:
         cid, signed = self._membership()
         parts = (signed.pack(),) if signed is not None else ()
         for session in self._sessions.workers():
-            self._sessions.send(session.identity, {"op": "document", "id": 0, "cid": cid}, parts)
+            message = {"op": "document", "id": 0, "cid": cid, "split": self._split()}
+            self._sessions.send(session.identity, message, parts)
+
+    def _split(self) -> list[list[int]]:
+        return [[cid, epoch] for cid, epoch in self._splits().items()]
 
     def _receive(self, parts: list[zmq.Frame]) -> None:
         identity = parts[0].bytes
@@ -121,6 +128,7 @@ class LocalRequests:
             "cid": cid,
             "epoch": signed.document.epoch if signed else 0,
             "serial": signed.document.serial if signed else 0,
+            "split": self._split(),
         }
         self._sessions.send(session.identity, message, (signed.pack(),) if signed is not None else ())
 

@@ -42,6 +42,7 @@ class Health:
         joining: Callable[[int], Mapping[str, Any] | None],
         conf_problem: Callable[[], str],
         voting_problem: Callable[[], str],
+        split_problem: Callable[[], str],
         lease: Callable[[], dict[str, Any]],
     ) -> None:
         """Begin.
@@ -50,6 +51,7 @@ class Health:
             document: returns the cluster document in force.
             lease: returns what there is to say of the master's lease.
             conf_problem, voting_problem: return what is wrong with cluster.conf, and with the record of votes.
+            split_problem: returns a sentence while another side of the cluster has a master of its own.
         """
         self._cid = cid
         self._config = config
@@ -61,6 +63,7 @@ class Health:
         self._joining = joining
         self._conf_problem = conf_problem
         self._voting_problem = voting_problem
+        self._split_problem = split_problem
         self._lease = lease
         self._divergence = DivergenceFiles(config.state_dir)
         self._since = time.monotonic()
@@ -128,6 +131,9 @@ class Health:
                 self._judge_member(link, alerts)
         if self._chains.journals.failure is not None:
             error = str(self._chains.journals.failure)
+        if split := self._split_problem():
+            alerts.append({"kind": "split", "text": split})
+            error = split
         error = error or self._missing(document) or self._closed()
         return "S" if synchronising else "A", error, alerts
 

@@ -126,6 +126,7 @@ class ApplyWorker(Worker):
             members=self._members,
             stale=self._stale,
             waits=self.config.synchronous_commit,
+            elsewhere=lambda: self.split.get(self.origin, 0),
             holds=self._holds,
         )
         try:

@@ -144,7 +144,8 @@ class DivergenceWorker(Worker):
         if self.document.master == self.cid:
             publish_again(self.config.dsn, tables)
             return
-        before = stretch.origin if stretch.origin != self.cid else 0
+        # What comes of the master's own chain is left out until the copy is there, which has all that was before.
+        before = stretch.origin if stretch.origin not in {self.cid, self.document.master} else 0
         fetch_from_master(self.config.dsn, self.document.master, tables, before=before, fork=stretch.after)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pmgsync.core.changes import expanded, transactions
 from pmgsync.core.divergence import MastersRows, change_line, diverged_changes, first_line, last_line
 from pmgsync.core.document import ClusterDocument
-from pmgsync.core.forks import judge
+from pmgsync.core.forks import Standing, judge
 from pmgsync.core.frames import Frame, read_frames, unpack_body
 from pmgsync.core.positions import Position, format_lsn
 from pmgsync.core.profile import Profile
@@ -104,7 +104,7 @@ class Export:
                     tables[done] = None
                 count = draft.lines - 1
             draft.write(last_line(count))
-            if count or lost:
+            if (count or lost) and not stretch.gained:
                 draft.keep()
         log.warning("action=exported stretch=%s changes=%d tables=%d lost=%s", stretch.id, count, len(tables), lost)
         return list(tables), lost
@@ -133,7 +133,7 @@ class Export:
                 half = 0
             for piece in transactions(unpack_body(frame.body)):
                 lsn = piece.commit.commit_lsn if piece.commit is not None else frame.here.lsn
-                if not stretch.after < lsn <= stretch.upto or not self._diverges(frame, lsn):
+                if not stretch.after < lsn <= stretch.upto or self._counts(frame, lsn) is not stretch.gained:
                     continue
                 time = piece.commit.commit_time_us if piece.commit is not None else frame.header.commit_time
                 for change in diverged_changes(expanded(piece.changes), lsn, time, rows):
@@ -141,7 +141,7 @@ class Export:
                     if change.table:
                         yield change.schema, change.table
 
-    def _diverges(self, frame: Frame, lsn: int) -> bool:
+    def _counts(self, frame: Frame, lsn: int) -> bool:
         header, history = frame.header, self._document.history
         verdict = judge(
             history,
@@ -151,7 +151,7 @@ class Export:
             incarnation=header.incarnation,
             lsn=lsn,
         )
-        return verdict.standing.diverges
+        return verdict.standing is Standing.COUNTS
 
     def _frames(self, stretch: Stretch, after: Position) -> Iterator[Frame]:
         assert stretch.upto is not None

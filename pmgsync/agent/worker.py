@@ -38,6 +38,7 @@ class Worker(ABC):
     """One worker process. A subclass works in `session`, which is begun again whenever it ends with an error.
 
     Attributes:
+        split: members on the other side of a split, and that side's newest epoch, as of the session's start.
         state, alerts, counters, trees: what the next report says (PROTOCOL.md, section 10).
         standing_error: what is wrong with a part of the work while the rest goes on; None when nothing is.
     """
@@ -49,6 +50,7 @@ class Worker(ABC):
         self.link: BrokerLink | None = None
         self.cid = 0
         self.signed: SignedDocument | None = None
+        self.split: dict[int, int] = {}
         self.state = "A"
         self.alerts: list[dict[str, str]] = []
         self.counters: dict[str, int] = {}
@@ -143,6 +145,8 @@ class Worker(ABC):
             data = attachments[0] if attachments else b""
             if not self.keeps_session(data):
                 raise SessionOverError("the cluster document has changed")
+            if _read_split(message) != self.split:
+                raise SessionOverError("a split of the cluster has begun, or is over")
         elif message["op"] == "error":
             if message.get("id") == 0 and message.get("error") == UnreachableError.code:
                 raise SessionOverError(str(message.get("message")))
@@ -192,6 +196,7 @@ class Worker(ABC):
             if not welcome["cid"] or not parts:
                 raise MembershipError("no cluster defined")
             self.cid, self.signed = welcome["cid"], SignedDocument.unpack(parts[0])
+            self.split = _read_split(welcome)
         except PmgsyncError:
             link.close()
             raise
@@ -201,6 +206,10 @@ class Worker(ABC):
         if self.link is not None:
             self.link.close()
             self.link = None
+
+
+def _read_split(message: Message) -> dict[int, int]:
+    return {int(cid): int(epoch) for cid, epoch in message.get("split", [])}
 
 
 def _jitter() -> float:

@@ -36,6 +36,8 @@ class Stretch:
         exported: the changes are in the file, if there are any; what is left is to fetch the tables.
         tables: schema and name of those that were touched.
         lost: the journal did not have all of it: any table of the master's may have been touched.
+        gained: the other way round: it did not count and does now, so its changes were left out here. There is nothing
+            to export; the tables are fetched.
     """
 
     node: int
@@ -48,11 +50,13 @@ class Stretch:
     exported: bool = False
     tables: tuple[TableName, ...] = ()
     lost: bool = False
+    gained: bool = False
 
     @property
     def id(self) -> str:
         """Its name for people and files; no other node has one of the same name."""
-        return f"{self.epoch}-{self.node}-{self.origin}-{self.incarnation & 0xFFFF:04x}-{self.after:x}"
+        place = f"{self.origin}-{self.incarnation & 0xFFFF:04x}-{self.after:x}"
+        return f"{self.epoch}-{self.node}-{place}{'-gained' if self.gained else ''}"
 
     @property
     def what(self) -> Divergence:
@@ -83,6 +87,7 @@ class Stretch:
                 "exported": self.exported,
                 "tables": [[part.decode("utf-8", "surrogateescape") for part in table] for table in self.tables],
                 "lost": self.lost,
+                "gained": self.gained,
             }
         ).encode()
 
@@ -108,6 +113,7 @@ class Stretch:
                 value["exported"] is True,
                 tuple((_raw(schema), _raw(name)) for schema, name in value["tables"]),
                 value["lost"] is True,
+                value["gained"] is True,
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ProtocolError(f"a stretch of a chain cannot be read ({type(error).__name__})") from error
@@ -122,11 +128,21 @@ def stretches_between(
 ) -> tuple[Stretch, ...]:
     """Return what counted under the history held and does not under the one to be taken, however much of it is here.
 
+    Where histories part, after a split, also what counts now of other nodes and did not.
+
     Args:
         node: CID of this node.
         lives: the incarnations of each chain that are known here, by origin; those that the histories name are too.
     """
-    found = []
+    found = _lost(old, new, node, lives)
+    if new[: len(old)] != old[: len(new)]:
+        gained = _lost(new, old, node, lives)
+        found += [replace(one, epoch=new[-1].epoch, gained=True) for one in gained if one.origin != node]
+    return tuple(found)
+
+
+def _lost(old: Sequence[Epoch], new: Sequence[Epoch], node: int, lives: Mapping[int, Collection[int]]) -> list[Stretch]:
+    found: list[Stretch] = []
     for origin in sorted({entry.master for entry in old}):
         for incarnation in sorted({*lives.get(origin, ()), *_named(old, origin), *_named(new, origin)}):
             pieces = diverged(old, new, origin=origin, incarnation=incarnation, have=Position(MAX_LSN))
@@ -134,7 +150,7 @@ def stretches_between(
                 Stretch(node, new[-1].epoch, piece.origin, piece.incarnation, piece.after, piece.upto)
                 for piece in pieces
             ]
-    return tuple(found)
+    return found
 
 
 def _named(history: Sequence[Epoch], origin: int) -> Iterable[int]:

@@ -94,10 +94,16 @@ def offer(node: Node, signed: SignedDocument, *, by: Node) -> None:
         context.term()
 
 
-def promote(master: Node, *, before: Node | None, voters: Iterable[Node], forced: bool = False) -> SignedDocument:
-    """Make a node the master of a new epoch, at the place that it has applied; its broker must run."""
+def promote(
+    master: Node, *, before: Node | None, voters: Iterable[Node], forced: bool = False, by: Node | None = None
+) -> SignedDocument:
+    """Make a node the master of a new epoch, at the place that it has applied; its broker must run.
+
+    Args:
+        by: the member in whose name the document is offered; None: another one of those named.
+    """
     signed = make_epoch(master, before=before, voters=voters, forced=forced)
-    offer(master, signed, by=next(one for one in [before, *voters] if one is not None and one is not master))
+    offer(master, signed, by=by or next(one for one in [before, *voters] if one is not None and one is not master))
     pass_sequences(master, signed.document.epoch)
     return signed
 

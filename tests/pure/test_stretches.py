@@ -26,6 +26,7 @@ stretches = st.builds(
     st.booleans(),
     st.lists(st.tuples(st.binary(), st.binary()), max_size=3).map(tuple),
     st.booleans(),
+    st.booleans(),
 )
 
 
@@ -61,3 +62,17 @@ def test_who_was_away_for_two_epochs_has_what_lies_between_its_times_as_master()
     assert stretches_between(TWO, BACK, node=1, lives={}) == (Stretch(1, 3, 2, 8, 50),), (
         "and the master in between what it wrote past its fork"
     )
+
+
+def test_where_histories_part_what_counts_now_was_left_out_by_the_other_side() -> None:
+    here = (*ONE, Epoch(2, 2, Fork(LIFE, 100), forced=True, start=Fork(8, 20)))
+    there = (*ONE, Epoch(2, 3, Fork(LIFE, 80), forced=True, start=Fork(9, 30)))
+    decided = (*there, Epoch(3, 3, forced=True, over=((2, 2),)))
+    found = stretches_between(here, decided, node=2, lives={})
+    assert [(one.origin, one.after, one.limit, one.gained) for one in found] == [
+        (1, 80, 100, False),
+        (2, 20, MAX_LSN, False),
+        (3, 30, MAX_LSN, True),
+    ]
+    assert len({one.id for one in found}) == 3 and {one.epoch for one in found} == {3}
+    assert not any(one.gained for one in stretches_between(here, decided, node=3, lives={}))
