@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import random
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from pmgsync.divergence_files import DivergenceFiles
 from tests.harness.cluster import Cluster, Node, eventually
 from tests.harness.command_line import refused
 from tests.harness.epochs import applied, own_end, promote
+from tests.harness.ledger import SCHEMA, TABLES, Ledger, Outcome, balance, write_profile
 from tests.harness.schema import BANK_TABLES, STANDARD
 
 pytestmark = pytest.mark.cluster
@@ -41,7 +45,7 @@ def opened(node: Node) -> Callable[[], bool]:
     return is_open
 
 
-def in_sync(cluster: Cluster, node: Node, within_s: float = 60.0) -> None:
+def in_sync(cluster: Cluster, node: Node, within_s: float = 60.0, tables: Sequence[str] = (*BANK_TABLES, "t")) -> None:
     """Wait until a node is in state A and nothing is pending on it, and compare all tables."""
 
     def done() -> bool:
@@ -54,7 +58,7 @@ def in_sync(cluster: Cluster, node: Node, within_s: float = 60.0) -> None:
     stale = "SELECT count(*)::int FROM pmgsync.stale_table WHERE kind <> 'none'"
     eventually(lambda: all(each.sql(stale) == [(0,)] for each in cluster.nodes), what="all is fetched")
     cluster.wait(node=node)
-    cluster.assert_equal([*BANK_TABLES, "t"])
+    cluster.assert_equal(tables)
 
 
 def test_a_master_whose_database_never_stopped(new_cluster: Callable[..., Cluster]) -> None:
@@ -95,6 +99,114 @@ def test_a_master_whose_database_never_stopped(new_cluster: Callable[..., Cluste
     assert one.pmgcm("divergence", "list").stdout == "nothing has diverged on this node\n"
 
 
+@pytest.mark.campaign
+def test_a_slave_that_is_ahead_of_the_new_master(new_cluster: Callable[..., Cluster], tmp_path: Path) -> None:
+    cluster = new_cluster(nodes=3, schema=SCHEMA, profile=write_profile(tmp_path))
+    one, two, three = cluster.nodes
+    one.sql("INSERT INTO configuration (key) VALUES ('all')")
+    cluster.wait()
+    two.stop()
+    one.sql("INSERT INTO configuration (key) VALUES ('ahead'); INSERT INTO mail VALUES (1, 1, 'ahead')")
+    eventually(lambda: three.content("mail", "key") == ["(ahead)"], what="the third node is ahead")
+    three.sql("INSERT INTO mail VALUES (3, 1, 'own')")
+    for node in (one, three):
+        node.stop()
+    one.sql("INSERT INTO configuration (key) VALUES ('late'); INSERT INTO mail VALUES (1, 2, 'late')")
+    two.start()
+    promote(two, before=one, voters=[one, two, three])
+    three.start()
+    one.start()
+
+    def written() -> bool:
+        try:
+            two.sql("INSERT INTO configuration (key) VALUES ('new')")
+        except psycopg2.errors.ReadOnlySqlTransaction:
+            return False
+        return True
+
+    eventually(written, what="the new master takes writes")
+    in_sync(cluster, three, tables=TABLES)
+    in_sync(cluster, one, tables=TABLES)
+    assert one.content("configuration", "key") == ["(all)", "(new)"]
+    assert one.content("mail", "key") == ["(ahead)", "(late)", "(own)"]
+    assert keys(three) == ["ahead"] and keys(one) == ["ahead", "late"] and keys(two) == []
+
+
+def keys(node: Node) -> list[str]:
+    return [each["new"]["key"] for each in exported(node)]
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_there_and_back_again_while_clients_go_on(
+    new_cluster: Callable[..., Cluster], tmp_path: Path, nodes: int
+) -> None:
+    cluster = new_cluster(nodes=nodes, schema=SCHEMA, profile=write_profile(tmp_path))
+    one, two = cluster.nodes[:2]
+    with Ledger(cluster) as ledger:
+        for master, other, cid in ((two, one, 2), (one, two, 1)):
+            before = 3 - cid
+            begun = time.time()
+            eventually(partial(ledger.acknowledged_since, before, begun), what="the master takes writes")
+            other.kill("agent")
+            other.kill("broker")
+            count = len(ledger.of("mail", Outcome.ACKNOWLEDGED, before))
+            eventually(partial(more_mail, ledger, before, count + 20), what="its database goes on")
+            promote(master, before=other, voters=cluster.nodes)
+            begun = time.time()
+            other.start()
+            eventually(partial(ledger.acknowledged_since, cid, begun), what="the new master takes writes")
+            returned(other)
+    in_sync(cluster, one, tables=TABLES)
+    account = balance(cluster, ledger, {key for node in cluster.nodes for key in keys(node)})
+    print(account)
+    assert account.lost == () and account.exported > 0
+
+
+def more_mail(ledger: Ledger, cid: int, count: int) -> bool:
+    return len(ledger.of("mail", Outcome.ACKNOWLEDGED, cid)) > count
+
+
+def returned(node: Node) -> None:
+    """Wait until a node has worked off what does not count, and is in step."""
+
+    def done() -> bool:
+        well = all(each["state"] == "A" for each in node.status()["nodes"])
+        return well and not DivergenceFiles(node.state_dir).pending()
+
+    eventually(done, within_s=60.0, what=f"{node.name} is a slave in sync")
+
+
+@pytest.mark.campaign
+def test_killed_while_it_exports(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(nodes=2, schema=STANDARD)
+    one, two = cluster.nodes
+    one.kill("agent")
+    one.kill("broker")
+    one.sql("INSERT INTO t SELECT n, repeat('late', 20) FROM generate_series(1, 20000) AS n")
+    one.sql("INSERT INTO t VALUES (50000, 'last')")
+    promote(two, before=one, voters=[one, two])
+    eventually(opened(two), what="the new master takes writes")
+    one.start()
+    pick, kills = random.Random(7), 0
+    files = DivergenceFiles(one.state_dir)
+    eventually(files.path.exists, what="a stretch is noted")
+    while files.pending() and kills < 12:
+        what = pick.choice(["divergence", "apply:2", "broker"])
+        worker = one.workers().get(what)
+        if worker is not None:
+            worker.kill()
+        elif what == "broker":
+            one.kill("broker")
+            one.start()
+        kills += 1
+        time.sleep(pick.uniform(0.1, 0.8))
+    in_sync(cluster, one)
+    assert [each["new"]["id"] for each in exported(one)] == [*map(str, range(1, 20001)), "50000"]
+    assert kills > 1
+
+
+@pytest.mark.campaign
 def test_two_sides_that_were_forced_meet_and_one_is_decided_for(new_cluster: Callable[..., Cluster]) -> None:
     cluster = new_cluster(nodes=3, schema=STANDARD)
     one, two, three = cluster.nodes
