@@ -16,7 +16,7 @@ import pytest
 from pmgsync.divergence_files import DivergenceFiles
 from tests.harness.cluster import Cluster, Node, eventually
 from tests.harness.command_line import refused
-from tests.harness.epochs import applied, own_end, promote
+from tests.harness.epochs import applied, held, own_end, promote
 from tests.harness.ledger import SCHEMA, TABLES, Ledger, Outcome, balance, write_profile
 from tests.harness.schema import BANK_TABLES, STANDARD
 
@@ -104,6 +104,7 @@ def test_a_slave_that_is_ahead_of_the_new_master(new_cluster: Callable[..., Clus
     cluster = new_cluster(nodes=3, schema=SCHEMA, profile=write_profile(tmp_path))
     one, two, three = cluster.nodes
     one.sql("INSERT INTO configuration (key) VALUES ('all')")
+    eventually(partial(all_are_members, cluster), what="all are members, and know it")
     cluster.wait()
     two.stop()
     one.sql("INSERT INTO configuration (key) VALUES ('ahead'); INSERT INTO mail VALUES (1, 1, 'ahead')")
@@ -143,6 +144,7 @@ def test_there_and_back_again_while_clients_go_on(
 ) -> None:
     cluster = new_cluster(nodes=nodes, schema=SCHEMA, profile=write_profile(tmp_path))
     one, two = cluster.nodes[:2]
+    eventually(partial(all_are_members, cluster), what="all are members, and know it")
     with Ledger(cluster) as ledger:
         for master, other, cid in ((two, one, 2), (one, two, 1)):
             before = 3 - cid
@@ -161,6 +163,11 @@ def test_there_and_back_again_while_clients_go_on(
     account = balance(cluster, ledger, {key for node in cluster.nodes for key in keys(node)})
     print(account)
     assert account.lost == () and account.exported > 0
+
+
+def all_are_members(cluster: Cluster) -> bool:
+    found = [held(node).document for node in cluster.nodes]
+    return len(set(found)) == 1 and not found[0].joining and (len(cluster.nodes) < 3 or found[0].fence == "lease")
 
 
 def more_mail(ledger: Ledger, cid: int, count: int) -> bool:
