@@ -52,6 +52,9 @@ log = logging.getLogger(__name__)
 
 CONFIRM_S = 1.0
 """So often a node whose copy is in place says so to the master, until the document calls it a member."""
+HEAR_MEMBERS_S = 1.5
+"""For so long after its start a master waits for the members' heartbeats before its chain is opened."""
+ASKED_AGAIN_S = 0.05
 CUT_LINGER_MS = 200
 """So long the document that removes a member may still be sent to it: it should not learn that by silence."""
 
@@ -118,6 +121,8 @@ class Participation:
         self._change_document = change_document
         self._new_id = resources.new_id
         self._confirm_at = 0.0
+        self._since = time.monotonic()
+        self._is_closed = False
         self._members = Members(resources.context, resources.loop, resources.keys, self.cid)
         self._rekeying = Rekeying(
             resources.state,
@@ -170,6 +175,8 @@ class Participation:
             self._shared,
             announce=lambda data: self.publish(b"t", data),
             lease_told=lambda number, guarded: self.lease.agent_told(number, guarded=guarded),
+            later=partial(self._later, resources.loop),
+            knows_epoch=self._knows_epoch,
         )
         self.lease = LeaseKeeper(
             self.cid,
@@ -300,12 +307,27 @@ class Participation:
     def _is_master(self) -> bool:
         return self._signed.document.master == self.cid
 
+    def _knows_epoch(self) -> bool:
+        """Return False on a master that has just begun, until the members have been heard, or are taken to be away.
+
+        One that was replaced while it was away must know that before it publishes.
+        """
+        if not self._is_master or time.monotonic() - self._since >= HEAR_MEMBERS_S:
+            return True
+        epoch = self._signed.document.epoch
+        links = [link for link in self._members if link.member.votes]
+        return all(link.heartbeat is not None and link.heartbeat.epoch <= epoch for link in links)
+
+    def _later(self, loop: Loop, run: Callable[[], None]) -> None:
+        loop.once(ASKED_AGAIN_S, lambda: None if self._is_closed else run())
+
     def _close_members_ports(self) -> None:
         self._ports.events.close(linger_ms=CUT_LINGER_MS)
         self._ports.control.close(linger_ms=CUT_LINGER_MS)
 
     def close(self) -> None:
         """Leave: end all connections and write what was accepted to the journals."""
+        self._is_closed = True
         self._rekeying.close()
         self._members.close()
         self._close_members_ports()

@@ -10,7 +10,7 @@ from broker.heartbeats.heartbeat import Applied
 from broker.members.calls import Calls, Send
 from broker.members.members import Members
 from broker.requests.sessions import Session, Sessions
-from broker.requests.shared import SharedRequests, frame_sender, number
+from broker.requests.shared import SharedRequests, answer_error, frame_sender, number
 from pmgsync.core.positions import Position
 from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError, UnknownChainError, UnreachableError
 from pmgsync.wire.messages import Message, error_map
@@ -35,12 +35,17 @@ class WorkerRequests:
         *,
         announce: Callable[[bytes], None],
         lease_told: Callable[[int, bool], None],
+        later: Callable[[Callable[[], None]], None],
+        knows_epoch: Callable[[], bool],
     ) -> None:
         """Begin.
 
         Args:
             announce: publishes what the files worker says of this node's trees.
             lease_told: takes the number of a deadline that the lease worker has written, and whether the guard stands.
+            later: calls a function in a moment.
+            knows_epoch: says whether the members have been heard since the start, so that a master that was replaced
+                meanwhile knows it.
         """
         self._cid = cid
         self._chains = chains
@@ -50,6 +55,8 @@ class WorkerRequests:
         self._shared = shared
         self._announce = announce
         self._lease_told = lease_told
+        self._later = later
+        self._knows_epoch = knows_epoch
 
     def handle(self, session: Session, send: Send, message: Message, attachments: Sequence[bytes]) -> bool:
         """Handle a request; False when it is none of these.
@@ -93,12 +100,21 @@ class WorkerRequests:
         return True
 
     def _open_chain(self, send: Send, message: Message) -> None:
+        if not self._knows_epoch():
+            self._later(lambda: self._open_chain_later(send, message))
+            return
         incarnation, start = number(message, "incarnation"), number(message, "start")
         position = self._chains.open_own(incarnation, start, message.get("snapshot") is True)
         durable, watermark = self._chains.own.safe()
         opened = {"op": "chain.opened", "id": number(message, "id"), "position": list(position)}
         send({**opened, "watermark": watermark}, ())
         tell_durable(self._sessions, durable, watermark)
+
+    def _open_chain_later(self, send: Send, message: Message) -> None:
+        try:
+            self._open_chain(send, message)
+        except PmgsyncError as error:
+            answer_error(send, message, error)
 
     def _open_apply(self, session: Session, send: Send, message: Message) -> None:
         request, origin = number(message, "id"), number(message, "origin")

@@ -75,8 +75,12 @@ def test_a_master_whose_database_never_stopped(new_cluster: Callable[..., Cluste
     two.sql("INSERT INTO t VALUES (21, 'of the new master'); UPDATE t SET v = 'new' WHERE id = 3")
     two.sql("UPDATE account SET balance = balance + 1 WHERE id = 1")
     one.sql("INSERT INTO t VALUES (31, 'later still')")
+    began = len(one.log("agent"))
     one.start()
     in_sync(cluster, one)
+    learnt = next(line for line in one.log("broker").splitlines() if "action=document cid=1 epoch=2" in line)
+    published = next(line for line in one.log("agent")[began:].splitlines() if "action=capture" in line)
+    assert learnt[:23] < published[:23], "it learns of the epoch before it publishes"
     done = [(each["kind"], each["table"][1], each["key"].get("id") or each["new"]["b"]) for each in exported(one)]
     inserted = [("insert", "t", str(n)) for n in range(21, 31)]
     assert done == [
