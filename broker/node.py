@@ -215,6 +215,9 @@ class Broker:
         Raises:
             ConfigError: when it cannot be written: then the document is not taken.
         """
+        member = held.member(self._documents.cid)
+        if member is None or member.role == "witness":
+            return  # it has no database
         lives = self._participation.lives() if self._participation is not None else {}
         found = stretches_between(held.history, taken.history, node=self._documents.cid, lives=lives)
         self._divergence.note(found)
@@ -264,6 +267,7 @@ class Broker:
 
     def enter_cluster(self, signed: SignedDocument) -> None:
         """Take the place that a master has given this node."""
+        self._divergence.forget_pending()
         self._put_in_force(self._documents.enter(signed))
 
     def leave_cluster(self) -> None:
@@ -271,6 +275,7 @@ class Broker:
         self._documents.refuse_to_leave()
         self._put_in_force(None)
         self._documents.leave()
+        self._divergence.forget_pending()
 
     def decide_split(self, *, dry: bool) -> dict[str, Any]:
         """Keep this side of a split, on its master; `dry`: only say what would be."""

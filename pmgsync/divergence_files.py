@@ -139,6 +139,15 @@ class DivergenceFiles:
         """
         self._remove(self._pending(stretch))
 
+    def forget_pending(self) -> None:
+        """Forget all stretches, for this node is not in the cluster any more that they are of; exports stay.
+
+        Raises:
+            ConfigError: when a file cannot be removed.
+        """
+        for path in self._paths(PENDING):
+            self._remove(path)
+
     def _pending(self, stretch: Stretch) -> Path:
         return self.path / f"{stretch.id}{PENDING}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -53,7 +54,9 @@ def in_sync(cluster: Cluster, node: Node, within_s: float = 60.0, tables: Sequen
             each["state"] == "A" for each in node.status()["nodes"]
         )
 
+    begun = time.monotonic()
     eventually(done, within_s=within_s, what=f"{node.name} is a slave in sync")
+    print(f"{node.name} was a slave in sync after {time.monotonic() - begun:.1f} s")
     cluster.wait(node=node)
     stale = "SELECT count(*)::int FROM pmgsync.stale_table WHERE kind <> 'none'"
     eventually(lambda: all(each.sql(stale) == [(0,)] for each in cluster.nodes), what="all is fetched")
@@ -186,6 +189,25 @@ def returned(node: Node) -> None:
         return well and not DivergenceFiles(node.state_dir).pending()
 
     eventually(done, within_s=60.0, what=f"{node.name} is a slave in sync")
+
+
+@pytest.mark.campaign
+def test_a_journal_that_is_lost_is_said_to_be(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(nodes=2, schema=STANDARD)
+    one, two = cluster.nodes
+    one.sql("INSERT INTO t SELECT n, 'both' FROM generate_series(1, 20) AS n")
+    cluster.wait()
+    one.stop()
+    one.sql("INSERT INTO t VALUES (21, 'late'); UPDATE loose SET a = 5; DELETE FROM account WHERE id = 3")
+    promote(two, before=one, voters=[one, two])
+    eventually(opened(two), what="the new master takes writes")
+    shutil.rmtree(one.state_dir / "journal")
+    one.start()
+    in_sync(cluster, one)
+    (file,) = json.loads(one.pmgcm("divergence", "list", "--json").stdout)["files"]
+    assert "the journal has nothing" in file["missing"] and file["changes"] == 0
+    texts = [alert["text"] for alert in one.node_status(1)["alerts"] if alert["kind"] == "divergence"]
+    assert any("the journal has nothing" in text for text in texts)
 
 
 @pytest.mark.campaign
