@@ -143,6 +143,10 @@ class Inbound:
             case other:
                 raise UnknownOperationError(f"the operation {other!r:.40} is not known here")
 
+    def connected(self, link: MemberLink) -> None:
+        """Ask at once for what is missing."""
+        self._chains.connected()
+
     def connection_lost(self, link: MemberLink) -> None:
         """End what was asked of a member and will not be answered any more."""
         self._chains.connection_lost(link.member.cid)

@@ -350,7 +350,7 @@ class Broker:
 def _ports(context: zmq.Context[Socket], loop: Loop, config: NodeConfig) -> Ports:
     control = {"max_bytes": sockets.CONTROL_MAX_BYTES, "hwm": sockets.CONTROL_HWM}
     return Ports(
-        events=Port(context, loop, zmq.PUB, MEMBERS_DOMAIN, config.address, config.events_port, "events"),
+        events=Port(context, loop, zmq.XPUB, MEMBERS_DOMAIN, config.address, config.events_port, "events"),
         control=Port(
             context, loop, zmq.ROUTER, MEMBERS_DOMAIN, config.address, config.control_port, "control", **control
         ),

@@ -55,6 +55,11 @@ CONFIRM_S = 1.0
 HEAR_MEMBERS_S = 1.5
 """For so long after its start a master waits for the members' heartbeats before its chain is opened."""
 ASKED_AGAIN_S = 0.05
+SUBSCRIBED = b"\x01"
+"""What a subscription begins with."""
+SUBSCRIBED_BEAT_S = 0.01
+"""Seconds after which a heartbeat follows a subscription; one for all that subscribe meanwhile. Without it the first
+frames came up to a second after a connection was there again."""
 CUT_LINGER_MS = 200
 """So long the document that removes a member may still be sent to it: it should not learn that by silence."""
 
@@ -123,6 +128,8 @@ class Participation:
         self._confirm_at = 0.0
         self._since = time.monotonic()
         self._is_closed = False
+        self._loop = resources.loop
+        self._beats_soon = False
         self._members = Members(resources.context, resources.loop, resources.keys, self.cid)
         self._rekeying = Rekeying(
             resources.state,
@@ -294,7 +301,7 @@ class Participation:
             ConfigError: when a port cannot be bound.
         """
         secret = self._keys.curve_secret
-        self._ports.events.open(secret)
+        self._ports.events.open(secret, self._subscribed)
         self._ports.control.open(secret, self._control.receive)
         if self._is_master:
             self._ports.join.open(secret, self._door.receive)
@@ -370,6 +377,17 @@ class Participation:
     def beat(self) -> None:
         """Publish a heartbeat."""
         self.publish(b"h", self.health.heartbeat().pack())
+
+    def _subscribed(self, parts: list[zmq.Frame]) -> None:
+        """Tell whoever has begun to listen where the chains are: it may have missed their ends."""
+        if parts[0].bytes[:1] == SUBSCRIBED and not self._beats_soon:
+            self._beats_soon = True
+            self._loop.once(SUBSCRIBED_BEAT_S, self._beat_soon)
+
+    def _beat_soon(self) -> None:
+        self._beats_soon = False
+        if not self._is_closed:
+            self.beat()
 
     def send_acks(self) -> None:
         """Tell the members how far chains are applied and on disk here, when that has changed."""

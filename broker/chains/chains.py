@@ -170,6 +170,11 @@ class Chains:
         for follower in list(self._followers.values()):
             follower.failed(request, error)
 
+    def connected(self) -> None:
+        """Note that one more member can be asked."""
+        for follower in self._followers.values():
+            follower.try_again()
+
     def connection_lost(self, cid: int) -> None:
         """Note that a member will not answer what was asked of it."""
         for follower in self._followers.values():

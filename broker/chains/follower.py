@@ -160,6 +160,11 @@ class Follower:
         else:
             self._give_credit()
 
+    def try_again(self) -> None:
+        """Ask for what is missing now: there is somebody to ask."""
+        self._retry_at = 0.0
+        self._fill_if_behind()
+
     def server_gone(self, cid: int) -> None:
         """Forget a replay by a member whose connection was replaced: it will not go on."""
         if self._replay is not None and self._replay.server == cid:

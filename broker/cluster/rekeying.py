@@ -176,8 +176,9 @@ class _Exchange:
         self._answered = False
         member = link.member
         self._connection = Connection(
-            context, loop, pair, member, zmq.DEALER, member.control, receive=self._receive, ended=lambda: None
-        )
+            context, loop, pair, member, zmq.DEALER, member.control,
+            receive=self._receive, begun=lambda: None, ended=lambda: None,
+        )  # fmt: skip
         # Both are queued until the connection stands. The offer comes first: who takes it may cut the connection.
         self._connection.socket.send_multipart([pack({"op": "offer"}), document])
         self._connection.socket.send(pack({"op": "document", "id": 1}))

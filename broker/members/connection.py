@@ -58,6 +58,7 @@ class Connection:
         port: int,
         *,
         receive: Callable[[list[zmq.Frame]], None],
+        begun: Callable[[], None],
         ended: Callable[[], None],
     ) -> None:
         self.problem = ""
@@ -69,6 +70,7 @@ class Connection:
         self._member = member
         self._where = f"{member.name} ({member.cid}) at {member.address}:{port}"
         self._loop = loop
+        self._begun = begun
         self._ended = ended
         self.socket = sockets.open_socket(
             context, kind, max_bytes=MAX_BODY, hwm=sockets.EVENTS_HWM if kind == zmq.SUB else sockets.CONTROL_HWM
@@ -127,6 +129,8 @@ class Connection:
         self._note(problem)
         if greeted and not self.established:
             self._ended()
+        elif self.established and not greeted:
+            self._begun()
 
     def _note(self, problem: str) -> None:
         if problem and problem != self.problem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import zmq
@@ -36,6 +37,9 @@ class Receiver(Protocol):
 
     def answer(self, link: MemberLink, parts: Sequence[zmq.Frame]) -> None:
         """Take a message on the control connection: it answers something that this node has asked."""
+
+    def connected(self, link: MemberLink) -> None:
+        """Note that the member can be asked for something."""
 
     def connection_lost(self, link: MemberLink) -> None:
         """Note that what was asked of the member will not be answered any more."""
@@ -170,7 +174,7 @@ class MemberLink:
             self._heard = time.monotonic()
             self._receiver.event(self, parts)
 
-        return self._open(zmq.SUB, self.member.events, receive, lambda: None)
+        return self._open(zmq.SUB, self.member.events, receive, lambda: None, lambda: None)
 
     def _open_control(self) -> Connection:
         self._asked, self._answered = None, time.monotonic()
@@ -179,11 +183,14 @@ class MemberLink:
             self._asked, self._answered = None, time.monotonic()
             self._receiver.answer(self, parts)
 
-        return self._open(zmq.DEALER, self.member.control, receive, self._control_ended)
+        begun = partial(self._receiver.connected, self)
+        return self._open(zmq.DEALER, self.member.control, receive, begun, self._control_ended)
 
     def _open(
-        self, kind: int, port: int, receive: Callable[[list[zmq.Frame]], None], ended: Callable[[], None]
-    ) -> Connection:
+        self, kind: int, port: int, receive: Callable[[list[zmq.Frame]], None], begun: Callable[[], None],
+        ended: Callable[[], None],
+    ) -> Connection:  # fmt: skip
         return Connection(
-            self._context, self._loop, self._keys.current, self.member, kind, port, receive=receive, ended=ended
-        )
+            self._context, self._loop, self._keys.current, self.member, kind, port,
+            receive=receive, begun=begun, ended=ended,
+        )  # fmt: skip

@@ -50,12 +50,12 @@ class Port:
         self._closed_at = -PATIENCE_S
         self._problem = ""
 
-    def open(self, secret_key: bytes, receive: Receive | None = None) -> None:
+    def open(self, secret_key: bytes, receive: Receive) -> None:
         """Bind the port unless it is bound; one that was closed here just now is left to the next call.
 
         Args:
             secret_key: the CURVE secret that this port serves with.
-            receive: called with every message that arrives; None for a socket that only sends.
+            receive: called with every message that arrives, on a port for events with every subscription.
 
         Raises:
             ConfigError: when it cannot be bound.
@@ -65,14 +65,15 @@ class Port:
         socket = sockets.open_socket(self._context, self._kind, max_bytes=self._max_bytes, hwm=self._hwm)
         if self._kind == zmq.ROUTER:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        elif self._kind == zmq.XPUB:
+            socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # tells of every subscriber, not only of the first
         try:
             sockets.serve(socket, secret_key, self._domain, self._address, self._number, self._purpose)
         except sockets.PortInUseError:
             if time.monotonic() - self._closed_at >= PATIENCE_S:
                 raise
             return
-        if receive is not None:
-            self._loop.add_socket(socket, receive)
+        self._loop.add_socket(socket, receive)
         self._socket = socket
 
     def try_open(self, secret_key: bytes, receive: Receive) -> None:

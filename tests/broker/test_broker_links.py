@@ -150,6 +150,34 @@ def _problems(broker: FaultyBroker) -> list[str]:
     return [error for error in errors if error and "not running" not in error]
 
 
+UNTIL_QUIET = """
+import os, sys
+from broker import main
+from broker.node import Broker
+beat = Broker._beat
+Broker._beat = lambda self: None if os.path.exists(sys.argv[-1] + ".quiet") else beat(self)
+main.run()
+"""
+
+
+def test_who_connects_again_learns_at_once_what_it_has_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No frame follows that would show the gap, and no heartbeat falls due."""
+    monkeypatch.setattr(FaultyBroker, "program", ("-c", UNTIL_QUIET))
+    with running_brokers(tmp_path, 2, proxied=True) as brokers:
+        source, receiver = BlockSource(brokers[0], random.Random(), blocks(40)), Receiver(brokers[1])
+        until(lambda: receiver.ledger.transactions, lambda: source.step(1), receiver.step)
+        for link in links_of(brokers):
+            link.each(Proxy.refuse)
+        for broker in brokers:
+            broker.config.with_name(f"{broker.config.name}.quiet").touch()
+        until(lambda: source.done, source.step, receiver.step)
+        assert len(receiver.ledger.transactions) < 40
+        for link in links_of(brokers):
+            link.heal()
+        until(lambda: len(receiver.ledger.transactions) == 40, source.step, receiver.step)
+        assert receiver.ledger.transactions == source.transactions
+
+
 def test_a_control_connection_that_a_flipped_bit_ended_is_made_anew(proxied: list[FaultyBroker]) -> None:
     """libzmq gives a connecting socket up for good after a damaged message, or where ZAP has denied it."""
     one, two = proxied

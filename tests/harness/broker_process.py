@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from broker.cluster.state_directory import StateDirectory
@@ -24,7 +25,13 @@ CLUSTER = b"0123456789abcdef"
 
 
 class Broker:
-    """A broker process with its state directory."""
+    """A broker process with its state directory.
+
+    Attributes:
+        program: what Python runs.
+    """
+
+    program: Sequence[str] = ("-m", "broker.main")
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name = name
@@ -48,7 +55,7 @@ class Broker:
     def start(self) -> None:
         with (self.config.with_suffix(".log")).open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "broker.main", "--config", str(self.config)], stdout=log, stderr=log
+                [sys.executable, *self.program, "--config", str(self.config)], stdout=log, stderr=log
             )
 
     def kill(self, number: int = signal.SIGKILL) -> None:
