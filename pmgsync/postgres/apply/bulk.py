@@ -11,8 +11,8 @@ triggers or rules fire all the same keep their place in the order. Each set must
 Anything unexpected fails the whole: the group is rolled back and done again with one statement a row, and if that fails
 too, one by one. Only what fails then is an error.
 
-Measured on 65 000 changes, CPU of the backend: mail 0.59 s before, 0.13 s after; TPC-B 1.21 s and 0.26 s. What remains
-is Python: some 9 µs a row, a third of it decoding.
+Measured on 65 000 changes, CPU of the backend: mail 0.59 s before, 0.13 s after; TPC-B 1.21 s and 0.26 s. Inserts
+that stay messages take the Python 1.3 µs (one large transaction) to 3.4 µs a row (mail), other changes 4 to 6 µs.
 """
 
 from __future__ import annotations
