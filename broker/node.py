@@ -256,12 +256,18 @@ class Broker:
         """Return on the master only; raises MembershipError on any other node."""
         self._documents.master_document()
 
-    def create_cluster(self, cluster: bytes, name: str, profile: str) -> None:
+    def create_cluster(self, cluster: bytes, name: str, profile: str, used: int) -> None:
         """Make this node the master of a new cluster."""
         founder = own_member(self.config, self._resources.keys)
         settings = self.config.cluster
         created = self._documents.create(
-            cluster, name, profile, founder, fence_wanted=settings.fence, lease_ms=round(settings.lease_s * 1000)
+            cluster,
+            name,
+            profile,
+            founder,
+            fence_wanted=settings.fence,
+            lease_ms=round(settings.lease_s * 1000),
+            used=used,
         )
         self._put_in_force(created)
 

@@ -98,6 +98,8 @@ def _set_up(config: NodeConfig, profile: Profile, state: StateDirectory, cluster
     """Change the database, then store the document; the database is put back when either fails."""
     from broker.cluster.identity import FIRST_CID, own_member
     from cli.local_node import change_cluster
+    from pmgsync.postgres.session import connect
+    from pmgsync.postgres.setup.inventory import highest_owner
     from pmgsync.postgres.setup.provision import provision
 
     with _undone_on_failure(config, state, cluster):
@@ -110,7 +112,11 @@ def _set_up(config: NodeConfig, profile: Profile, state: StateDirectory, cluster
             take_over_cid0=True,
             progress=note,
         )
-        request = {"op": "cluster.create", "cluster": cluster, "name": cluster_name, "profile": profile.name}
+        with contextlib.closing(connect(config.dsn, application_name="pmgcm create")) as connection:
+            used = highest_owner(connection, profile)
+        request = {
+            "op": "cluster.create", "cluster": cluster, "name": cluster_name, "profile": profile.name, "used": used,
+        }  # fmt: skip
         change_cluster(
             config,
             request,
@@ -121,6 +127,7 @@ def _set_up(config: NodeConfig, profile: Profile, state: StateDirectory, cluster
                 own_member(config, state.keys()),
                 fence_wanted=config.cluster.fence,
                 lease_ms=round(config.cluster.lease_s * 1000),
+                used=used,
             ),
             done=lambda documents: documents.is_member_of(cluster),
         )

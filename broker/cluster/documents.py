@@ -141,12 +141,21 @@ class Documents:
     # -- changes ------------------------------------------------------------------------------------------------------
 
     def create(
-        self, cluster: bytes, name: str, profile: str, founder: Member, *, fence_wanted: str, lease_ms: int
+        self,
+        cluster: bytes,
+        name: str,
+        profile: str,
+        founder: Member,
+        *,
+        fence_wanted: str,
+        lease_ms: int,
+        used: int = 0,
     ) -> SignedDocument:
         """Store the first document of a new cluster, unless that was done already.
 
         Args:
             fence_wanted: the fence from the third voter on.
+            used: the highest CID that rows have from an earlier cluster.
 
         Raises:
             MembershipError: when a cluster is defined here already.
@@ -163,6 +172,7 @@ class Documents:
             when=time.time_ns() // 1000,
             lease_ms=lease_ms,
             fence_wanted=fence_wanted,
+            used=used,
         )
         return self._store(document, founder.cid)
 

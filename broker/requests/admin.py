@@ -25,8 +25,8 @@ class Node(Protocol):
     def require_master(self) -> None:
         """Return on the master only."""
 
-    def create_cluster(self, cluster: bytes, name: str, profile: str) -> None:
-        """Make this node the master of a new cluster."""
+    def create_cluster(self, cluster: bytes, name: str, profile: str, used: int) -> None:
+        """Make this node the master of a new cluster; `used` is the highest CID in rows of an earlier one."""
 
     def enter_cluster(self, signed: SignedDocument) -> None:
         """Take the place that a master has given this node."""
@@ -78,7 +78,8 @@ class AdminRequests:
                 cluster = message.get("cluster")
                 if not isinstance(cluster, bytes) or len(cluster) != CLUSTER_ID_BYTES:
                     raise ProtocolError("a cluster's id is not 16 bytes")
-                self._node.create_cluster(cluster, str(message.get("name")), str(message.get("profile")))
+                used = number(message, "used") if "used" in message else 0
+                self._node.create_cluster(cluster, str(message.get("name")), str(message.get("profile")), used)
             case "cluster.enter":
                 if len(attachments) != 1:
                     raise ProtocolError("the cluster document is missing")

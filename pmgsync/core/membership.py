@@ -74,11 +74,13 @@ def first_document(
     fence: str = "none",
     lease_ms: int = LEASE_MS,
     fence_wanted: str = "lease",
+    used: int = 0,
 ) -> ClusterDocument:
     """Return the first document of a cluster, of one member who is master.
 
     Args:
         when: µs since 1970.
+        used: the highest CID that rows have from an earlier cluster; no other node gets it or a lower one.
     """
     return ClusterDocument(
         cluster,
@@ -87,7 +89,7 @@ def first_document(
         1,
         1,
         founder.cid,
-        founder.cid,
+        max(founder.cid, used),
         (replace(founder, role="master"),),
         (Epoch(1, founder.cid, when=when, reason="created"),),
         fence=fence,

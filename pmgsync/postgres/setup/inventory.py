@@ -10,7 +10,7 @@ import psycopg2
 import psycopg2.extensions
 
 from pmgsync.core.profile import Policy, Profile, TableRule
-from pmgsync.postgres.catalog import Table, as_text, list_tables, synchronised
+from pmgsync.postgres.catalog import Table, as_bytes, as_text, list_tables, synchronised
 from pmgsync.postgres.session import quote_ident
 
 Connection = psycopg2.extensions.connection
@@ -57,6 +57,31 @@ def _count(connection: Connection, table: Table, rule: TableRule) -> OwnRows:
         row = cursor.fetchone()
     assert row is not None
     return OwnRows(as_text(table.name), row[0], "" if row[1] is None else as_text(row[1]))
+
+
+def highest_owner(connection: Connection, profile: Profile) -> int:
+    """Return the highest CID that rows have, from an earlier cluster or a backup of one; 0 when none has any.
+
+    A node of a new cluster that got that CID would answer for those rows, and number its own like them. What is longer
+    than four digits is no CID that a cluster has come to.
+
+    Raises:
+        psycopg2.Error: when the server does not answer.
+    """
+    highest = 0
+    with connection.cursor() as cursor:
+        for table, rule in synchronised(list_tables(connection), profile):
+            owner = rule.owner or rule.inserts_by_owner
+            if owner is None:
+                continue
+            column = quote_ident(as_bytes(owner))
+            cursor.execute(
+                b"SELECT max(btrim(x.cid)::int) FROM (SELECT DISTINCT %s::text AS cid FROM ONLY %s) AS x "
+                b"WHERE btrim(x.cid) ~ '^[0-9]{1,4}$'" % (column, table.quoted)
+            )
+            row = cursor.fetchone()
+            highest = max(highest, (row[0] if row else None) or 0)
+    return highest
 
 
 def list_users(cursor: psycopg2.extensions.cursor, database: str) -> list[tuple[str, int]]:
