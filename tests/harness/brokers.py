@@ -30,6 +30,8 @@ CLUSTER = b"0123456789abcdef"
 INCARNATION = 77
 START = 100
 BEGINNING = Position(START)
+LOG_LINES = 40
+"""Of each broker's log, shown when a test fails."""
 IN_FLIGHT = 16 << 20
 """Bytes that the real capture has on their way to the disk at most."""
 MEMORY_MIB = 256
@@ -105,6 +107,12 @@ def running_brokers(
             StateDirectory(broker.state_dir).store_document(signed)
             broker.start()
         yield brokers
+    except BaseException:
+        for broker in brokers:
+            log = broker.config.with_suffix(".log")
+            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+            print(f"--- {broker.name}", *lines[-LOG_LINES:], sep="\n")
+        raise
     finally:
         for broker in brokers:
             broker.close()

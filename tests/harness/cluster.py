@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,32 @@ from pmgsync.wire.link import BrokerLink
 from tests.harness.schema import STANDARD
 from tests.harness.template import CopiedServer, Template
 
-# Below the ports that the kernel gives to outgoing connections, which would take one between its choice and its use;
-# test processes that run at the same time begin at places of their own.
-FIRST_PORT, PORTS = 12_000, 18_000
-_ports = itertools.count(os.getpid() * 97)
+# Below the ports that the kernel gives to outgoing connections, which would take one between its choice and its use.
+FIRST_PORT, BLOCK, BLOCKS = 12_000, 300, 60
 WAIT_S = 150
+
+
+@functools.cache
+def _own_ports() -> Iterator[int]:
+    """Return ports that no other test process on this machine takes: a block is this one's until it ends."""
+    for block in random.sample(range(BLOCKS), BLOCKS):
+        lock = socket.socket(socket.AF_UNIX)
+        try:
+            lock.bind(f"\0pmgsync-test-ports-{block}")
+        except OSError:
+            lock.close()
+            continue
+        lock.detach()
+        first = FIRST_PORT + block * BLOCK
+        return itertools.cycle(range(first, first + BLOCK))
+    raise AssertionError(f"{BLOCKS} test processes have taken all ports")
 
 
 def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
     """Return ports that nobody listens on now."""
     found: list[int] = []
     while len(found) < count:
-        port = FIRST_PORT + next(_ports) % PORTS
+        port = next(_own_ports())
         with contextlib.closing(socket.socket()) as probe:
             try:
                 probe.bind((address, port))
