@@ -42,6 +42,8 @@ HEARTBEAT_S = 0.5
 ACK_S = 0.05
 TICK_S = 0.25
 LEASE_S = 0.1
+HURRY_S = 0.02
+"""While a master hands over nobody can write its tables."""
 RETRY_S = 1.0
 """Seconds between two attempts to put a document in force that could not be."""
 BIND_S = 0.05
@@ -115,6 +117,7 @@ class Broker:
                 (ACK_S, self._send_acks),
                 (TICK_S, self._tick),
                 (LEASE_S, self._keep_lease),
+                (HURRY_S, self._hurry),
                 (RETRY_S, self._retry),
                 (BIND_S, self._bind_rest),
             ):
@@ -173,13 +176,16 @@ class Broker:
             if part is None:
                 cut, keys = False, self._resources.keys.current
                 part = self._participation = Participation(
-                    self._resources, offer_document=self._offer_document, change_document=self._change_document
+                    self._resources,
+                    offer_document=self._offer_document,
+                    change_document=self._change_document,
+                    begin_epoch=self._begin_epoch,
                 )
             part.follow_document(cut=cut, renewed=self._resources.keys.current is not keys)
         self._splits.follow_document()
         self._local.spread_document()
         if part is not None and self._participation is part:
-            part.lease.follow_document()
+            part.leading.follow_document()
 
     def _change_document(self, document: ClusterDocument, told: Callable[[SignedDocument], None]) -> SignedDocument:
         """Sign, store and spread a new cluster document; `told` gets it before it is in force.
@@ -191,6 +197,14 @@ class Broker:
         told(signed)
         self._put_in_force(signed)
         return signed
+
+    def _begin_epoch(self, document: ClusterDocument) -> None:
+        """Sign, store and spread the first document of an epoch in which this node is the master.
+
+        Raises:
+            PmgsyncError: when it cannot be stored or put in force.
+        """
+        self._put_in_force(self._documents.begin_epoch(document))
 
     def _offer_document(self, cid: int, data: bytes) -> None:
         try:
@@ -220,6 +234,9 @@ class Broker:
             return  # it has no database
         lives = self._participation.lives() if self._participation is not None else {}
         found = stretches_between(held.history, taken.history, node=self._documents.cid, lives=lives)
+        if (part := self._participation) is not None:
+            leads = taken.master == self._documents.cid
+            found = tuple(part.trimmed(one, leads=leads and one.origin == held.master) for one in found)
         self._divergence.note(found)
         for stretch in found:
             log.info("action=stretch id=%s what=%s", stretch.id, stretch.what)
@@ -298,8 +315,12 @@ class Broker:
 
     def promotion_plan(self, *, force: bool) -> dict[str, Any]:
         """Return the map of `pmgcm promote --dry-run --json`."""
-        survey = self._part().survey
+        survey = self._part().leading.survey
         return survey.describe(survey.plan(force=force))
+
+    def promote(self, send: Send, request: int, *, force: bool) -> None:
+        """Make this node the master; each step is told, and the end."""
+        self._part().leading.promotion.begin(send, request, force=force)
 
     def update_member(self, session: Session, send: Send, message: Message) -> bool:
         """Have what this node shows of itself changed in the document; it is answered when that is in force."""
@@ -336,7 +357,11 @@ class Broker:
 
     def _keep_lease(self) -> None:
         if self._participation is not None:
-            self._participation.lease.tick()
+            self._participation.leading.tick()
+
+    def _hurry(self) -> None:
+        if self._participation is not None:
+            self._participation.leading.hurry()
 
     def _tick(self) -> None:
         self._sessions.expire()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,9 +27,8 @@ from broker.heartbeats.heartbeat import pack_applied
 from broker.inbound import Inbound
 from broker.journal.retention import Limits
 from broker.leadership.asking import Asking
-from broker.leadership.lease import LeaseKeeper, Surroundings
+from broker.leadership.leadership import Around, Leadership
 from broker.leadership.splits import Splits
-from broker.leadership.survey import Survey
 from broker.leadership.voter import Voter
 from broker.members.calls import Calls, End
 from broker.members.members import Members
@@ -45,6 +44,7 @@ from broker.requests.workers import WorkerRequests, tell_announcement, tell_dura
 from broker.status.health import Health
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, with_confirmed, without_member
+from pmgsync.core.stretches import Stretch
 from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import ConfigError, PmgsyncError, UnreachableError
 
@@ -92,8 +92,7 @@ class Participation:
     Attributes:
         cid: this node's number.
         workers: serves the agent's workers.
-        lease: keeps the master's lease.
-        survey: says what a promotion would do.
+        leading: what this node does as master, or to become it.
         keys: serves changes of this node's keys, and of members' on the master.
         health: judges this node.
     """
@@ -104,6 +103,7 @@ class Participation:
         *,
         offer_document: Callable[[int, bytes], None],
         change_document: Callable[[ClusterDocument, Callable[[SignedDocument], None]], SignedDocument],
+        begin_epoch: Callable[[ClusterDocument], object],
     ) -> None:
         """Open the journals; `follow_document` then opens ports and connections.
 
@@ -111,6 +111,7 @@ class Participation:
             offer_document: takes the CID of a member and the packed document that it offers; raises PmgsyncError when
                 it is not acceptable.
             change_document: signs and stores a new document, tells of it, and puts it in force.
+            begin_epoch: likewise the first document of an epoch of this node.
 
         Raises:
             ConfigError: when this is not the node that the document means.
@@ -173,6 +174,22 @@ class Participation:
             sessions,
             document=documents.packed,
         )
+        self.leading = Leadership(
+            self.cid,
+            resources.voter,
+            self._members,
+            self._chains,
+            divergence,
+            Around(
+                document=lambda: self._signed,
+                change_document=self.change_document,
+                begin_epoch=begin_epoch,
+                offer_document=offer_document,
+                ask=Asking(self._members, self._calls, resources.new_id).ask,
+                tell_agent=partial(tell_lease, sessions),
+                ask_agent=self._shared.ask_agent,
+            ),
+        )
         self.workers = WorkerRequests(
             self.cid,
             self._chains,
@@ -181,26 +198,9 @@ class Participation:
             sessions,
             self._shared,
             announce=lambda data: self.publish(b"t", data),
-            lease_told=lambda number, guarded: self.lease.agent_told(number, guarded=guarded),
+            lease_told=self.leading.agent_told,
             later=partial(self._later, resources.loop),
             knows_epoch=self._knows_epoch,
-        )
-        self.lease = LeaseKeeper(
-            self.cid,
-            resources.voter,
-            Surroundings(
-                document=lambda: self._signed,
-                change_document=self.change_document,
-                offer_document=offer_document,
-                ask=Asking(self._members, self._calls, resources.new_id).ask,
-                send=self._members.send,
-                refused=self._members.refuse,
-                tell_agent=partial(tell_lease, sessions),
-                ask_agent=self._shared.ask_agent,
-            ),
-        )
-        self.survey = Survey(
-            self.cid, self._members, self._chains, resources.voter, document=lambda: documents.document
         )
         self._joiners = Joiners(time.monotonic)
         self._control = ControlRequests(
@@ -211,6 +211,7 @@ class Participation:
             self._joiners,
             VotingRequests(
                 resources.voter,
+                self.leading.handover,
                 offer_document=offer_document,
                 document=lambda: self._signed,
                 refused=self._members.refuse,
@@ -245,7 +246,7 @@ class Participation:
             conf_problem=lambda: resources.conf_file.problem,
             voting_problem=lambda: resources.voter.problem,
             split_problem=resources.splits.problem,
-            lease=self.lease.status,
+            lease=self.leading.lease.status,
         )
 
     @property
@@ -278,6 +279,23 @@ class Participation:
         self._members.meet(self._signed.document, self._inbound)
         self._joiners.expect(self._signed.document.joining)
         self.beat()
+
+    def trimmed(self, stretch: Stretch, *, leads: bool) -> Stretch:
+        """Return a stretch without what is known to be empty of it.
+
+        Args:
+            leads: this node becomes the master with what it has: what nobody could be given frame by frame is fetched
+                from it.
+        """
+        whole = self.leading.survey.whole(stretch.origin, stretch.incarnation, stretch.after)
+        stretch = replace(stretch, after=min(whole, stretch.limit))
+        applied = self._chains.applied.get(stretch.origin)
+        if leads and applied is not None and applied.incarnation == stretch.incarnation:
+            stretch = stretch.ended(applied.position.lsn)
+            if not stretch.empty:
+                return replace(stretch, exported=True, lost=True)
+            return replace(stretch, upto=None)  # the worker of the chain looks at its tables
+        return stretch
 
     def lives(self) -> dict[int, set[int]]:
         """Return the incarnations of each chain that are known here, in the journal or applied, by origin."""
@@ -335,6 +353,7 @@ class Participation:
     def close(self) -> None:
         """Leave: end all connections and write what was accepted to the journals."""
         self._is_closed = True
+        self.leading.promotion.close()
         self._rekeying.close()
         self._members.close()
         self._close_members_ports()
@@ -354,7 +373,7 @@ class Participation:
 
     def when_kept(self, done: Callable[[PmgsyncError | None], None]) -> None:
         """Call `done` when no vote can lose the document in force any more."""
-        self.lease.when_kept(done)
+        self.leading.lease.when_kept(done)
 
     def change_document(self, document: ClusterDocument) -> SignedDocument:
         """Sign, store and spread a new cluster document."""

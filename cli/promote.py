@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.console import amount, printable, say, say_json
-from pmgsync.errors import MembershipError
+from cli.console import Say, confirm, note, printable, say, say_json
+from cli.promotion_plan import render_loss, render_plan
+from pmgsync.errors import MembershipError, UnreachableError
 
 if TYPE_CHECKING:
     from pmgsync.wire.link import BrokerLink
+
+PING_S = 1.0
+"""So often it is looked whether the broker is still there."""
+SILENCE_S = 15.0
 
 
 def promote(
     context: typer.Context,
     force: Annotated[bool, typer.Option("--force", help="Do it without a majority")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask when something may be lost")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and lost; do nothing")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (contract: README.md)")] = False,
 ) -> None:
@@ -32,6 +39,22 @@ def promote(
                 say("\n".join(render_plan(plan)))
             return
         refuse(plan)
+        tell = note if as_json else say
+        tell("\n".join(render_plan(plan, would=False)))
+        if plan["way"] in {"failover", "forced"} and not yes:
+            confirm(QUESTIONS[plan["way"]])
+        result = run(link, force=force, tell=tell)
+    if as_json:
+        say_json(result)
+        return
+    for line in render_result(result):
+        say(line)
+
+
+QUESTIONS = {
+    "failover": "What the old master has committed and nobody here has does not count any more.",
+    "forced": "Without a majority there may be two masters, and the changes of one will not count.",
+}
 
 
 def read_plan(link: BrokerLink, *, force: bool) -> dict[str, Any]:
@@ -62,69 +85,56 @@ def refuse(plan: Mapping[str, Any]) -> None:
         )
 
 
-def render_plan(plan: Mapping[str, Any]) -> list[str]:
-    """Return what a plan says, in lines."""
-    node, master = plan["node"], plan["master"]
-    lines = []
-    if plan["way"] == "is_master":
-        return [plan["reason"]]
-    lines.append(f"node {printable(node['name'])} ({node['cid']}) would become master: {WAYS[plan['way']]}")
-    lines.append(f"  {printable(plan['reason'])}")
-    if master is not None:
-        heard = (
-            "not since this node's broker was started"
-            if master["heard_s"] is None
-            else f"{master['heard_s']:.1f} s ago"
-        )
-        state = "answers" if master["answers"] else f"does not answer; last heard {heard}"
-        head = f", its chain was at {master['head']} then" if master["head"] else ""
-        lines.append(f"master {printable(master['name'])} ({master['cid']}) {state}{head}")
-    lines.append(
-        f"this node has its chain up to {plan['have'] or 'nothing'}, applied up to {plan['applied'] or 'nothing'}"
+def run(link: BrokerLink, *, force: bool, tell: Say) -> dict[str, Any]:
+    """Have the broker promote this node, and show each step; return the map of `pmgcm promote --json`.
+
+    Raises:
+        PmgsyncError: when the promotion has failed, or the broker is gone.
+    """
+    from pmgsync.wire.messages import error_from
+
+    request = link.new_id()
+    link.send({"op": "promote", "id": request, "force": force})
+    heard = time.monotonic()
+    while True:
+        received = link.receive(PING_S)
+        if received is None:
+            try:
+                link.send({"op": "ping", "id": 0})
+            except UnreachableError as error:
+                raise lost() from error
+            if time.monotonic() - heard > SILENCE_S:
+                raise lost()
+            continue
+        heard = time.monotonic()
+        message, _ = received
+        if message["op"] == "error" and message.get("id") == 0:
+            raise lost()
+        if message.get("id") != request:
+            continue
+        if message["op"] == "error":
+            raise error_from(message)
+        if message["op"] == "done":
+            result = message["result"]
+            assert isinstance(result, dict)
+            return result
+        tell(f"{message['seconds']:6.2f} s  {printable(message['text'])}")
+
+
+def lost() -> UnreachableError:
+    """Return the error that the broker has gone while it promoted this node."""
+    return UnreachableError(
+        "pmgsync-broker has gone while it promoted this node",
+        hint="when it runs again: `pmgcm history` says whether the epoch has begun; if not, run `pmgcm promote` again",
     )
-    lines += [_member(one) for one in plan["members"] if master is None or one["cid"] != master["cid"]]
-    if plan["way"] == "switchover":
-        lines.append("nothing would be lost: the master closes its tables, and this node takes all it has")
-        return lines
-    if plan["way"] == "refused" and plan["fork"] is None:
-        return lines
-    if fetch := plan["fetch"]:
-        lines.append(f"would be fetched first: the chain up to {fetch['upto']}, from node {fetch['cid']}")
-    lines.append(_loss(plan))
-    lines.append("  what the master has committed since it was last heard is not known here, and does not count either")
-    if plan["unreadable"]:
-        nodes = ", ".join(map(str, plan["unreadable"]))
-        lines.append(f"  node {nodes} holds another life of that chain: whether it has more cannot be told")
-    if plan["way"] == "failover" and plan["fence"] == "lease":
-        lines.append(f"the master's lease would be waited for, {plan['wait_s']:.1f} s as this node sees it")
-    if plan["way"] == "forced":
-        lines.append(
-            "by force: if the master lives, there are two until they meet, and the changes of one are exported"
-        )
+
+
+def render_result(result: Mapping[str, Any]) -> list[str]:
+    """Return what has become of it, in lines."""
+    lines = [f"this node is master of epoch {result['epoch']}, after {result['seconds']:.2f} s"]
+    if result["known_loss"] is not None:
+        lines.append(render_loss(result["known_loss"], would=False))
+    if result["not_reached"]:
+        nodes = ", ".join(map(str, result["not_reached"]))
+        lines.append(f"node {nodes} does not know it yet, and follows as soon as it is reached")
     return lines
-
-
-WAYS = {
-    "switchover": "the master hands over",
-    "failover": "a majority votes",
-    "forced": "by force",
-    "refused": "but that is refused without --force",
-}
-
-
-def _member(one: Mapping[str, Any]) -> str:
-    heard = "never heard" if one["heard_s"] is None else f"last heard {one['heard_s']:.1f} s ago"
-    what = "answers" if one["answers"] else f"does not answer ({heard})"
-    vote = "" if one["votes"] else ", has no vote"
-    journal, applied = one["journal"] or "nothing", one["applied"] or "nothing"
-    return f"node {printable(one['name'])} ({one['cid']}) {what}{vote}: holds it up to {journal}, applied {applied}"
-
-
-def _loss(plan: Mapping[str, Any]) -> str:
-    loss = plan["known_loss"]
-    if loss is None:
-        return f"nothing that is known to have been published would be lost (the new epoch begins at {plan['fork']})"
-    return (
-        f"would be lost: what the master has published after {loss['after']} up to {loss['upto']} "
-        f"({amount(loss['bytes'])} of WAL), which nobody who answers has"
-    )

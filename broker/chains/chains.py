@@ -73,6 +73,7 @@ class Chains:
         self._members = members
         self._new_id = new_id
         self._watches = watches
+        self._held: set[int] = set()
         self.journals = Journals(directory, cid, soon=partial(loop.once, WRITE_AFTER_S))
         self.journals.start()
         self.streams = Streams(self.journals, self._damaged)
@@ -91,7 +92,23 @@ class Chains:
         self.journals.close()
 
     def _follower(self, origin: int) -> Follower:
-        return Follower(origin, self.journals, self._members, self._new_id, self)
+        follower = Follower(origin, self.journals, self._members, self._new_id, self)
+        if origin in self._held:
+            follower.hold()
+        return follower
+
+    def hold(self, origin: int) -> None:
+        """Take no more frames of a chain until `release`: this node fixes where it leaves it."""
+        self._held.add(origin)
+        if (follower := self._followers.get(origin)) is not None:
+            follower.hold()
+
+    def release(self) -> None:
+        """Follow all chains again."""
+        held, self._held = self._held, set()
+        for origin in held:
+            if (follower := self._followers.get(origin)) is not None:
+                follower.release()
 
     def _journal_moved(self) -> None:
         self.journals.collect()

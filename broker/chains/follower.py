@@ -78,6 +78,21 @@ class Follower:
         self._retry_at = 0.0
         self._refused: dict[int, float] = {}
         self._gaps = self._duplicates = self._damaged = 0
+        self._held = False
+
+    def hold(self) -> None:
+        """Take no more frames until `release`: this node fixes where it leaves the chain."""
+        if not self._held:
+            self._held = True
+            self._forget_replay()
+            self._ahead.clear()
+            self._ahead_bytes = 0
+
+    def release(self) -> None:
+        """Go on; what came meanwhile is fetched."""
+        if self._held:
+            self._held = False
+            self.try_again()
 
     @property
     def replaying(self) -> bool:
@@ -98,6 +113,8 @@ class Follower:
 
     def live(self, frame: Frame) -> None:
         """Take a frame that came over PUB/SUB."""
+        if self._held:
+            return
         verdict = self._offer(frame)
         if verdict in {Verdict.GAP, Verdict.DROP_PARTS}:
             self._keep_ahead(frame)
@@ -176,10 +193,13 @@ class Follower:
         self._ahead_bytes = 0
         self._refused.clear()
         self._retry_at = 0.0
+        self._forget_replay()
+        self._fill_if_behind()
+
+    def _forget_replay(self) -> None:
         if self._replay is not None:
             self._members.send(self._replay.server, {"op": "cancel", "id": self._replay.request})
             self._replay = None
-        self._fill_if_behind()
 
     def _offer(self, frame: Frame) -> Verdict:
         verdict = self._take(frame)
@@ -247,7 +267,7 @@ class Follower:
 
     def _fill(self) -> None:
         now = time.monotonic()
-        if self._replay is not None or now < self._retry_at:
+        if self._held or self._replay is not None or now < self._retry_at:
             return
         head = self._head()
         candidates = self._candidates(head)

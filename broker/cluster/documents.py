@@ -259,6 +259,17 @@ class Documents:
             )
         return self._store(document, self.cid)
 
+    def begin_epoch(self, document: ClusterDocument) -> SignedDocument:
+        """Sign the first document of an epoch in which this node is the master, and store it.
+
+        Raises:
+            MembershipError: when it does not follow from the document in force.
+            ConfigError: when it cannot be written.
+        """
+        if self.document.history != document.history[:-1] or document.master != self.cid:
+            raise MembershipError("the cluster document has changed meanwhile", hint="run `pmgcm promote` again")
+        return self._store(document, self.cid)
+
     def offer(self, data: bytes) -> SignedDocument | None:
         """Store a document from the network when it is newer and properly signed; None when it is not newer.
 

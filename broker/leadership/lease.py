@@ -78,6 +78,7 @@ class LeaseKeeper:
 
     Attributes:
         heard_epoch: the newest epoch that a refusal has named: a candidate must go beyond it.
+        reign: the newest epoch for which this node's sequences were passed, as far as its agent has said.
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class LeaseKeeper:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.heard_epoch = 0
+        self.heard_epoch = self.reign = 0
+        self._opened_until = -math.inf
         self._cid = cid
         self._voter = voter
         self._around = around
@@ -114,7 +116,7 @@ class LeaseKeeper:
         else:
             self._end_release(MembershipError("this node is not the master any more"))
             self._arming, self._released_at = False, math.inf
-        self._ask_at = self._told_at = -math.inf
+        self._ask_at = self._told_at = self._opened_until = -math.inf
         self.tick()
 
     def tick(self) -> None:
@@ -258,19 +260,37 @@ class LeaseKeeper:
             self._told.pop()
             self._guarded = None
 
+    @property
+    def is_released(self) -> bool:
+        """True while this node, the master, has let go for another."""
+        return self._leads and self._voter.lease.closing
+
+    @property
+    def is_open(self) -> bool:
+        """True while the database of this node, the master, takes writes, as its agent has confirmed."""
+        return self._leads and self._opened_until > self._clock()
+
     def _note_told(self) -> None:
         """Have the lease know the latest deadline that the database may go by."""
         if self._leads:
             self._voter.lease = self._voter.lease.tell(max(until or -math.inf for _, until, _ in self._told))
 
-    def agent_told(self, number: int, *, guarded: bool) -> None:
-        """Take over that the agent has written a deadline, and whether the guard stands as that asks for."""
+    def agent_told(self, number: int, *, guarded: bool, opened: bool = False, reign: int = 0) -> None:
+        """Take over that the agent has written a deadline.
+
+        Args:
+            guarded: the guard stands as the deadline asks for.
+            opened: the database goes by it; else it was closed, because the sequences were not passed yet.
+            reign: the newest epoch for which they were.
+        """
+        self.reign = reign
         while self._told and self._told[0][0] < number:
             self._told.popleft()
         if not self._told or self._told[0][0] != number:
             return
         _, until, fenced = self._told[0]
         self._note_told()
+        self._opened_until = until if opened and guarded else -math.inf
         if number == self._told[-1][0]:
             self._guarded = (fenced, guarded)
         if self._document.master != self._cid and until == 0.0 and guarded:

@@ -12,9 +12,10 @@ from broker.heartbeats.heartbeat import Applied, HeldChain
 from broker.leadership.voter import Voter
 from broker.members.link import MemberLink
 from broker.members.members import Members
+from pmgsync.core.document import Fork
 from pmgsync.core.membership import ClusterDocument
-from pmgsync.core.positions import format_lsn
-from pmgsync.core.promotion import ChainPoint, Plan, Survivor, plan_promotion
+from pmgsync.core.positions import ZERO, Position, format_lsn
+from pmgsync.core.promotion import ChainPoint, Plan, Survivor, fork_position, furthest, plan_promotion
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Seen:
         answers: heartbeats come, and it can be asked.
         heard_s: seconds since it was last heard; None: not since this broker was started.
         journal, applied: how far its journal and its database have the master's chain; None: not at all.
+        first: the position after which its journal's frames begin.
         version: of the document that it holds; (0, 0) when it was never heard.
     """
 
@@ -34,14 +36,7 @@ class Seen:
     journal: ChainPoint | None
     applied: ChainPoint | None
     version: tuple[int, int]
-
-    @property
-    def held(self) -> ChainPoint | None:
-        """How far it could give the master's chain to another member, or has it in its database."""
-        journal, applied = self.journal, self.applied
-        if journal is None or applied is None or journal.incarnation != applied.incarnation:
-            return journal or applied
-        return max(journal, applied, key=lambda point: point.complete_lsn)
+    first: Position = ZERO
 
 
 class Survey:
@@ -67,7 +62,8 @@ class Survey:
         applied = _applied(self._members.acked(cid).get(master))
         if heartbeat is None:
             return Seen(cid, False, None, None, applied, (0, 0))
-        journal = _journal(heartbeat.chains.get(master))
+        chain = heartbeat.chains.get(master)
+        journal = _journal(chain)
         return Seen(
             cid,
             link.up and not link.control_problem,
@@ -75,6 +71,7 @@ class Survey:
             journal,
             journal if cid == master else applied,
             (heartbeat.epoch, heartbeat.serial),
+            chain.first if chain is not None else ZERO,
         )
 
     @property
@@ -96,6 +93,46 @@ class Survey:
             return applied or journal
         return max(journal, applied, key=lambda point: point.complete_lsn)
 
+    def newest(self, origin: int, incarnation: int) -> int:
+        """Return the LSN at which the newest end of a chain is that anybody has told of, 0 when nobody has."""
+        told = [link.heartbeat.chains.get(origin) for link in self._members if link.heartbeat is not None]
+        own = self._chains.held().get(origin)
+        heads = [_journal(chain) for chain in (*told, own)]
+        return max((head.complete_lsn for head in heads if head and head.incarnation == incarnation), default=0)
+
+    def whole(self, origin: int, incarnation: int, lsn: int) -> int:
+        """Return the LSN up to which nothing follows on a chain what ends at an LSN, as its origin has told."""
+        link = self._members.link(origin)
+        heartbeat = link.heartbeat if link is not None else None
+        own, head = (heartbeat.own, heartbeat.chains.get(origin)) if heartbeat is not None else (None, None)
+        if own is None or head is None or own.incarnation != incarnation or head.head > Position(lsn):
+            return lsn
+        return max(lsn, own.watermark)
+
+    def reachable(self, have: ChainPoint) -> Position:
+        """Return how far this node can follow the master's chain, from where it is, by what it and others have."""
+        return furthest(Position(have.complete_lsn), self._ranges(have.incarnation))
+
+    def fork(self, have: ChainPoint) -> Fork:
+        """Return where a new epoch is to leave the master's chain, when this node has applied it up to `have`."""
+        document, seen = self._document(), self.others().values()
+        others = [
+            Position(one.applied.complete_lsn)
+            for one in seen
+            if one.answers
+            and one.applied is not None
+            and one.applied.incarnation == have.incarnation
+            and one.cid in document.databases
+        ]
+        ranges = self._ranges(have.incarnation)
+        return Fork(have.incarnation, fork_position(Position(have.complete_lsn), others, ranges).lsn)
+
+    def _ranges(self, incarnation: int) -> list[tuple[Position, Position]]:
+        own = self._chains.held().get(self._document().master)
+        found = [] if own is None else [(own.first, ChainPoint(own.incarnation, own.head))]
+        found += [(one.first, one.journal) for one in self.others().values() if one.answers and one.journal is not None]
+        return [(first, Position(head.complete_lsn)) for first, head in found if head.incarnation == incarnation]
+
     def plan(self, *, force: bool) -> Plan:
         """Return what a promotion of this node would do now."""
         seen = self.others()
@@ -107,7 +144,7 @@ class Survey:
             document,
             self._cid,
             have=have,
-            others={cid: Survivor(cid, one.answers, one.held) for cid, one in seen.items()},
+            others={cid: Survivor(cid, one.answers, one.journal, one.first) for cid, one in seen.items()},
             master_head=max(same, key=lambda head: head.complete_lsn, default=None),
             force=force,
         )

@@ -43,6 +43,9 @@ class Node(Protocol):
     def promotion_plan(self, *, force: bool) -> dict[str, Any]:
         """Return the map of `pmgcm promote --dry-run --json`."""
 
+    def promote(self, send: Send, request: int, *, force: bool) -> None:
+        """Make this node the master; each step is told, and the end."""
+
     def update_member(self, session: Session, send: Send, message: Message) -> bool:
         """Have what this node shows of itself changed in the document; it is answered when that is in force."""
 
@@ -73,6 +76,9 @@ class AdminRequests:
             case "promotion.plan":
                 plan = self._node.promotion_plan(force=message.get("force") is True)
                 send({"op": "done", "id": number(message, "id"), "result": plan}, ())
+                return True
+            case "promote":
+                self._node.promote(send, number(message, "id"), force=message.get("force") is True)
                 return True
             case "cluster.create":
                 cluster = message.get("cluster")

@@ -1,9 +1,11 @@
-"""What members ask of this one as a voter: acknowledgements of the master, votes; and documents they offer."""
+"""What members ask of this one as a voter: acknowledgements of the master, votes, that the master hands over; and
+documents they offer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from broker.leadership.handover import Handover
 from broker.leadership.voter import Voter
 from broker.members.calls import Send
 from broker.requests.shared import number
@@ -21,6 +23,7 @@ class VotingRequests:
     def __init__(
         self,
         voter: Voter,
+        handover: Handover,
         *,
         offer_document: Callable[[int, bytes], None],
         document: Callable[[], SignedDocument],
@@ -35,6 +38,7 @@ class VotingRequests:
             refused: has status show why something that a member sent was refused.
         """
         self._voter = voter
+        self._handover = handover
         self._offer_document = offer_document
         self._document = document
         self._refused = refused
@@ -61,6 +65,10 @@ class VotingRequests:
                 self._voter.release(cid, Request(number(message, "run"), number(message, "number")))
             case "vote":
                 self._vote(cid, send, message, attachments)
+            case "handover":
+                self._handover.ask(cid, send, number(message, "id"), number(message, "epoch"))
+            case "handover.cancel":
+                self._handover.cancel(cid)
             case "offer":
                 if len(attachments) != 1:
                     raise ProtocolError("an offer is one document")

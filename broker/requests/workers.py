@@ -34,7 +34,7 @@ class WorkerRequests:
         shared: SharedRequests,
         *,
         announce: Callable[[bytes], None],
-        lease_told: Callable[[int, bool], None],
+        lease_told: Callable[[Message], None],
         later: Callable[[Callable[[], None]], None],
         knows_epoch: Callable[[], bool],
     ) -> None:
@@ -42,7 +42,7 @@ class WorkerRequests:
 
         Args:
             announce: publishes what the files worker says of this node's trees.
-            lease_told: takes the number of a deadline that the lease worker has written, and whether the guard stands.
+            lease_told: takes what the lease worker says of a deadline that it has written.
             later: calls a function in a moment.
             knows_epoch: says whether the members have been heard since the start, so that a master that was replaced
                 meanwhile knows it.
@@ -85,7 +85,7 @@ class WorkerRequests:
             case "lease.told":
                 if session.worker != LEASE:
                     raise ProtocolError("only the lease worker writes deadlines")
-                self._lease_told(number(message, "number"), message.get("guarded") is True)
+                self._lease_told(message)
             case "chain.open":
                 self._open_chain(send, message)
             case "chain.held":

@@ -57,7 +57,9 @@ class CaptureWorker(Worker):
         self._lease = LeaseWorker(config, fence)
 
     def _place(self) -> tuple[int, ClusterDocument] | None:
-        return None if self.signed is None else (self.cid, self.signed.document)
+        """Return this node's CID and the newest document that one of the two sessions has brought."""
+        known = [(one.cid, one.signed.document) for one in (self, self._lease) if one.signed is not None]
+        return max(known, key=lambda one: one[1].version, default=None)
 
     def session(self, link: BrokerLink) -> None:
         """Stream from the journal's end until something ends it."""

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 NAME = "lease"
 LOOK_S = 0.2
 """So often it is looked whether the guard stands meanwhile."""
+LOOK_SOON_S = 0.02
+"""So often while a new master is to open its tables and cannot yet."""
 LONGEST_PAUSE_S = 1.0
 """Between two attempts to reach the database: a master is closed so long."""
 
@@ -38,7 +40,8 @@ class LeaseWorker(Worker):
         self._thread = threading.Thread(target=self._run, name=NAME, daemon=True)
         self._database: LeaseSession | None = None
         self._passed = 0
-        self._told: tuple[int, bool] | None = None
+        self._told: tuple[int, bool, bool] | None = None
+        self._held_back: Message | None = None
 
     def start(self) -> None:
         """Begin, unless it has begun."""
@@ -60,7 +63,7 @@ class LeaseWorker(Worker):
         try:
             while True:
                 newest: Message | None = None
-                received = link.receive(LOOK_S)
+                received = link.receive(LOOK_S if self._held_back is None else LOOK_SOON_S)
                 while received is not None:
                     message, attachments = received
                     match message["op"]:
@@ -69,7 +72,7 @@ class LeaseWorker(Worker):
                             newest = message
                         case "call" if message.get("method") == "lease.shut":
                             # What was said before it must not open again what it closes.
-                            newest = None
+                            newest = self._held_back = None
                             self._shut(link, int(message["id"]))
                         case "cancel" | "credit":
                             pass
@@ -78,8 +81,10 @@ class LeaseWorker(Worker):
                     received = link.receive(0)
                 if newest is not None:
                     self._take(link, newest)
+                elif self._held_back is not None and self._may_open(int(self._held_back["epoch"])):
+                    self._take(link, self._held_back)
                 elif self._told is not None and not self._told[1] and self._fence.is_as_wanted:
-                    self._tell(link, self._told[0])
+                    self._tell(link, self._told[0], is_open=self._told[2])
                 self.report()
         finally:
             self._disconnect_database()
@@ -104,19 +109,20 @@ class LeaseWorker(Worker):
         if type(number) is not int or type(epoch) is not int or type(until) is not float or type(fenced) is not bool:
             raise ProtocolError("a lease has no number, epoch, deadline or fence")
         self._fence.want(epoch, fenced=fenced)
+        self._held_back = None
         if until > 0 and not self._may_open(epoch):
-            until = 0.0
+            until, self._held_back = 0.0, message
         self._session().renew(until)
         self.recovered()
-        self._tell(link, number)
+        self._tell(link, number, is_open=until > 0)
 
     def _forget_told(self) -> None:
-        self._told = None
+        self._told = self._held_back = None
 
-    def _tell(self, link: BrokerLink, number: int) -> None:
+    def _tell(self, link: BrokerLink, number: int, *, is_open: bool) -> None:
         guarded = self._fence.is_as_wanted
-        self._told = (number, guarded)
-        link.send({"op": "lease.told", "number": number, "guarded": guarded})
+        self._told = (number, guarded, is_open)
+        link.send({"op": "lease.told", "number": number, "guarded": guarded, "open": is_open, "reign": self._passed})
 
     def _may_open(self, epoch: int) -> bool:
         """Say whether this database may be opened in an epoch: its sequences were passed for it."""

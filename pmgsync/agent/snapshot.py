@@ -13,12 +13,15 @@ from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError, ProtocolError
 from pmgsync.postgres.copy.take import take_chain_snapshot, take_database_snapshot
 from pmgsync.postgres.setup.facts import read_facts, read_node
+from pmgsync.postgres.setup.returning import incomplete_tables
 from pmgsync.profile_file import load_profile
 from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message, error_map
 from pmgsync.wire.waiting import Waiter
 
 log = logging.getLogger(__name__)
+
+INCOMPLETE = "tables.incomplete"
 
 
 def _tables(given: object) -> set[tuple[bytes, bytes]] | None:
@@ -32,7 +35,7 @@ def _tables(given: object) -> set[tuple[bytes, bytes]] | None:
 
 
 class SnapshotWorker(Worker):
-    """Serves `snapshot` and `facts`."""
+    """Serves snapshots, and what else is asked of this node's database."""
 
     def __init__(self, config: NodeConfig) -> None:
         super().__init__(config, "snapshot")
@@ -41,7 +44,9 @@ class SnapshotWorker(Worker):
 
     def session(self, link: BrokerLink) -> None:
         """Answer calls until something ends the session."""
-        link.send({"op": "serve", "methods": ["snapshot", "facts", *row_checks.METHODS, divergence_reads.METHOD]})
+        link.send(
+            {"op": "serve", "methods": ["snapshot", "facts", INCOMPLETE, *row_checks.METHODS, divergence_reads.METHOD]}
+        )
         waiter = Waiter(link.socket, wakeup=self.wakeup)
         try:
             while True:
@@ -84,6 +89,11 @@ class SnapshotWorker(Worker):
         method, args = message["method"], message.get("args", {})
         if method == "facts":
             link.send({"op": "done", "id": request, "result": read_facts(self.config.dsn, self._profile)})
+            return
+        if method == INCOMPLETE:
+            if type(origin := args.get("origin")) is not int:
+                raise ProtocolError(f"{INCOMPLETE} names no origin")
+            link.send({"op": "done", "id": request, "result": {"tables": incomplete_tables(self.config.dsn, origin)}})
             return
         credit = int(message.get("credit", 0))
         if method in row_checks.METHODS:

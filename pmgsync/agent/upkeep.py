@@ -1,7 +1,8 @@
 """Upkeep: what the capture worker does in the database beside capture, in a thread and a session of its own.
 
-Guard, watch and sequences, each at its own interval. What fails or is locked is shown as an alert and tried again.
-Capture never waits for any of it.
+Guard, watch and sequences, each at its own interval; and, on a node that has become master, the sequences once, before
+its tables open. Whoever finds that undone does it, so a promotion may be killed before. What fails or is locked is
+shown as an alert and tried again. Capture never waits for any of it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ class Upkeep:
         self._document = document
         self._fence = fence
         self._ceilings = Ceilings()
-        self._duties = {"sequence": _duty(ROUND_S), "guard": _duty(KEEP_S), "watch": _duty(KEEP_S)}
+        self._duties = {name: _duty(ROUND_S) for name in ("reign", "sequence")} | {
+            name: _duty(KEEP_S) for name in ("guard", "watch")
+        }
+        self._reign = 0
         self._next_repeat = 0.0
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
 
@@ -91,7 +95,7 @@ class Upkeep:
                     backoff.succeeded()
                     while True:
                         if self._fence.wait(ROUND_S):
-                            self._duties["guard"].due = 0.0
+                            self._duties["reign"].due = self._duties["guard"].due = 0.0
                         self._round(session)
             except UnreachableError as error:
                 # Capture and apply report that the database is away.
@@ -107,6 +111,8 @@ class Upkeep:
         cid, document = known
         master = document.member(document.master)
         is_master = document.master == cid
+        if is_master and reign_began(document) > self._reign:
+            self._do("reign", lambda: self._begin_reign(session, reign_began(document)))
         if is_master and len(document.members) > 1:
             self._do("sequence", lambda: self._publish_sequences(session))
         else:
@@ -115,6 +121,12 @@ class Upkeep:
             self._do("guard", lambda: self._keep_guard(session, master, document, is_master=is_master))
         self._do("watch", session.keep_publication)
         self.alerts = [{"kind": kind, "text": duty.problem} for kind, duty in self._duties.items() if duty.problem]
+
+    def _begin_reign(self, session: UpkeepSession, epoch: int) -> None:
+        moved = session.begin_reign(epoch)
+        log.info("action=reign-begun epoch=%d sequences=%s", epoch, moved)
+        self._reign = epoch
+        self._duties["guard"].due = 0.0
 
     def _keep_guard(
         self, session: UpkeepSession, master: Member, document: ClusterDocument, *, is_master: bool

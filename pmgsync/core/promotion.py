@@ -11,12 +11,12 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from pmgsync.core.document import ClusterDocument, Fork
-from pmgsync.core.positions import Position
+from pmgsync.core.positions import ZERO, Position
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,15 @@ class Survivor:
 
     Attributes:
         answers: it can be reached now.
-        held: how far its journal, or its database if that is further, has the master's chain; None: not at all.
+        held: how far its journal has the master's chain; None: not at all. What only its database has, nobody can be
+            given.
+        first: the position after which the frames begin that its journal has.
     """
 
     cid: int
     answers: bool
     held: ChainPoint | None = None
+    first: Position = ZERO
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,27 +141,60 @@ def plan_promotion(
 
 
 def _best(have: ChainPoint | None, survivors: list[Survivor]) -> Fetch | None:
-    """Return what of the master's chain a survivor has beyond this node; the lowest CID of those who have most."""
-    incarnation = have.incarnation if have is not None else None
-    best: Fetch | None = None
-    reached = have.complete_lsn if have is not None else 0
+    """Return what of the master's chain survivors have beyond this node; the lowest CID of those who have most."""
+    incarnation, begin = have.incarnation if have is not None else None, ZERO
+    if have is not None:
+        begin = Position(have.complete_lsn)
     for one in sorted(survivors, key=lambda one: one.cid):
         if one.held is None or (incarnation is not None and one.held.incarnation != incarnation):
             continue
-        if one.held.complete_lsn > reached:
-            reached = one.held.complete_lsn
-            incarnation = one.held.incarnation
-            best = Fetch(one.cid, incarnation, Position(reached))
-    return best
+        incarnation = one.held.incarnation
+        upto = furthest(begin, _ranges(survivors, incarnation))
+        if upto > begin and one.held.complete_lsn == upto.lsn:
+            return Fetch(one.cid, incarnation, upto)
+    return None
+
+
+def _ranges(survivors: Iterable[Survivor], incarnation: int) -> list[tuple[Position, Position]]:
+    held = [(one.first, one.held) for one in survivors if one.held is not None]
+    return [(first, Position(point.complete_lsn)) for first, point in held if point.incarnation == incarnation]
+
+
+def furthest(begin: Position, ranges: Iterable[tuple[Position, Position]]) -> Position:
+    """Return how far a chain can be followed from a position by frames that somebody has.
+
+    Args:
+        ranges: what each journal has: the frames after a position, up to another.
+    """
+    ranges = list(ranges)
+    while beyond := [upto for after, upto in ranges if after <= begin < upto]:
+        begin = max(beyond)
+    return begin
+
+
+def fork_position(have: Position, others: Iterable[Position], ranges: Iterable[tuple[Position, Position]]) -> Position:
+    """Return where on the master's chain a new epoch is to begin, when this node has applied it up to `have`.
+
+    A copy may lie beyond the newest frame, and a broker that was killed may have handed on frames that it did not keep.
+    The others wait until they have applied the chain up to the fork, so it must not lie where no frame leads. What this
+    node has beyond it they fetch.
+
+    Args:
+        others: how far the other databases that are reached have applied the chain.
+        ranges: as in `furthest`, this node's own journal included.
+    """
+    ranges = list(ranges)
+    return min(have, max((furthest(one, ranges) for one in others), default=have))
 
 
 class Step(Enum):
     """The steps of a promotion, in the order in which they are shown."""
 
+    READY = "this node gets ready"
     CLOSE = "the master closes its tables"
     DRAIN = "this node takes what it lacks from the master"
     FETCH = "this node takes what it lacks from the other members"
-    WAIT = "the lease of the master before runs out"
+    WAIT = "the promises to the master before run out"
     VOTE = "the members vote"
     BEGIN = "the new epoch's document is stored"
     SEQUENCES = "sequences are set past every value used"
@@ -174,6 +210,7 @@ class Progress:
     Attributes:
         is_master: the document held names this node as master.
         way: of the plan, while this node is not master.
+        ready: nothing is missing in its tables, and, in a switchover, it is not far behind.
         applied: how far this node has applied the master's chain.
         goal: how far it has to: of a switchover, the end of the closed master's chain (None: not closed yet); else the
             plan's fetch (None: nothing to fetch).
@@ -193,6 +230,7 @@ class Progress:
     sequences_set: bool = False
     open: bool = False
     spread: bool = False
+    ready: bool = True
 
 
 def next_step(progress: Progress) -> Step:
@@ -203,6 +241,8 @@ def next_step(progress: Progress) -> Step:
         if not progress.open:
             return Step.OPEN
         return Step.DONE if progress.spread else Step.SPREAD
+    if not progress.ready:
+        return Step.READY
     if progress.way is Way.SWITCHOVER:
         if progress.goal is None:
             return Step.CLOSE

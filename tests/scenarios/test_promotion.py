@@ -58,3 +58,23 @@ def test_what_a_promotion_would_do_is_said_before(new_cluster: Callable[..., Clu
     history = json.loads(second.pmgcm("history", "--json").stdout)["epochs"]
     assert [(entry["epoch"], entry["master"], entry["votes"]) for entry in history] == [(1, 1, [])]
     assert "created" in second.pmgcm("history").stdout
+
+
+def test_it_is_handed_over_and_taken_over(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(nodes=3, schema=STANDARD)
+    first, second, third = cluster.nodes
+    first.sql("INSERT INTO t SELECT n, 'x' FROM generate_series(9000, 9100) AS n")
+    done = second.pmgcm("promote", "--yes")
+    print(done.stdout, done.stderr)
+    second.sql("INSERT INTO t VALUES (9500, 'of the second')")
+    cluster.wait(node=second)
+    cluster.assert_equal(["t"])
+    kill(second)
+    eventually(lambda: plan_of(third)["way"] == "failover", what="the master's silence is noticed")
+    done = third.pmgcm("promote", "--yes")
+    print(done.stdout, done.stderr)
+    third.sql("INSERT INTO t VALUES (9501, 'of the third')")
+    second.start()
+    eventually(lambda: all(one["state"] == "A" for one in second.status()["nodes"]), what="it has returned")
+    cluster.wait(node=third)
+    cluster.assert_equal(["t"])

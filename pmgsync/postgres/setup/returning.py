@@ -73,6 +73,20 @@ def positions(dsn: str) -> Mapping[int, tuple[int, int]]:
     return {int(origin or 0): (int(life or 0), parse_lsn((lsn or b"").decode())) for origin, life, lsn in found}
 
 
+def incomplete_tables(dsn: str, origin: int) -> list[str]:
+    """Return the names of tables of which something of an origin's chain is left out here.
+
+    Raises:
+        UnreachableError: when the server does not answer.
+    """
+    with _session(dsn) as connection, connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT schema, name FROM pmgsync.stale_table WHERE origin = %s AND kind <> 'none' ORDER BY 1, 2", (origin,)
+        )
+        found = rows(cursor)
+    return [b".".join(part or b"" for part in table).decode(errors="backslashreplace") for table in found]
+
+
 def fetch_from_master(
     dsn: str, master: int, tables: Collection[TableName], *, before: int = 0, fork: int = 0, reason: str = REASON
 ) -> None:

@@ -14,8 +14,8 @@ from pmgsync.core.profile import Profile
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.postgres.session import connect
 from pmgsync.postgres.setup.guard import in_use, keep_guard, old_snapshots
-from pmgsync.postgres.setup.lease import passed_reign
-from pmgsync.postgres.setup.sequence_values import publish_sequences
+from pmgsync.postgres.setup.lease import note_reign, passed_reign
+from pmgsync.postgres.setup.sequence_values import pass_rows, publish_sequences
 from pmgsync.postgres.setup.watch import arm, armed, left_out, maintain
 
 
@@ -51,6 +51,17 @@ class UpkeepSession:
         with _errors():
             publish_sequences(self._connection, self._profile, ceilings)
 
+    def begin_reign(self, epoch: int) -> list[str]:
+        """Set the sequences past every value that is used, and note that this was done for an epoch, if it was not;
+        return the names of those that had to be moved.
+        """
+        with _errors(), self._connection.cursor() as cursor:
+            if passed_reign(cursor) >= epoch:
+                return []
+            moved = pass_rows(self._connection, self._profile)
+            note_reign(cursor, epoch)
+            return moved
+
     def keep_guard(self, master: Member | None, *, fenced: bool = False, settle: bool = False, reign: int = 0) -> None:
         """Guard the tables that the master writes, or, when `master` is None, open them: this node is the master.
 
@@ -65,7 +76,7 @@ class UpkeepSession:
                     if passed_reign(cursor) < reign:
                         raise StepFailedError(
                             f"the tables stay closed until the sequences are passed for epoch {reign}",
-                            hint="run `pmgcm promote` again, if it does not run now",
+                            hint="this node's agent does it by itself",
                         )
             pending = keep_guard(self._connection, self._profile, master=master, fenced=fenced)
             old = old_snapshots(self._connection) if settle else 0
