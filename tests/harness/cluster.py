@@ -241,7 +241,7 @@ dsn = "{dsn}"
     def status(self) -> dict[str, Any]:
         """Return the map of `pmgcm status --json`, from the broker itself: it is asked many times."""
         with BrokerLink(self.run_dir / "broker.sock", "cli") as link:
-            link.hello()
+            link.hello(WAIT_S)
             return read_status(link)
 
     def node_status(self, cid: int) -> dict[str, Any]:
