@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,12 +17,22 @@ from broker.members.calls import End
 from broker.net.loop import Loop
 from broker.net.port import Port
 from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, with_member, without_member
-from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, TokenRefusedError, UnknownOperationError
+from pmgsync.errors import (
+    MembershipError,
+    PmgsyncError,
+    ProtocolError,
+    TokenRefusedError,
+    UnknownOperationError,
+    UnreachableError,
+)
 from pmgsync.wire.messages import Message, error_map, pack, unpack
 
 log = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 1
+AGENT_S = 8.0
+"""For so long a newcomer's question waits for this node's agent: less than the newcomer waits for the answer."""
+AGENT_AGAIN_S = 0.2
 PROVED_S = 3600.0
 """For so long a password that was right need not be given again by the same node."""
 
@@ -159,7 +170,17 @@ class Door:
                 return self._send(caller, facts)
             return self._send(caller, reply) if reply["op"] == "error" else True
 
-        self._cluster.ask_facts(End(("door", caller.identity), answer, caller.request))
+        self._ask_facts(caller, End(("door", caller.identity), answer, caller.request), time.monotonic() + AGENT_S)
+
+    def _ask_facts(self, caller: _Caller, end: End, deadline: float) -> None:
+        """Ask the agent, which a master that was made or started just now may not have yet."""
+        try:
+            self._cluster.ask_facts(end)
+        except UnreachableError as error:
+            if time.monotonic() > deadline:
+                self._refuse(caller, error)
+            else:
+                self._loop.once(AGENT_AGAIN_S, lambda: self._ask_facts(caller, end, deadline))
 
     def _admit_when_kept(self, caller: _Caller, message: Message, token: str) -> None:
         """Admit a newcomer once the last change of the cluster cannot be lost any more; one change at a time."""
