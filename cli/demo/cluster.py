@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from cli.console import Say
-from cli.demo.hold import KEEP, SERVICES, DemoNode
+from cli.demo.hold import KEEP
+from cli.demo.machine import SERVICES, DemoNode
 from pmgsync.errors import PmgsyncError
 
 END_S = 60.0
@@ -40,13 +41,7 @@ class DemoCluster:
             start_new_session=True,  # Ctrl-C is for this process; what it holds ends in order
         )
         try:
-            assert self._holder.stdout is not None
-            line = self._holder.stdout.readline()
-            if not line:
-                raise PmgsyncError("the demo's servers and services could not be started, see above")
-            answer: dict[str, Any] = json.loads(line)
-            if "error" in answer:
-                raise PmgsyncError(answer["error"], hint=answer["hint"])
+            answer = self._read()
             self.directory = Path(answer["directory"])
             self.nodes = [DemoNode(**node) for node in answer["nodes"]]
         except BaseException:
@@ -81,6 +76,43 @@ class DemoCluster:
             holder.kill()
             holder.wait()
         holder.stdout.close()
+
+    def kill(self, node: DemoNode) -> None:
+        """End a node's services and its server by SIGKILL, as a loss of power would.
+
+        Raises:
+            PmgsyncError: when that failed.
+        """
+        self._ask(f"kill {self.nodes.index(node)}")
+
+    def start(self, node: DemoNode) -> None:
+        """Start a node that was killed.
+
+        Raises:
+            PmgsyncError: when its server does not come up.
+        """
+        self._ask(f"start {self.nodes.index(node)}")
+
+    def _ask(self, order: str) -> None:
+        assert self._holder is not None and self._holder.stdin is not None
+        self._holder.stdin.write(order.encode() + b"\n")
+        self._holder.stdin.flush()
+        self._read()
+
+    def _read(self) -> dict[str, Any]:
+        """Return what the holder answers.
+
+        Raises:
+            PmgsyncError: when something was wrong there.
+        """
+        assert self._holder is not None and self._holder.stdout is not None
+        line = self._holder.stdout.readline()
+        if not line:
+            raise PmgsyncError("the demo's servers and services have ended, see above")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise PmgsyncError(answer["error"], hint=answer["hint"])
+        return answer
 
     def define(self) -> None:
         """Create the cluster on the first node and have the others join it.

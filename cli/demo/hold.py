@@ -1,8 +1,8 @@
 """Holds a demo cluster: the process that starts its servers and services, and that leaves none of them behind.
 
 It is a process of its own, so that whatever happens to the command in front of it, kill -9 included, everything is
-stopped and removed: it does so as soon as its standard input ends, unless it was told to keep it. It writes one line of
-JSON to standard output: what it started, or what was wrong.
+stopped and removed: it does so as soon as its standard input ends, unless it was told to keep it. It writes a line of
+JSON to standard output: what it started, or what was wrong; and one for each order to kill or start a machine.
 """
 
 from __future__ import annotations
@@ -14,46 +14,24 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
+from cli.demo.machine import DemoNode, Machine, start_server
 from pmgsync.errors import PmgsyncError
-from pmgsync.service import die_with_parent
 
-if TYPE_CHECKING:
-    from cli.demo.embedded import EmbeddedPostgres
-
-DATABASE = "Proxmox_ruledb"
 ADDRESS = "127.0.0.1"
 PORTS_OF_A_NODE = 4
 """Events, control, join and key."""
-SERVICES = {"broker": "broker.main", "agent": "pmgsync.agent.supervisor"}
 KEEP = b"keep\n"
-STOP_S = 10.0
 PORTS = range(17_000, 32_000)
 """Below the range that outgoing connections take theirs from."""
-
-
-@dataclass(frozen=True)
-class DemoNode:
-    """A node of the demo: its name, its connection string, and where its configuration, logs and socket are."""
-
-    name: str
-    dsn: str
-    config: str
-    directory: str
-
-    def log(self, service: str) -> Path:
-        """Return the path of a service's log."""
-        return Path(self.directory) / f"{service}.log"
 
 
 class _TerminatedError(BaseException):
@@ -74,24 +52,6 @@ def free_ports(count: int) -> list[int]:
             if len(found) == count:
                 return found
     raise PmgsyncError(f"fewer than {count} ports are free on {ADDRESS}")
-
-
-def start_server(stack: ExitStack) -> EmbeddedPostgres:
-    """Start a PostgreSQL server with an empty database of a gateway in it."""
-    from cli.demo.embedded import EmbeddedPostgres
-    from pmgsync.postgres.session import connect
-
-    server = stack.enter_context(EmbeddedPostgres(initdb_args=["--encoding=SQL_ASCII", "--locale=C"]))
-    connection = connect(server.dsn(), application_name="pmgcm demo")
-    connection.autocommit = True
-    with contextlib.closing(connection), connection.cursor() as cursor:
-        cursor.execute(f"CREATE DATABASE \"{DATABASE}\" TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'")
-    schema = resources.files("cli.demo") / "pmg_schema.sql"
-    connection = connect(server.dsn(DATABASE), application_name="pmgcm demo")
-    with contextlib.closing(connection), connection.cursor() as cursor:
-        cursor.execute(schema.read_bytes())
-        connection.commit()
-    return server
 
 
 def write_config(node: DemoNode, ports: Sequence[int]) -> None:
@@ -126,52 +86,23 @@ def write_profile(directory: Path) -> Path:
     return path
 
 
-def start_service(stack: ExitStack, node: DemoNode, service: str) -> None:
-    """Start a node's broker or agent, as systemd would; it is stopped with the stack."""
-    parent = os.getpid()
-    with node.log(service).open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", SERVICES[service], "--config", node.config],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            # This process has one thread, so it is safe; without it kill -9 of this one would leave services behind.
-            preexec_fn=lambda: die_with_parent(parent),  # noqa: PLW1509
-        )
-    stack.callback(_stop, process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        # The session is its own: whatever the service has started goes with it.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def start_cluster(stack: ExitStack, count: int) -> tuple[Path, list[DemoNode]]:
-    """Start everything of `count` nodes and return its directory and the nodes; no cluster is defined yet."""
+def start_cluster(stack: ExitStack, count: int) -> tuple[Path, list[Machine]]:
+    """Start everything of `count` nodes and return its directory and the machines; no cluster is defined yet."""
     directory = Path(tempfile.mkdtemp(prefix="pmgsync-demo-"))
     stack.callback(shutil.rmtree, directory, ignore_errors=True)
     ports = free_ports(PORTS_OF_A_NODE * count)
-    nodes = []
+    machines = []
     for number in range(1, count + 1):
         home = directory / f"pmg{number}"
         (home / "spool").mkdir(parents=True)
-        server = start_server(stack)
-        node = DemoNode(f"pmg{number}", server.dsn(DATABASE), str(home / "node.toml"), str(home))
+        machine = Machine(start_server(stack))
+        node = machine.node = DemoNode(f"pmg{number}", machine.dsn, str(home / "node.toml"), str(home))
         write_config(node, ports[PORTS_OF_A_NODE * (number - 1) : PORTS_OF_A_NODE * number])
-        nodes.append(node)
-    for node in nodes:
-        for service in SERVICES:
-            start_service(stack, node, service)
-    return directory, nodes
+        machines.append(machine)
+    for machine in machines:
+        stack.callback(machine.stop)
+        machine.start()
+    return directory, machines
 
 
 def main() -> None:
@@ -179,20 +110,42 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     with contextlib.suppress(_TerminatedError), ExitStack() as stack:
         try:
-            directory, nodes = start_cluster(stack, int(sys.argv[1]))
-        except PmgsyncError as error:
-            _answer({"error": error.message, "hint": error.hint})
-            return
+            directory, machines = start_cluster(stack, int(sys.argv[1]))
         except Exception as error:
-            _answer({"error": f"{type(error).__name__}: {error}", "hint": ""})
+            _answer(_described(error))
             return
-        _answer({"directory": str(directory), "nodes": [asdict(node) for node in nodes]})
-        if sys.stdin.buffer.readline() == KEEP:
-            # The command that started this ends, and with it what these were connected to.
-            with Path(os.devnull).open("r+b") as null:
-                for stream in (0, 1, 2):
-                    os.dup2(null.fileno(), stream)
-            signal.pause()
+        nodes = [asdict(machine.node) for machine in machines if machine.node is not None]
+        _answer({"directory": str(directory), "nodes": nodes})
+        for line in iter(sys.stdin.buffer.readline, b""):
+            if line == KEEP:
+                break
+            _answer(_carry_out(machines, line.decode()))
+        else:
+            # Now, within the block: a signal that comes when it is being left would keep its callbacks from running.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            return
+        # The command that started this ends, and with it what these were connected to.
+        with Path(os.devnull).open("r+b") as null:
+            for stream in (0, 1, 2):
+                os.dup2(null.fileno(), stream)
+        signal.pause()
+
+
+def _carry_out(machines: Sequence[Machine], line: str) -> dict[str, str]:
+    """Do what the demo asks: `kill N` or `start N`, N from 0."""
+    order, _, number = line.partition(" ")
+    try:
+        machine = machines[int(number)]
+        machine.kill() if order == "kill" else machine.start()
+    except Exception as error:
+        return _described(error)
+    return {}
+
+
+def _described(error: Exception) -> dict[str, str]:
+    if isinstance(error, PmgsyncError):
+        return {"error": error.message, "hint": error.hint}
+    return {"error": f"{type(error).__name__}: {error}", "hint": ""}
 
 
 def _answer(message: object) -> None:

@@ -47,11 +47,17 @@ class Latency:
                     else:
                         mails.append((rid, now))
 
+    def leave(self, cid: int) -> None:
+        """Count nothing more of a node that is lost: neither what it still has to show nor what is still to come."""
+        with self._lock:
+            for pair in [pair for pair in self._open if cid in pair]:
+                del self._open[pair]
+
     def visible(self, origin: int, node: int, rid: int, asked: float) -> None:
         """All of an origin's mails up to `rid` could be read on a node; the answer came at `asked` (monotonic)."""
         with self._lock:
             self._seen[origin, node] = max(rid, self._seen[origin, node])
-            mails = self._open[origin, node]
+            mails = self._open.get((origin, node), deque())
             while mails and mails[0][0] <= rid:
                 self.samples.append(max(0.0, asked - mails.popleft()[1]))
 
@@ -75,11 +81,17 @@ class Latency:
 
 
 class Watcher(threading.Thread):
-    """Looks at one node for the other nodes' mails."""
+    """Looks at one node for the other nodes' mails.
+
+    Attributes:
+        error: what ended it early, "" when nothing did.
+        may_end: the node may be lost, and the watcher with it.
+    """
 
     def __init__(self, dsn: str, cid: int, others: Sequence[int], latency: Latency, stop: threading.Event) -> None:
         super().__init__(name=f"watcher of node {cid}", daemon=True)
         self.error = ""
+        self.may_end = False
         self._dsn = dsn
         self._cid = cid
         self._others = others
@@ -94,7 +106,8 @@ class Watcher(threading.Thread):
                 connection.autocommit = True
                 self._look(connection)
         except Exception as error:  # whatever it is, the figures would be wrong without this watcher
-            self.error = f"{self.name}: {type(error).__name__}: {str(error).strip()}"
+            if not self.may_end:
+                self.error = f"{self.name}: {type(error).__name__}: {str(error).strip()}"
 
     def _look(self, connection: Any) -> None:
         table = "public.cstatistic"

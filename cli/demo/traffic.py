@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from cli.demo.trees import mail_file
 
 if TYPE_CHECKING:
-    from cli.demo.hold import DemoNode
     from cli.demo.latency import Latency
+    from cli.demo.machine import DemoNode
 
 QUARANTINE_EVERY = 4
 """Every so many mails one is quarantined."""
@@ -24,6 +24,8 @@ RULES_PER_S = 2.0
 HISTORY_MAILS = 5_000
 FIRST_RID = 100_001
 """Beyond the mails of the history, on every node."""
+WRITER_NUMBERS = 10_000_000
+"""The next writer's numbers begin so far on."""
 
 # SQL_ASCII databases hold whatever bytes mail brings along; this sender is Latin-1.
 _SENDER = r"E'm\xfcller{user}@example.org'"
@@ -98,24 +100,49 @@ def write_history(dsn: str) -> None:
         connection.commit()
 
 
+def count_rules(dsn: str, first: int) -> int:
+    """Return how many changes of a rule writer, whose first number was `first`, a node has.
+
+    Each change makes a rule that a later one deletes, so it is the newest that counts.
+    """
+    from pmgsync.postgres.session import connect
+
+    with contextlib.closing(connect(dsn, application_name="pmgcm demo")) as connection, connection.cursor() as cursor:
+        use_public(connection)
+        number = "substring(name FROM '^demo rule ([0-9]+)$')::bigint"
+        cursor.execute(
+            f"SELECT max({number}) FROM rule WHERE {number} BETWEEN %s AND %s", (first, first + WRITER_NUMBERS - 1)
+        )
+        row = cursor.fetchone()
+    return 0 if row is None or row[0] is None else int(row[0]) - first + 1
+
+
 class Writer(threading.Thread, ABC):
     """Writes transactions to one node's database at a steady rate until told to stop.
 
     Attributes:
         done: transactions committed.
         rows: row changes committed.
+        last: when the last one was, in seconds of the monotonic clock.
         error: what ended it early, "" when nothing did.
+        may_end: the node may be lost, and the writer with it.
         counts_mail: True when its transactions are mails.
     """
 
     counts_mail = False
 
-    def __init__(self, what: str, dsn: str, cid: int, rate: float, stop: threading.Event) -> None:
+    def __init__(
+        self, what: str, dsn: str, cid: int, rate: float, stop: threading.Event, first: int = FIRST_RID
+    ) -> None:
+        """Begin; `first` is the number of its first transaction."""
         super().__init__(name=f"{what} on node {cid}", daemon=True)
         self.cid = cid
+        self.first = first
         self.done = 0
         self.rows = 0
+        self.last = 0.0
         self.error = ""
+        self.may_end = False
         self._dsn = dsn
         self._rate = rate
         self._halt = stop
@@ -129,16 +156,19 @@ class Writer(threading.Thread, ABC):
                 use_public(connection)
                 self._write(connection)
         except Exception as error:  # whatever it is, the demo must not call it a success
-            self.error = f"{self.name}: {type(error).__name__}: {str(error).strip()}"
+            if not self.may_end:
+                self.error = f"{self.name}: {type(error).__name__}: {str(error).strip()}"
 
     def _write(self, connection: Any) -> None:
         begun = time.monotonic()
         with connection.cursor() as cursor:
             while not self._halt.wait(max(0.0, begun + self.done / self._rate - time.monotonic())):
-                statements, rows = self.transaction(self.done + FIRST_RID)
+                number = self.first + self.done
+                statements, rows = self.transaction(number)
                 cursor.execute(statements)
                 connection.commit()
-                self.committed(self.done + FIRST_RID)
+                self.last = time.monotonic()
+                self.committed(number)
                 self.done += 1
                 self.rows += rows
 
@@ -155,8 +185,16 @@ class MailWriter(Writer):
 
     counts_mail = True
 
-    def __init__(self, node: DemoNode, cid: int, rate: float, stop: threading.Event, latency: Latency) -> None:
-        super().__init__("mail", node.dsn, cid, rate, stop)
+    def __init__(
+        self,
+        node: DemoNode,
+        cid: int,
+        rate: float,
+        stop: threading.Event,
+        latency: Latency,
+        first: int = FIRST_RID,
+    ) -> None:
+        super().__init__("mail", node.dsn, cid, rate, stop, first)
         self._node = node
         self._latency = latency
 
@@ -201,10 +239,10 @@ class MailWriter(Writer):
 class RuleWriter(Writer):
     """The administrator, who changes rules on the master."""
 
-    def __init__(self, dsn: str, cid: int, stop: threading.Event) -> None:
-        super().__init__("rules", dsn, cid, RULES_PER_S, stop)
+    def __init__(self, dsn: str, cid: int, stop: threading.Event, first: int = FIRST_RID) -> None:
+        super().__init__("rules", dsn, cid, RULES_PER_S, stop, first)
 
     def transaction(self, number: int) -> tuple[str, int]:
         """Return one change of the rules: one made, one changed, one deleted."""
-        changed = 5 + (number > FIRST_RID) + 2 * (number > FIRST_RID + 2)
+        changed = 5 + (number > self.first) + 2 * (number > self.first + 2)
         return _RULE.format(number=number, priority=50, earlier=number - 1, gone=number - 3), changed

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli.demo.hold import DemoNode
+from cli.demo.machine import DemoNode
 
 ARRIVE_S = 30.0
 CONFIGURATION = {"pmg.conf": "demo: one\n", "templates/main.cf.in": "# a template\n", "domains": "example.com\n"}
