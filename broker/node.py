@@ -100,6 +100,7 @@ class Broker:
             workers=self._workers,
             membership=self._membership,
             splits=self._splits.sides,
+            departed=self._departed,
         )
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -180,6 +181,7 @@ class Broker:
                     offer_document=self._offer_document,
                     change_document=self._change_document,
                     begin_epoch=self._begin_epoch,
+                    departed_changed=self._local.spread_document,
                 )
             part.follow_document(cut=cut, renewed=self._resources.keys.current is not keys)
         self._splits.follow_document()
@@ -338,6 +340,9 @@ class Broker:
 
     def _membership(self) -> tuple[int, SignedDocument | None]:
         return (self._participation.cid, self._documents.signed) if self._participation is not None else (0, None)
+
+    def _departed(self) -> list[int]:
+        return self._participation.departed.origins if self._participation is not None else []
 
     def _session_over(self, session: Session) -> None:
         if session.worker not in CLIENTS:

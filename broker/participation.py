@@ -12,6 +12,7 @@ from typing import Any
 import zmq
 
 from broker.chains.chains import Chains
+from broker.chains.departed import Departed
 from broker.chains.trimming import Trimming
 from broker.cluster.attempts import Attempts
 from broker.cluster.conf_file import ConfFile
@@ -40,7 +41,7 @@ from broker.requests.keys import KeyRequests
 from broker.requests.sessions import Session, Sessions
 from broker.requests.shared import SharedRequests
 from broker.requests.voting import VotingRequests
-from broker.requests.workers import WorkerRequests, tell_announcement, tell_durable, tell_lease
+from broker.requests.workers import WorkerRequests, tell_announcement, tell_apply, tell_durable, tell_lease
 from broker.status.health import Health
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, with_confirmed, without_member
@@ -93,6 +94,7 @@ class Participation:
         cid: this node's number.
         workers: serves the agent's workers.
         leading: what this node does as master, or to become it.
+        departed: knows the chains of nodes that were removed.
         keys: serves changes of this node's keys, and of members' on the master.
         health: judges this node.
     """
@@ -104,6 +106,7 @@ class Participation:
         offer_document: Callable[[int, bytes], None],
         change_document: Callable[[ClusterDocument, Callable[[SignedDocument], None]], SignedDocument],
         begin_epoch: Callable[[ClusterDocument], object],
+        departed_changed: Callable[[], None],
     ) -> None:
         """Open the journals; `follow_document` then opens ports and connections.
 
@@ -112,6 +115,7 @@ class Participation:
                 it is not acceptable.
             change_document: signs and stores a new document, tells of it, and puts it in force.
             begin_epoch: likewise the first document of an epoch of this node.
+            departed_changed: is called when other chains of nodes that were removed are not over here.
 
         Raises:
             ConfigError: when this is not the node that the document means.
@@ -165,6 +169,15 @@ class Participation:
         limits = Limits(config.journal.max_bytes, config.journal.max_age_s)
         divergence = DivergenceFiles(config.state_dir)
         self._trimming = Trimming(self.cid, self._chains, self._members, limits, divergence)
+        self.departed = Departed(
+            self.cid,
+            self._chains,
+            self._members,
+            divergence,
+            document=lambda: self._signed.document,
+            tell=partial(tell_apply, sessions),
+            changed=departed_changed,
+        )
         self._shared = SharedRequests(
             self.cid,
             config.name,
@@ -201,6 +214,7 @@ class Participation:
             lease_told=self.leading.agent_told,
             later=partial(self._later, resources.loop),
             knows_epoch=self._knows_epoch,
+            chain_done=self.departed.done,
         )
         self._joiners = Joiners(time.monotonic)
         self._control = ControlRequests(
@@ -240,6 +254,7 @@ class Participation:
             self._members,
             self._chains,
             self._trimming,
+            self.departed,
             sessions,
             document=lambda: documents.document,
             joining=self._joiners.progress,
@@ -278,6 +293,7 @@ class Participation:
         self.publish(b"d", self._signed.pack())
         self._members.meet(self._signed.document, self._inbound)
         self._joiners.expect(self._signed.document.joining)
+        self.departed.follow_document()
         self.beat()
 
     def trimmed(self, stretch: Stretch, *, leads: bool) -> Stretch:
@@ -429,6 +445,7 @@ class Participation:
         document = self._signed.document
         witnesses = frozenset(cid for cid in document.cids if document.is_witness(cid))
         self._trimming.tick(document.databases, document.joining - witnesses)
+        self.departed.tick()
         if self._is_master:
             for cid in self._joiners.silent():
                 try:

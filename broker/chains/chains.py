@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Set
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from broker.chains.follower import Follower
 from broker.chains.publishing import Publishing
@@ -19,7 +20,7 @@ from broker.net.loop import Loop
 from pmgsync.core.chains import ChainHead
 from pmgsync.core.frames import Frame
 from pmgsync.core.positions import Position
-from pmgsync.errors import JournalDamagedError, PmgsyncError, ProtocolError, ResyncRequiredError
+from pmgsync.errors import JournalDamagedError, PmgsyncError, ProtocolError, ResyncRequiredError, UnknownChainError
 from pmgsync.trace import hop
 
 log = logging.getLogger(__name__)
@@ -218,6 +219,20 @@ class Chains:
             # Whoever applies the old chain must start anew.
             error = ResyncRequiredError(f"node {origin} has begun a new chain ({own.incarnation:016x})")
             self.streams.fail(origin, error)
+
+    def forget(self, origin: int) -> None:
+        """Drop all that is kept of a chain that is over."""
+        self.streams.fail(origin, UnknownChainError(f"the chain of node {origin}, which was removed, is over here"))
+        self._followers.pop(origin, None)
+        self.journals.forget(origin)
+        by_origin: list[MutableMapping[int, Any]] = [self.applied, self.clocks, self._lost]
+        for known in by_origin:
+            known.pop(origin, None)
+
+    def forget_strangers(self, known: Set[int]) -> None:
+        """Drop what was noted of nodes that were removed before anything of their chains was kept here."""
+        for origin in [origin for origin in self.clocks if origin not in known]:
+            del self.clocks[origin]
 
     # -- from apply ---------------------------------------------------------------------------------------------------
 

@@ -78,6 +78,7 @@ class Heartbeat:
     applied: Mapping[int, Applied]
     conflicts: Mapping[str, int] = field(default_factory=dict)
     trees: tuple[Mapping[str, Any], ...] = ()
+    over: frozenset[int] = frozenset()
     received: float = field(default_factory=time.monotonic)
 
     def pack(self) -> bytes:
@@ -109,6 +110,7 @@ class Heartbeat:
             **pack_applied(self.applied),
             "conflicts": dict(self.conflicts),
             "trees": [dict(tree) for tree in self.trees],
+            "over": sorted(self.over),
         }
         return msgpack.packb(data, use_bin_type=True)  # type: ignore[no-any-return]
 
@@ -158,6 +160,7 @@ class Heartbeat:
                 applied=parse_applied(raw["applied"], raw.get("visible")),
                 conflicts=read_counters(raw.get("conflicts")),
                 trees=tuple(read_tree_reports(raw.get("trees"))),
+                over=frozenset(_cid(cid) for cid in raw.get("over", [])),
             )
         except ProtocolError:
             raise

@@ -61,7 +61,7 @@ class Journals:
         self._chains: dict[int, ChainJournal] = {}
         self._heads: dict[int, ChainHead] = {}
         self._opened: dict[int, Opened] = {}
-        self._removed: set[Path] = set()
+        self._removed: dict[Path, int] = {}
         self._pending = {True: 0, False: 0}
         self._failures: dict[Path, JournalError] = {}
         self._seq = 0
@@ -120,6 +120,7 @@ class Journals:
         """Take over what the writer has done: durable positions move, memory is released. Raises nothing."""
         report = self._writer.collect()
         self._failures = report.failures
+        self._removed = {path: seq for path, seq in self._removed.items() if report.done.get(path, -1) < seq}
         for origin, chain in self._chains.items():
             self._pending[origin == self.own] -= chain.collect(report.done.get(chain.path, -1))
 
@@ -318,7 +319,7 @@ class Journals:
     def _begin(self, origin: int, incarnation: int, start: Position, reader: sqlite3.Connection | None) -> ChainJournal:
         """Begin a chain in an empty file, which the writer makes."""
         path = self._path(origin, incarnation)
-        self._removed.discard(path)
+        self._removed.pop(path, None)
         head = ChainHead.at(origin, incarnation, start)
         chain = self._chains[origin] = ChainJournal(path, head, start, start, start, Ledger())
         self._heads[origin] = head
@@ -371,5 +372,5 @@ class Journals:
 
     def _end(self, origin: int, path: Path, reader: sqlite3.Connection | None) -> None:
         """Have a file removed. Until that is done, its name must not be opened."""
-        self._removed.add(path)
-        self._writer.post(path, origin, 0, origin == self.own, End(self._next(), reader))
+        self._removed[path] = self._next()
+        self._writer.post(path, origin, 0, origin == self.own, End(self._seq, reader))

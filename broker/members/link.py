@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import zmq
 
-from broker.heartbeats.heartbeat import DOWN_AFTER_S, Heartbeat
+from broker.heartbeats.heartbeat import DOWN_AFTER_S, Heartbeat, HeldChain
 from broker.heartbeats.skew import ClockSkew
 from broker.members.connection import Connection
 from broker.net.keys import NodeKeys
@@ -105,6 +105,10 @@ class MemberLink:
     def clock_skew_s(self) -> float | None:
         """How far the member's clock seems to be ahead of this node's; None while it is not heard."""
         return self._skew.seconds if self.up else None
+
+    def chain(self, origin: int) -> HeldChain | None:
+        """Return what the member last said that it holds of a chain."""
+        return self.heartbeat.chains.get(origin) if self.heartbeat else None
 
     def heard(self, heartbeat: Heartbeat) -> None:
         """Note a heartbeat."""

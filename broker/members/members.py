@@ -32,6 +32,7 @@ class Members:
         self._links: dict[int, MemberLink] = {}
         self._acked: dict[int, dict[int, Applied]] = {}
         self._logged: list[str] = []
+        self._cids: frozenset[int] = frozenset()
 
     def __iter__(self) -> Iterator[MemberLink]:
         return iter(list(self._links.values()))
@@ -42,6 +43,7 @@ class Members:
 
     def meet(self, document: ClusterDocument, receiver: Receiver) -> None:
         """Connect to the members that are new in a document, and end the links to those that are gone or changed."""
+        self._cids = document.cids
         for link in self:
             if document.member(link.member.cid) != link.member:
                 receiver.connection_lost(link)
@@ -76,7 +78,10 @@ class Members:
 
     def acknowledge(self, cid: int, applied: Mapping[int, Applied]) -> None:
         """Note how far a member has applied chains."""
-        self._acked.setdefault(cid, {}).update(applied)
+        known = self._acked.get(cid, {})
+        # A broker that has just begun does not say all at once. Of nodes that were removed only the newest word counts.
+        kept = {origin: done for origin, done in known.items() if origin in self._cids}
+        self._acked[cid] = kept | dict(applied)
 
     def acked(self, cid: int) -> Mapping[int, Applied]:
         """Return how far a member has applied chains, by origin."""

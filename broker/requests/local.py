@@ -41,6 +41,7 @@ class LocalRequests:
         workers: Callable[[], Handler],
         membership: Callable[[], tuple[int, SignedDocument | None]],
         splits: Callable[[], Mapping[int, int]],
+        departed: Callable[[], list[int]],
     ) -> None:
         """Begin.
 
@@ -49,6 +50,7 @@ class LocalRequests:
             workers: returns who serves the rest; raises MembershipError when no cluster is defined.
             membership: returns this node's CID and the document in force; 0 and None when no cluster is defined.
             splits: returns who is on another side of a split, and that side's newest epoch.
+            departed: returns who was removed and whose chain is not over here.
         """
         self._socket = socket
         self._loop = loop
@@ -57,6 +59,7 @@ class LocalRequests:
         self._workers = workers
         self._membership = membership
         self._splits = splits
+        self._departed = departed
         loop.add_socket(socket, self._receive)
 
     def close(self) -> None:
@@ -69,7 +72,7 @@ class LocalRequests:
         cid, signed = self._membership()
         parts = (signed.pack(),) if signed is not None else ()
         for session in self._sessions.workers():
-            message = {"op": "document", "id": 0, "cid": cid, "split": self._split()}
+            message = {"op": "document", "id": 0, "cid": cid, "split": self._split(), "departed": self._departed()}
             self._sessions.send(session.identity, message, parts)
 
     def _split(self) -> list[list[int]]:
@@ -129,6 +132,7 @@ class LocalRequests:
             "epoch": signed.document.epoch if signed else 0,
             "serial": signed.document.serial if signed else 0,
             "split": self._split(),
+            "departed": self._departed(),
         }
         self._sessions.send(session.identity, message, (signed.pack(),) if signed is not None else ())
 

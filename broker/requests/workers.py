@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from broker.chains.chains import Chains
 from broker.chains.streams import Stream
@@ -21,6 +22,11 @@ LEASE = "lease"
 MAX_ANNOUNCEMENT = 64 << 10
 
 
+def apply_worker(origin: int) -> str:
+    """Return the name of the worker that applies a node's chain."""
+    return f"apply:{origin}"
+
+
 class WorkerRequests:
     """Serves sessions on the local socket: capture, apply, and whoever calls or answers calls."""
 
@@ -37,6 +43,7 @@ class WorkerRequests:
         lease_told: Callable[[Message], None],
         later: Callable[[Callable[[], None]], None],
         knows_epoch: Callable[[], bool],
+        chain_done: Callable[[int], None],
     ) -> None:
         """Begin.
 
@@ -46,6 +53,7 @@ class WorkerRequests:
             later: calls a function in a moment.
             knows_epoch: says whether the members have been heard since the start, so that a master that was replaced
                 meanwhile knows it.
+            chain_done: takes a node that was removed: this node's database is done with its chain.
         """
         self._cid = cid
         self._chains = chains
@@ -57,6 +65,7 @@ class WorkerRequests:
         self._lease_told = lease_told
         self._later = later
         self._knows_epoch = knows_epoch
+        self._chain_done = chain_done
 
     def handle(self, session: Session, send: Send, message: Message, attachments: Sequence[bytes]) -> bool:
         """Handle a request; False when it is none of these.
@@ -74,6 +83,11 @@ class WorkerRequests:
                 visible = Position.parse(message["visible"]) if "visible" in message else position
                 applied = Applied(number(message, "incarnation"), position, max(position, visible))
                 self._chains.applied_moved(number(message, "origin"), applied)
+            case "chain.done":
+                origin = number(message, "origin")
+                if session.worker != apply_worker(origin):
+                    raise ProtocolError("only the worker that applies a chain says that it is done")
+                self._chain_done(origin)
             case "watermark":
                 self._chains.own.watermark(number(message, "lsn"))
             case "data" | "done" | "error":
@@ -152,6 +166,8 @@ class WorkerRequests:
             raise ProtocolError("the own chain is not applied here")
         incarnation, own = number(message, "incarnation"), self._members.own_chain(origin)
         if incarnation == 0:
+            if own is None and self._members.link(origin) is None:
+                return self._begin_of_departed(origin)
             if own is None:
                 raise UnreachableError(f"nothing was heard of the chain of node {origin} yet")
             if own.snapshot:
@@ -164,6 +180,18 @@ class WorkerRequests:
             raise ResyncRequiredError(f"node {origin} has begun a new chain")
         return incarnation, position
 
+    def _begin_of_departed(self, origin: int) -> tuple[int, Position]:
+        """Return where the chain of a node that was removed begins, as far as somebody has it.
+
+        Raises:
+            UnreachableError: when nobody has anything of it.
+        """
+        held = [chain for link in self._members if link.up for chain in [link.chain(origin)] if chain is not None]
+        if not held:
+            raise UnreachableError(f"nobody has anything of the chain of node {origin}, which was removed")
+        first = min(held, key=lambda chain: chain.first)
+        return first.incarnation, first.first
+
 
 def tell_durable(sessions: Sessions, position: Position, watermark: int) -> None:
     """Tell capture that the own chain is on disk up to a position, and known to be whole up to an LSN."""
@@ -171,6 +199,13 @@ def tell_durable(sessions: Sessions, position: Position, watermark: int) -> None
     if capture is not None:
         message = {"op": "durable", "position": list(position), "watermark": watermark}
         sessions.send(capture.identity, message)
+
+
+def tell_apply(sessions: Sessions, origin: int, message: Mapping[str, Any]) -> None:
+    """Send the worker that applies a chain a message, if there is one."""
+    worker = sessions.worker(apply_worker(origin))
+    if worker is not None:
+        sessions.send(worker.identity, message)
 
 
 def tell_lease(sessions: Sessions, message: Message) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from broker.chains.chains import Chains
+from broker.chains.departed import Departed
 from broker.chains.trimming import Trimming
 from broker.heartbeats.conflicts import add_up
 from broker.heartbeats.heartbeat import DOWN_AFTER_S, Heartbeat
@@ -36,6 +37,7 @@ class Health:
         members: Members,
         chains: Chains,
         trimming: Trimming,
+        departed: Departed,
         sessions: Sessions,
         *,
         document: Callable[[], ClusterDocument],
@@ -58,6 +60,7 @@ class Health:
         self._members = members
         self._chains = chains
         self._trimming = trimming
+        self._departed = departed
         self._sessions = sessions
         self._document = document
         self._joining = joining
@@ -94,6 +97,7 @@ class Health:
             applied=dict(self._chains.applied),
             conflicts=add_up(session.counters for session in self._sessions.workers()),
             trees=tuple(tree for session in self._sessions.workers() for tree in session.trees),
+            over=frozenset(self._departed.over),
         )
 
     def status(self) -> dict[str, Any]:
@@ -121,6 +125,7 @@ class Health:
         """Return the state (`A` or `S`), what is wrong ("" when nothing), and the alerts."""
         alerts = [*self._trimming.alerts(), *({"kind": "journal", "text": text} for text in self._chains.damage)]
         alerts += self._divergence.alerts()
+        alerts += self._departed.alerts()
         if problem := self._conf_problem():
             alerts.append({"kind": "cluster.conf", "text": problem})
         if problem := self._voting_problem():

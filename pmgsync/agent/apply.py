@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from pmgsync.agent.apply_thread import ApplyThread
+from pmgsync.agent.departing import ChainOverError, end_chain
 from pmgsync.agent.resync import Resync
 from pmgsync.agent.worker import REPORT_S, SessionOverError, Worker
 from pmgsync.config import NodeConfig
@@ -21,6 +22,7 @@ from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
 from pmgsync.postgres.apply import Applier
 from pmgsync.postgres.apply.stale import StaleTables
+from pmgsync.postgres.setup.departing import OVER
 from pmgsync.postgres.setup.returning import fetch_from_master, mirrored_tables, pass_chain, positions
 from pmgsync.profile_file import load_profile
 from pmgsync.trace import hop
@@ -81,7 +83,7 @@ class ApplyWorker(Worker):
             return
         for before, entry in pairwise(document.history):
             fork = entry.fork
-            if fork is None or before.master == self.cid or before.master in document.cids:
+            if fork is None or before.master == self.cid or before.master in document.cids | self.departed:
                 continue
             incarnation, lsn = positions(self.config.dsn).get(before.master, (0, 0))
             if incarnation == fork.incarnation and lsn < fork.lsn:
@@ -114,8 +116,66 @@ class ApplyWorker(Worker):
     def _members(self) -> Collection[int]:
         return self.document.cids
 
+    def _chains(self) -> Collection[int]:
+        return self.document.cids | self.departed
+
+    @property
+    def _gone(self) -> bool:
+        """True when the origin was removed from the cluster."""
+        return self.origin not in self.document.cids
+
     def session(self, link: BrokerLink) -> None:
         """Apply from the database's position on until something ends it."""
+        try:
+            self._follow(link)
+        except ChainOverError as over:
+            document, origin = self.document, self.origin
+            end_chain(self.config, self._profile, document, origin=origin, own_cid=self.cid, lost=over.lost)
+            self._await_end(link)
+
+    def _await_end(self, link: BrokerLink) -> None:
+        """Tell the broker that the chain is forgotten here; it has this process ended."""
+        self.state, self.alerts = "A", []
+        done = {"op": "chain.done", "origin": self.origin}
+        link.send(done)
+        while self._gone:
+            self.recovered()
+            self.report()
+            received = link.receive(REPORT_S)
+            if received is not None and received[0]["op"] == "chain.over":
+                link.send(done)
+            elif received is not None:
+                self.handle(*received)
+
+    def handle(self, message: Message, attachments: Sequence[bytes]) -> None:
+        """Handle a message beside the work; raises ChainOverError when the chain is to be forgotten."""
+        if message["op"] == "chain.over" and self._gone:
+            raise ChainOverError(lost=message.get("lost") is True)
+        super().handle(message, attachments)
+
+    def _begins(self, link: BrokerLink, known: tuple[int, Position] | None) -> tuple[int, Position]:
+        """Return from where on the chain is applied, incarnation 0 when the broker is to tell.
+
+        Raises:
+            ChainOverError: when it is over here.
+            ResyncRequiredError: when it was over here, and its node is a member again.
+        """
+        if known is not None and known[0] == OVER:
+            if self._gone:
+                raise ChainOverError(lost=False)
+            raise ResyncRequiredError(f"node {self.origin} was removed, and is a member again")
+        if known is None and self._gone and self.cid != self.document.master:
+            # What came before the part that the others still have is with the master only.
+            place = {"incarnation": OVER, "position": list(Position(0))}
+            link.send({"op": "applied", "origin": self.origin, **place})
+            while True:
+                self.report()
+                received = link.receive(REPORT_S)
+                if received is not None:
+                    self.handle(*received)
+        return known if known is not None else (0, Position(0))
+
+    def _follow(self, link: BrokerLink) -> None:
         self._pass_those_gone()
         applier = Applier(
             self.config.dsn,
@@ -124,6 +184,7 @@ class ApplyWorker(Worker):
             own_cid=self.cid,
             history=self._history,
             members=self._members,
+            followed=self._chains,
             stale=self._stale,
             waits=self.config.synchronous_commit,
             elsewhere=lambda: self.split.get(self.origin, 0),
@@ -132,8 +193,8 @@ class ApplyWorker(Worker):
         try:
             known = applier.connect()
             self._end_stretches(known)
-            incarnation, position = known if known is not None else (0, Position(0))
             try:
+                incarnation, position = self._begins(link, known)
                 opened, _ = link.request(
                     {
                         "op": "apply.open",
@@ -150,7 +211,7 @@ class ApplyWorker(Worker):
             if known is None:
                 incarnation, position = int(opened["incarnation"]), Position.parse(opened["position"])
                 applier.begin_chain(incarnation, position)
-        except PmgsyncError:
+        except (PmgsyncError, ChainOverError):
             applier.close()
             raise
         log.info("action=apply origin=%d incarnation=%016x position=%s", self.origin, incarnation, position)
@@ -212,6 +273,12 @@ class ApplyWorker(Worker):
             self.handle(message, attachments)
 
     def _resynchronise(self, reason: ResyncRequiredError) -> None:
+        if self._gone:
+            # Nobody can be asked for a copy. What can still be had of the chain comes from the members' journals.
+            if reason.tables:
+                self._stale.unreachable(reason.tables)
+                return
+            raise UnreachableError(f"node {self.origin} was removed and cannot be asked: {reason.message}")
         log.warning("action=resync origin=%d tables=%s reason=%s", self.origin, list(reason.tables), reason)
         self.state = "S"
         self.alerts = [{"kind": "resync", "text": f"resynchronising from node {self.origin}: {reason.message}"}]

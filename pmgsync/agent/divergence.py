@@ -109,7 +109,7 @@ class DivergenceWorker(Worker):
         """Return the stretch with its end, None while that cannot be told."""
         document = self.document
         if stretch.origin != self.cid:
-            if stretch.origin in document.cids:
+            if stretch.origin in document.cids | self.departed:
                 return None  # its apply worker tells, before it applies more
             incarnation, lsn = positions(self.config.dsn).get(stretch.origin, (0, 0))
             return stretch.ended(lsn if incarnation == stretch.incarnation else 0)

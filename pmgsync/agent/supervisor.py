@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pmgsync.agent.worker import read_departed
 from pmgsync.config import NodeConfig, load_config
 from pmgsync.core.backoff import Backoff
 from pmgsync.core.membership import SignedDocument
@@ -64,7 +65,7 @@ class Supervisor:
                     if link is None:
                         link = BrokerLink(self._config.broker_socket, "supervisor")
                         welcome, parts = link.hello(timeout_s=2.0)
-                        self._follow(welcome["cid"], parts)
+                        self._follow(welcome["cid"], parts, read_departed(welcome))
                     link.send({"op": "report", "state": "", "error": self._trouble(), "hint": "", "alerts": []})
                     received = link.receive(REPORT_S)
                     if received is not None:
@@ -72,7 +73,7 @@ class Supervisor:
                         if message["op"] == "error":
                             raise UnreachableError(str(message.get("message")))
                         if message["op"] == "document":
-                            self._follow(message["cid"], parts)
+                            self._follow(message["cid"], parts, read_departed(message))
                 except PmgsyncError as error:
                     log.warning("action=broker-away error=%s", error)
                     if link is not None:
@@ -85,15 +86,19 @@ class Supervisor:
             if link is not None:
                 link.close()
 
-    def _follow(self, cid: int, signed: Sequence[bytes]) -> None:
-        """Run the workers that a cluster document asks for; none without one."""
+    def _follow(self, cid: int, signed: Sequence[bytes], departed: Collection[int]) -> None:
+        """Run the workers that a cluster document asks for; none without one.
+
+        Args:
+            departed: nodes that were removed and whose chains are not over here.
+        """
         names: set[str] = set()
         if cid and signed:
             document = SignedDocument.unpack(signed[0]).document
             if document.is_witness(cid):
                 self._end(list(self._children))
                 return
-            names = {"capture", "snapshot"} | {f"apply:{other}" for other in document.databases - {cid}}
+            names = {"capture", "snapshot"} | {f"apply:{other}" for other in {*document.databases, *departed} - {cid}}
             if load_profile(self._config.profile).files:
                 names.add("files")
             if self._diverged():

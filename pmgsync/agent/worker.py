@@ -39,6 +39,7 @@ class Worker(ABC):
 
     Attributes:
         split: members on the other side of a split, and that side's newest epoch, as of the session's start.
+        departed: nodes that were removed and whose chains are not over here.
         state, alerts, counters, trees: what the next report says (PROTOCOL.md, section 10).
         standing_error: what is wrong with a part of the work while the rest goes on; None when nothing is.
     """
@@ -51,6 +52,7 @@ class Worker(ABC):
         self.cid = 0
         self.signed: SignedDocument | None = None
         self.split: dict[int, int] = {}
+        self.departed: frozenset[int] = frozenset()
         self.state = "A"
         self.alerts: list[dict[str, str]] = []
         self.counters: dict[str, int] = {}
@@ -143,6 +145,7 @@ class Worker(ABC):
         """
         if message["op"] == "document":
             data = attachments[0] if attachments else b""
+            self.departed = read_departed(message)
             if not self.keeps_session(data):
                 raise SessionOverError("the cluster document has changed")
             if _read_split(message) != self.split:
@@ -196,7 +199,7 @@ class Worker(ABC):
             if not welcome["cid"] or not parts:
                 raise MembershipError("no cluster defined")
             self.cid, self.signed = welcome["cid"], SignedDocument.unpack(parts[0])
-            self.split = _read_split(welcome)
+            self.split, self.departed = _read_split(welcome), read_departed(welcome)
         except PmgsyncError:
             link.close()
             raise
@@ -210,6 +213,11 @@ class Worker(ABC):
 
 def _read_split(message: Message) -> dict[int, int]:
     return {int(cid): int(epoch) for cid, epoch in message.get("split", [])}
+
+
+def read_departed(message: Message) -> frozenset[int]:
+    """Return the removed nodes whose chains are not over here, as a `welcome` or `document` names them."""
+    return frozenset(int(cid) for cid in message.get("departed", []))
 
 
 def _jitter() -> float:

@@ -59,6 +59,7 @@ class Applier:
         own_cid: CID of this node.
         history: returns the epochs of the document held, asked at every `apply`.
         members: returns all members' CIDs.
+        followed: returns the CIDs of those whose chains are applied here.
         elsewhere: returns the newest epoch of the other side while the origin is there in a split, else 0.
         holds: takes an epoch; returns why changes that its master made may not be applied yet, "" when they may.
         stale: what is known of stale tables, when it is to outlive this object.
@@ -79,6 +80,7 @@ class Applier:
         own_cid: int,
         history: Callable[[], Sequence[Epoch]],
         members: Callable[[], Collection[int]],
+        followed: Callable[[], Collection[int]] | None = None,
         elsewhere: Callable[[], int] = lambda: 0,
         holds: Callable[[int], str] = lambda epoch: "",
         stale: StaleTables | None = None,
@@ -90,6 +92,7 @@ class Applier:
         self.origin = origin
         self._history = history
         self._members = members
+        self._followed = followed or members
         self._elsewhere = elsewhere
         self._holds = holds
         self._own_cid = own_cid
@@ -269,7 +272,7 @@ class Applier:
 
     def _awaits(self, before: int, fork: Fork, epoch: int) -> str:
         """Return what has to be applied here before what a master wrote whose time began at a fork."""
-        if fork.lsn and before != self._own_cid and before in self._members():
+        if fork.lsn and before != self._own_cid and before in self._followed():
             with self._session.cursor() as cursor:
                 cursor.execute(b"SELECT incarnation, lsn::text FROM pmgsync.position WHERE origin = %d" % before)
                 found = rows(cursor)

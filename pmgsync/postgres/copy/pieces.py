@@ -52,7 +52,8 @@ def checked_vector(result: Mapping[str, Any]) -> dict[int, tuple[int, int, int]]
     for origin, place in given.items() if isinstance(given, dict) else ():
         match place:
             case [int(incarnation), int(lsn), int(part)] if type(origin) is int and origin > 0:
-                if incarnation > 0 and 0 <= lsn <= MAX_LSN and part == LAST:
+                # 0: the chain of a node that was removed, which is over.
+                if incarnation >= 0 and 0 <= lsn <= MAX_LSN and part == LAST:
                     vector[origin] = (incarnation, lsn, part)
                     continue
         raise ProtocolError(f"the snapshot's vector has the place {place!r:.80} for the origin {origin!r:.20}")

@@ -3,6 +3,7 @@
 CREATE SCHEMA IF NOT EXISTS pmgsync;
 
 -- The node's state vector: how far it is on each origin's chain. Written by the transaction that applies the changes.
+-- Incarnation 0: the origin was removed from the cluster, and its chain is over here.
 CREATE TABLE IF NOT EXISTS pmgsync.position (
     origin integer PRIMARY KEY,
     incarnation bigint NOT NULL,
