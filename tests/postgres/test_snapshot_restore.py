@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg2
 import pytest
 
 from cli.demo.embedded import EmbeddedPostgres
+from pmgsync.core.members import Member
 from pmgsync.core.positions import LAST
 from pmgsync.core.profile import Profile
 from pmgsync.errors import PmgsyncError, PreflightError, ProtocolError
@@ -16,6 +18,7 @@ from pmgsync.postgres.copy.dump import plain_sql
 from pmgsync.postgres.copy.take import Piece, take_chain_snapshot, take_database_snapshot
 from pmgsync.postgres.session import quote_literal
 from pmgsync.postgres.setup.facts import database_facts
+from pmgsync.postgres.setup.guard import ensure_guard
 from pmgsync.postgres.setup.provision import provision
 from pmgsync.profile_file import load_profile
 from tests.harness.database import CLUSTER, GATEWAY, Database
@@ -127,6 +130,26 @@ def test_a_whole_database_is_restored_and_swapped_in(
     names = target.sql("SELECT datname FROM pg_database WHERE datname LIKE 'app%'")
     assert names == [(b"app",)]
     assert target.left()[:3] == (1, 1, 1)
+
+
+def test_the_copy_of_a_master_that_is_fenced_is_guarded_as_a_slave(
+    server: EmbeddedPostgres, other_server: EmbeddedPostgres, mirror: Profile
+) -> None:
+    source, target = Database(server), Database(other_server)
+    source.sql("CREATE TABLE public.t (id int PRIMARY KEY)")
+    made = source.provision(mirror)
+    master = Member(1, "gate1", "192.0.2.1", 1, 2, 3, b"c" * 32, b"s" * 32, "master")
+    ensure_guard(source.dsn, mirror, master=master, fenced=True)
+    restore = DatabaseRestore(target.dsn, facts_of(source))
+    restore.begin()
+    copied(restore, take_database_snapshot(source.dsn, mirror, own=(1, made.incarnation)))
+    provision(restore.dsn, mirror, cid=2, cluster=CLUSTER, needs_snapshot=False, take_over_cid0=False)
+    ensure_guard(restore.dsn, mirror, master=master)
+    restore.swap()
+    with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction, match=r"gate1 \(192\.0\.2\.1\)"):
+        target.sql("INSERT INTO public.t VALUES (1)")
+    with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+        target.sql("CREATE TABLE public.new (id int); INSERT INTO public.new VALUES (1)")
 
 
 def test_any_bytes_and_local_columns(

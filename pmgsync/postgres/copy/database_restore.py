@@ -104,8 +104,8 @@ class DatabaseRestore:
         self._execute(b"SET synchronous_commit = off")
         self._execute(b"SET maintenance_work_mem = '256MB'")
         # First: triggers of the gateway's tables may call functions of it.
-        # The watch's, too: a dump has its event triggers, which do nothing until the node is provisioned.
-        for name in ("schema.sql", "apply.sql", "emit.sql", "watch.sql", "ddl.sql"):
+        # The watch's and the guard's, too: a dump has their triggers, which do nothing until the node is provisioned.
+        for name in ("schema.sql", "apply.sql", "emit.sql", "watch.sql", "ddl.sql", "guard.sql"):
             self._execute(sql.script(name))
 
     def feed(self, piece: Mapping[str, Any], attachment: bytes | None) -> None:
