@@ -23,14 +23,14 @@ from broker.members.calls import Send
 from broker.net import sockets
 from broker.net.loop import Loop, Socket
 from broker.net.port import Port, Ports
-from broker.net.zap import DOOR_DOMAIN, KEY_DOMAIN, MEMBERS_DOMAIN, ZapHandler
+from broker.net.zap import CONTROL_DOMAIN, DOOR_DOMAIN, KEY_DOMAIN, MEMBERS_DOMAIN, ZapHandler
 from broker.participation import Participation, Resources
 from broker.requests.admin import AdminRequests
 from broker.requests.local import LocalRequests
 from broker.requests.sessions import CLIENTS, Session, Sessions
 from broker.requests.workers import WorkerRequests
 from pmgsync.config import NodeConfig
-from pmgsync.core.membership import ClusterDocument, SignedDocument, cuts_off, no_cluster
+from pmgsync.core.membership import ClusterDocument, SignedDocument, cuts_off, no_cluster, was_removed
 from pmgsync.core.stretches import stretches_between
 from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError, SplitBrainError
@@ -68,7 +68,7 @@ class Broker:
         self._divergence = DivergenceFiles(config.state_dir)
         self._documents = Documents(self._state, keys, self._voter, leave=self._leave_behind)
         self._splits = Splits(self._held_document, self._spread_split)
-        self._zap = ZapHandler(self._context, self._loop, self._documents.cid_of_key)
+        self._zap = ZapHandler(self._context, self._loop, self._documents.cid_of_key, self._documents.was_removed)
         socket = sockets.bind_local(self._context, config.broker_socket)
         tokens = Tokens(time.monotonic)
         self._sessions = Sessions(socket, self._session_over)
@@ -332,7 +332,8 @@ class Broker:
 
     def _part(self) -> Participation:
         if self._participation is None:
-            raise no_cluster()
+            held = self._documents.signed
+            raise was_removed(held.document) if held is not None and not self._documents.cid else no_cluster()
         return self._participation
 
     def _workers(self) -> WorkerRequests:
@@ -388,7 +389,7 @@ def _ports(context: zmq.Context[Socket], loop: Loop, config: NodeConfig) -> Port
     return Ports(
         events=Port(context, loop, zmq.XPUB, MEMBERS_DOMAIN, config.address, config.events_port, "events"),
         control=Port(
-            context, loop, zmq.ROUTER, MEMBERS_DOMAIN, config.address, config.control_port, "control", **control
+            context, loop, zmq.ROUTER, CONTROL_DOMAIN, config.address, config.control_port, "control", **control
         ),
         join=Port(
             context, loop, zmq.ROUTER, DOOR_DOMAIN, config.address, config.join_port, "join", hwm=sockets.JOIN_HWM

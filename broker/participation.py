@@ -231,6 +231,7 @@ class Participation:
                 refused=self._members.refuse,
             ),
             self.keys,
+            document=documents.packed,
             confirm=self._confirm,
             give_up=self._give_up,
         )

@@ -32,6 +32,8 @@ def status(
     config = load(context)
     if watch:
         _watch(config, as_json=as_json)
+    if as_json:
+        _say_removed(config)
     with member_broker(config) as link:
         current = read_status(link)
     if as_json:
@@ -39,6 +41,20 @@ def status(
     else:
         say("\n".join(render(current, clocks_matter=_clocks_matter(config))))
     if not in_sync(current):
+        raise CommandFailedError
+
+
+def _say_removed(config: NodeConfig) -> None:
+    """Print the map of a node that was removed from its cluster, if this is one."""
+    from cli.local_node import cluster_defined, held_documents
+
+    if not cluster_defined(config):
+        return
+    documents = held_documents(config)
+    if documents.signed is not None and not documents.cid:
+        document = documents.signed.document
+        place = {"cluster": document.name, "epoch": document.epoch, "master": document.master}
+        say_json({**place, "removed": True, "lease": None, "nodes": []})
         raise CommandFailedError
 
 

@@ -21,6 +21,7 @@ from pmgsync.core.membership import (
     no_cluster,
     require_master,
     sign,
+    was_removed,
     without_member,
 )
 from pmgsync.core.signed import Order, compare
@@ -97,8 +98,10 @@ class Documents:
         Raises:
             MembershipError: when no cluster is defined.
         """
-        if self.signed is None or not self.cid:
+        if self.signed is None:
             raise no_cluster()
+        if not self.cid:
+            raise was_removed(self.signed.document)
         return self.signed.document
 
     def packed(self) -> bytes:
@@ -108,7 +111,7 @@ class Documents:
             MembershipError: when no cluster is defined.
         """
         if self.signed is None or not self.cid:
-            raise no_cluster()
+            raise no_cluster() if self.signed is None else was_removed(self.signed.document)
         return self.signed.pack()
 
     def master_document(self) -> ClusterDocument:
@@ -137,6 +140,10 @@ class Documents:
         """Return the CID of the member with a CURVE public key, 0 for a stranger."""
         member = self.signed.document.by_key(key) if self.signed is not None and self.cid else None
         return member.cid if member else 0
+
+    def was_removed(self, key: bytes) -> bool:
+        """Return True when a CURVE public key is that of a node that was removed."""
+        return self.signed is not None and self.cid != 0 and key in self.signed.document.removed
 
     # -- changes ------------------------------------------------------------------------------------------------------
 

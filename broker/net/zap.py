@@ -9,6 +9,9 @@ import zmq
 from broker.net.loop import Loop, Socket
 
 MEMBERS_DOMAIN = b"members"
+CONTROL_DOMAIN = b"control"
+"""Like MEMBERS_DOMAIN, but that removed nodes are let through under the name `REMOVED`, to be told what they are."""
+REMOVED = "removed"
 DOOR_DOMAIN = b"door"
 KEY_DOMAIN = b"key"
 
@@ -16,9 +19,21 @@ KEY_DOMAIN = b"key"
 class ZapHandler:
     """Lets members through under their CID, and everybody through to the join door and the key port under his key."""
 
-    def __init__(self, context: zmq.Context[Socket], loop: Loop, cid_of: Callable[[bytes], int]) -> None:
-        """`cid_of` returns the CID of the member with a CURVE public key, 0 for a stranger."""
+    def __init__(
+        self,
+        context: zmq.Context[Socket],
+        loop: Loop,
+        cid_of: Callable[[bytes], int],
+        was_removed: Callable[[bytes], bool] = lambda key: False,
+    ) -> None:
+        """Begin.
+
+        Args:
+            cid_of: returns the CID of the member with a CURVE public key, 0 for a stranger.
+            was_removed: says whether a key is that of a node that was a member.
+        """
         self._cid_of = cid_of
+        self._was_removed = was_removed
         self._loop = loop
         self._socket = context.socket(zmq.REP)
         self._socket.linger = 0
@@ -32,8 +47,10 @@ class ZapHandler:
             domain, key = request[2], request[6]
             if domain in {DOOR_DOMAIN, KEY_DOMAIN}:
                 status, text, user = b"200", b"OK", key.hex().encode()
-            elif domain == MEMBERS_DOMAIN and (cid := self._cid_of(key)):
+            elif domain in {MEMBERS_DOMAIN, CONTROL_DOMAIN} and (cid := self._cid_of(key)):
                 status, text, user = b"200", b"OK", str(cid).encode()
+            elif domain == CONTROL_DOMAIN and self._was_removed(key):
+                status, text, user = b"200", b"OK", REMOVED.encode()
         request_id = request[1] if len(request) > 1 else b""
         self._socket.send_multipart([b"1.0", request_id, status, text, user, b""])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,15 @@ from broker.heartbeats.heartbeat import parse_applied
 from broker.members.calls import Send
 from broker.members.members import Members
 from broker.net.port import Port
+from broker.net.zap import REMOVED
 from broker.requests.keys import KeyRequests
 from broker.requests.shared import SharedRequests, answer_error, number
 from broker.requests.voting import VotingRequests
 from pmgsync.errors import PmgsyncError, ProtocolError, UnknownOperationError
 from pmgsync.wire.messages import Message, pack, unpack
+
+TELL_REMOVED_S = 0.2
+"""Nodes that were removed are told so no faster than this, all together."""
 
 
 class ControlRequests:
@@ -32,12 +37,14 @@ class ControlRequests:
         voting: VotingRequests,
         keys: KeyRequests,
         *,
+        document: Callable[[], bytes],
         confirm: Callable[[int], None],
         give_up: Callable[[int], None],
     ) -> None:
         """Begin.
 
         Args:
+            document: returns the signed document in force, as it travels.
             confirm: makes a joining node a full member, on the master; raises PmgsyncError elsewhere.
             give_up: removes a node that is joining, on the master; raises PmgsyncError elsewhere.
         """
@@ -50,10 +57,16 @@ class ControlRequests:
         self._keys = keys
         self._confirm = confirm
         self._give_up = give_up
+        self._document = document
+        self._tell_removed_at = 0.0
 
     def receive(self, parts: list[zmq.Frame]) -> None:
         """Take a message with the sender's identity in front."""
-        identity, cid = parts[0].bytes, int(str(parts[-1].get("User-Id")))
+        identity, who = parts[0].bytes, str(parts[-1].get("User-Id"))
+        if who == REMOVED:
+            self._tell_removed(identity)
+            return
+        cid = int(who)
         owner = ("member", cid, identity)
         self._joiners.heard(cid)
 
@@ -73,6 +86,13 @@ class ControlRequests:
         except PmgsyncError as error:
             self._members.refuse(cid, error)
             answer_error(send, message, error)
+
+    def _tell_removed(self, identity: bytes) -> None:
+        """Send a node that was removed the document that says so, whatever it has asked; now and then at most."""
+        now = time.monotonic()
+        if now >= self._tell_removed_at:
+            self._tell_removed_at = now + TELL_REMOVED_S
+            self._port.send([identity, pack({"op": "document", "id": 0}), self._document()])
 
     def _handle(self, owner: object, cid: int, send: Send, message: Message, attachments: Sequence[bytes]) -> None:
         if self._shared.handle(owner, send, message) or self._voting.handle(cid, send, message, attachments):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pmgsync.core.members import Member
+from pmgsync.core.members import KEY_BYTES, Member
 from pmgsync.core.positions import MAX_LSN, format_lsn
 from pmgsync.core.votes import Vote
 from pmgsync.errors import ProtocolError
@@ -144,6 +144,7 @@ class ClusterDocument:
             newest; this one is not among them.
         fence: `lease`: the master writes only while a majority acknowledges it. `none`: it always writes.
         fence_wanted: the setting of the node that created the cluster; `lease` comes in force with the third voter.
+        removed: CURVE public keys of nodes that were removed, the newest last: one that was away then is told so.
     """
 
     cluster: bytes
@@ -159,6 +160,7 @@ class ClusterDocument:
     lease_ms: int = LEASE_MS
     fence_wanted: str = "lease"
     rekeyed: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
 
     @property
     def version(self) -> tuple[int, int]:
@@ -226,6 +228,7 @@ class ClusterDocument:
             "fence_wanted": self.fence_wanted,
             "lease_ms": self.lease_ms,
             "rekeyed": [one.hex() for one in self.rekeyed],
+            "removed": [one.hex() for one in self.removed],
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -243,7 +246,7 @@ class ClusterDocument:
             history = tuple(Epoch.from_map(entry) for entry in data["history"])
             epoch, serial, master, max_cid = numbers = [data["epoch"], data["serial"], data["master"], data["max_cid"]]
             name, profile = data["name"], data["profile"]
-            rekeyed = tuple(bytes.fromhex(one) for one in data.get("rekeyed", []))
+            rekeyed, removed = (tuple(map(bytes.fromhex, data.get(key, []))) for key in ("rekeyed", "removed"))
             fence, lease_ms = data.get("fence", "none"), data.get("lease_ms", LEASE_MS)
             fence_wanted = data.get("fence_wanted", "lease")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -261,10 +264,12 @@ class ClusterDocument:
             )
         document = cls(
             cluster, name, profile, epoch, serial, master, max_cid, members, history, fence, lease_ms, fence_wanted,
-            rekeyed,
+            rekeyed, removed,
         )  # fmt: skip
         if any(len(one) != 32 for one in rekeyed):
             raise ProtocolError("a cluster document names another document by something that is no SHA-256")
+        if any(len(one) != KEY_BYTES for one in removed):
+            raise ProtocolError("a cluster document names a removed node by something that is no key")
         document._check()
         return document
 

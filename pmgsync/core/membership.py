@@ -32,6 +32,7 @@ __all__ = [
     "parse_fingerprint",
     "require_master",
     "sign",
+    "was_removed",
     "with_confirmed",
     "with_fence",
     "with_host",
@@ -40,6 +41,7 @@ __all__ = [
     "without_member",
 ]
 
+MAX_REMOVED = 64
 FORCED_CIDS = 10
 """CIDs that each member could give out by itself if it were master by force."""
 
@@ -47,6 +49,18 @@ FORCED_CIDS = 10
 def no_cluster() -> MembershipError:
     """Return the error of a node that is in no cluster."""
     return MembershipError("no cluster defined", hint="run `pmgcm create`, or `pmgcm join` to join an existing cluster")
+
+
+def was_removed(document: ClusterDocument) -> MembershipError:
+    """Return the error of a node that is in no cluster any more; the document is the one without it."""
+    master = document.member(document.master)
+    where = f" on {master.name} ({master.address})" if master is not None else ""
+    return MembershipError(
+        f"no cluster defined: this node was removed from the cluster {document.name!r}",
+        hint="its data stays as it is, and is not kept in step any more; `pmgcm leave` here removes what the cluster "
+        "has made, above all the replication slot, which keeps WAL; a line of `pmgcm join-cmd`"
+        f"{where} makes it a member again",
+    )
 
 
 def require_master(document: ClusterDocument, cid: int) -> ClusterDocument:
@@ -131,7 +145,9 @@ def with_member(document: ClusterDocument, newcomer: Member) -> ClusterDocument:
         raise MembershipError(f"the cluster has {MAX_MEMBERS} members, which is the most it can have")
     cid = document.max_cid + 1
     member = replace(newcomer, cid=cid, role="witness" if newcomer.role == "witness" else "node")
-    return replace(document, serial=document.serial + 1, max_cid=cid, members=(*document.members, member))
+    removed = tuple(key for key in document.removed if key != newcomer.curve_key)
+    members = (*document.members, member)
+    return replace(document, serial=document.serial + 1, max_cid=cid, members=members, removed=removed)
 
 
 def without_member(document: ClusterDocument, cid: int) -> ClusterDocument:
@@ -144,8 +160,10 @@ def without_member(document: ClusterDocument, cid: int) -> ClusterDocument:
         raise MembershipError(f"no member has CID {cid}", hint="`pmgcm status` lists the members")
     if cid == document.master:
         raise MembershipError("unable to delete master node", hint="promote another node first")
+    gone = [member.curve_key for member in document.members if member.cid == cid]
     members = tuple(member for member in document.members if member.cid != cid)
-    return replace(document, serial=document.serial + 1, members=members)
+    removed = (*document.removed, *gone)[-MAX_REMOVED:]
+    return replace(document, serial=document.serial + 1, members=members, removed=removed)
 
 
 def with_confirmed(document: ClusterDocument, cid: int) -> ClusterDocument:
