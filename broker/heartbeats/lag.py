@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 SAMPLE_S = 0.1
-MAX_SAMPLES = 6_000
-"""Ten minutes of a head that never rests; an older lag is shown as at least that old."""
+EXACT = 0.02
+"""What is older is known less exactly: a lag is told too long by about this share of it at most."""
+THIN_AT = 1_000
+"""Samples at which those that are closer together than that are put together; a day of a head that never rests has
+half as many then."""
 
 
 class HeadClock:
     """The recent history of one chain's head, on the observer's monotonic clock."""
 
     def __init__(self) -> None:
-        self._samples: deque[tuple[float, int]] = deque(maxlen=MAX_SAMPLES)
+        self._samples: list[tuple[float, int]] = []
         self._incarnation = 0
 
     @property
@@ -33,6 +34,17 @@ class HeadClock:
             self._samples[-1] = (self._samples[-1][0], lsn)
             return
         self._samples.append((now, lsn))
+        if len(self._samples) > THIN_AT:
+            self._thin(now)
+
+    def _thin(self, now: float) -> None:
+        kept: list[tuple[float, int]] = []
+        for noted, lsn in self._samples:
+            if kept and noted - kept[-1][0] < (now - noted) * EXACT:
+                kept[-1] = kept[-1][0], lsn  # too long, never too short
+            else:
+                kept.append((noted, lsn))
+        self._samples = kept
 
     def lag_s(self, now: float, applied: int) -> float:
         """Return for how many seconds there has been something that a receiver at `applied` has not got."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from broker.cluster.attempts import MAX_OF_ADDRESS, MAX_OF_ALL, Attempts
 from broker.cluster.joiners import SILENCE_S, Joiners
 from broker.cluster.tokens import MAX_TOKENS, Tokens
-from broker.heartbeats.lag import SAMPLE_S, HeadClock
+from broker.heartbeats.lag import EXACT, SAMPLE_S, THIN_AT, HeadClock
 from pmgsync.errors import MembershipError, TooManyAttemptsError
 
 
@@ -112,3 +112,13 @@ def test_a_lag_is_never_told_too_short(steps: list[tuple[float, int]], data: st.
     assert told <= true_lag + 3 + 2 * SAMPLE_S
     assert clock.lag_bytes(applied) == lsn - applied
     assert clock.lag_s(now, lsn) == 0.0
+
+
+def test_a_head_that_never_rests_takes_little_memory_and_old_lags_are_told_nearly_right() -> None:
+    clock, day_s = HeadClock(), 24 * 3600
+    for tick in range(10 * day_s):
+        clock.note(tick / 10, 1, tick)
+    for lag_s in (1, 10, 60, 600, 6_000, 80_000):
+        told = clock.lag_s(day_s, 10 * (day_s - lag_s))
+        assert lag_s - 2 * SAMPLE_S <= told <= lag_s * (1 + 3 * EXACT) + 2 * SAMPLE_S
+    assert len(clock._samples) <= THIN_AT
