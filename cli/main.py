@@ -20,6 +20,7 @@ from cli.demo.command import demo
 from cli.divergence import divergence
 from cli.doctor import doctor
 from cli.files import files
+from cli.hidden import hide_secrets
 from cli.history import history
 from cli.join import join
 from cli.join_cmd import join_cmd
@@ -82,6 +83,7 @@ app.command()(demo)
 
 def run() -> None:
     """Entry point of `pmgcm`: 0 done, 1 failed, 2 wrong usage, 128 and the number when a signal ended it."""
+    hide_secrets(sys.argv)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     # What is made in the state directory is for this user only.
