@@ -13,6 +13,7 @@ from broker.heartbeats.conflicts import read_counters
 from pmgsync.core.positions import MAX_LSN, Position
 from pmgsync.core.trees import read_tree_reports
 from pmgsync.errors import ProtocolError
+from pmgsync.subscription import MAX_LEVEL
 
 VERSION = 1
 MAX_BYTES = 256 << 10
@@ -79,6 +80,7 @@ class Heartbeat:
     conflicts: Mapping[str, int] = field(default_factory=dict)
     trees: tuple[Mapping[str, Any], ...] = ()
     over: frozenset[int] = frozenset()
+    level: str = ""
     received: float = field(default_factory=time.monotonic)
 
     def pack(self) -> bytes:
@@ -111,6 +113,7 @@ class Heartbeat:
             "conflicts": dict(self.conflicts),
             "trees": [dict(tree) for tree in self.trees],
             "over": sorted(self.over),
+            "level": self.level,
         }
         return msgpack.packb(data, use_bin_type=True)  # type: ignore[no-any-return]
 
@@ -161,6 +164,7 @@ class Heartbeat:
                 conflicts=read_counters(raw.get("conflicts")),
                 trees=tuple(read_tree_reports(raw.get("trees"))),
                 over=frozenset(_cid(cid) for cid in raw.get("over", [])),
+                level=_typed(raw.get("level", ""), str)[:MAX_LEVEL],
             )
         except ProtocolError:
             raise

@@ -14,6 +14,7 @@ from broker.heartbeats.conflicts import read_counters
 from broker.net.loop import Socket
 from pmgsync.core.trees import read_tree_reports
 from pmgsync.errors import MembershipError
+from pmgsync.subscription import MAX_LEVEL
 from pmgsync.wire.messages import pack
 
 WORKER_GONE_S = 3.0
@@ -39,6 +40,7 @@ class Session:
     alerts: list[dict[str, str]] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=dict)
     trees: list[dict[str, Any]] = field(default_factory=list)
+    level: str = ""
     methods: frozenset[str] = frozenset()
 
     def report(self, message: Mapping[str, Any]) -> None:
@@ -56,6 +58,7 @@ class Session:
             if isinstance(alert, dict)
         ]
         self.counters = read_counters(message.get("counters"))
+        self.level = str(message.get("level", ""))[:MAX_LEVEL]
         self.trees = read_tree_reports(message.get("trees"))
 
 

@@ -98,7 +98,12 @@ class Health:
             conflicts=add_up(session.counters for session in self._sessions.workers()),
             trees=tuple(tree for session in self._sessions.workers() for tree in session.trees),
             over=frozenset(self._departed.over),
+            level=self._level(),
         )
+
+    def _level(self) -> str:
+        """Return the level of the subscription as the agent has read it last, "" when it has not."""
+        return next((session.level for session in self._sessions.workers() if session.level), "")
 
     def status(self) -> dict[str, Any]:
         """Return the map of `pmgcm status --json`."""

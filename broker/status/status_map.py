@@ -39,22 +39,20 @@ def status_map(
     down_after_s: float,
 ) -> dict[str, Any]:
     """Return the map that `pmgcm status --json` prints; its contract is in README.md."""
-    nodes = [
-        _node(member, views[member.cid], clocks, document, now=now, down_after_s=down_after_s)
-        for member in document.members
-    ]
+    nodes = [_node(member, views, clocks, document, now=now, down_after_s=down_after_s) for member in document.members]
     return {"cluster": document.name, "epoch": document.epoch, "master": document.master, "nodes": nodes}
 
 
 def _node(
     member: Member,
-    view: View,
+    views: Mapping[int, View],
     clocks: Mapping[int, HeadClock],
     document: ClusterDocument,
     *,
     now: float,
     down_after_s: float,
 ) -> dict[str, Any]:
+    view = views[member.cid]
     heartbeat = view.heartbeat
     error, state = "", "A"
     if member.state == "joining":
@@ -110,7 +108,8 @@ def _node(
         "lag_bytes": lag_bytes,
         "lag_s": round(lag_s, 3),
         "waiting_for": [f"first position of node {origin}" for origin in unknown],
-        "alerts": [dict(alert) for alert in heartbeat.alerts] if heartbeat else [],
+        "level": _level(member, view) or None,
+        "alerts": [*map(dict, heartbeat.alerts if heartbeat else ()), *_levels(member, views, document)],
         "conflicts": dict(heartbeat.conflicts) if heartbeat else {},
         "trees": [dict(tree) for tree in heartbeat.trees] if heartbeat else [],
         "clock_skew_s": None if view.clock_skew_s is None else round(view.clock_skew_s, 3),
@@ -122,6 +121,22 @@ def _node(
         "master": heartbeat.master or None if heartbeat else None,
         "heartbeat_age_s": round(view.age_s, 3) if heartbeat else None,
     }
+
+
+def _level(member: Member, view: View) -> str:
+    """Return the subscription level: as the node says it now, or as the document has it."""
+    return (view.heartbeat.level if view.heartbeat else "") or member.level
+
+
+def _levels(member: Member, views: Mapping[int, View], document: ClusterDocument) -> list[dict[str, str]]:
+    """Return an alert when a node's level is another than the master's."""
+    master = document.member(document.master)
+    assert master is not None
+    theirs, level = _level(master, views[master.cid]), _level(member, views[member.cid])
+    if member.role == "witness" or level == theirs or not level or not theirs:
+        return []
+    text = f"its subscription level is {level!r}, the master's is {theirs!r}: all members need the same"
+    return [{"kind": "subscription", "text": text}]
 
 
 def _complete(position: Position) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pmgsync.agent.level import LevelWatch
 from pmgsync.agent.worker import read_departed
 from pmgsync.config import NodeConfig, load_config
 from pmgsync.core.backoff import Backoff
@@ -22,6 +23,7 @@ from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.profile_file import load_profile
 from pmgsync.service import notify_systemd, set_up_logging
 from pmgsync.wire.link import BrokerLink
+from pmgsync.wire.messages import Message
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Supervisor:
         self._config_path = config_path
         self._children: dict[str, _Child] = {}
         self._running = True
+        self._level = LevelWatch(config.subscription)
 
     def stop(self) -> None:
         """Make `run` end soon."""
@@ -59,6 +62,7 @@ class Supervisor:
     def run(self) -> None:
         """Supervise until stopped."""
         link: BrokerLink | None = None
+        self._level.start()
         try:
             while self._running:
                 try:
@@ -66,7 +70,7 @@ class Supervisor:
                         link = BrokerLink(self._config.broker_socket, "supervisor")
                         welcome, parts = link.hello(timeout_s=2.0)
                         self._follow(welcome["cid"], parts, read_departed(welcome))
-                    link.send({"op": "report", "state": "", "error": self._trouble(), "hint": "", "alerts": []})
+                    link.send(self._report())
                     received = link.receive(REPORT_S)
                     if received is not None:
                         message, parts = received
@@ -136,6 +140,11 @@ class Supervisor:
         except PmgsyncError as error:
             log.error("action=divergence-unreadable error=%s", error)
             return True  # the worker says so in status
+
+    def _report(self) -> Message:
+        level = self._level
+        said = {"state": "", "error": self._trouble(), "hint": "", "alerts": level.alerts(), "level": level.level}
+        return {"op": "report", **said}
 
     def _trouble(self) -> str:
         waiting = sorted(name for name, child in self._children.items() if child.process is None)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pmgsync.core.membership import Member
 from pmgsync.postgres.pg_dump import installed_pg_dumps
 from pmgsync.postgres.programs import BINDIR_VARIABLE, find_binaries
 from tests.harness.cluster import Cluster, Node, eventually, free_ports
+from tests.harness.health import alerts
 from tests.harness.schema import STANDARD
 
 pytestmark = pytest.mark.cluster
@@ -147,6 +149,13 @@ def test_what_is_going_to_be_lost_is_said_in_numbers_before_it_is(new_cluster: N
     assert newcomer.sql("SELECT count(*) FROM cstatistic") == [(0,)]
     levels = {member.cid: member.level for member in held_members(newcomer)}
     assert levels == {1: "premium", 2: "basic"}
+    text = "its subscription level is 'basic', the master's is 'premium'"
+    for node in cluster.nodes:
+        eventually(partial(shows, node, text), what="status shows the difference")
+
+
+def shows(node: Node, text: str) -> bool:
+    return text in alerts(node, 2)
 
 
 def held_members(node: Node) -> Sequence[Member]:
