@@ -70,7 +70,7 @@ class Broker:
         self._splits = Splits(self._held_document, self._spread_split)
         self._zap = ZapHandler(self._context, self._loop, self._documents.cid_of_key, self._documents.was_removed)
         socket = sockets.bind_local(self._context, config.broker_socket)
-        tokens = Tokens(time.monotonic)
+        tokens = Tokens(time.monotonic, self._state)
         self._sessions = Sessions(socket, self._session_over)
         self._passwords = PamPassword(self._loop, config.pam_service)
         self._resources = Resources(

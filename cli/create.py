@@ -44,7 +44,7 @@ def create(
     _clear_interrupted(config, state)
     _check(config, profile)
     cluster, cluster_name = secrets.token_bytes(CLUSTER_ID_BYTES), name or config.name
-    with stopped(profile.services):
+    with stopped(profile.services, config.state_dir):
         _set_up(config, profile, state, cluster, cluster_name)
     say(f"cluster {cluster_name!r} was created; this node is its master, {config.name}({FIRST_CID})")
     note("the line that lets another node join: pmgcm join-cmd")

@@ -76,9 +76,10 @@ def join(
     here = check_here(config, profile)
     proved = proof(token, password_file)
     keys = state.keys()
+    own = own_member(config, keys)
     with DoorClient(master_ip, port, master_key, keys) as door:
         asked = time.time()
-        facts = door.check(**proved)
+        facts = door.check(own, **proved)
         clock_ahead_s = _clock_ahead_s(facts, asked, time.time())
         check_there(config, profile, here, facts)
     note(announcement(config, here, facts, clock_ahead_s=clock_ahead_s))
@@ -87,12 +88,12 @@ def join(
     with _restore(config, facts) as restore:
         # A connection of its own: whoever answers the question may take longer than a connection lasts.
         with DoorClient(master_ip, port, master_key, keys) as door:
-            cid, signed = door.admit(str(facts.get("token", "")), own_member(config, keys))
+            cid, signed = door.admit(str(facts.get("token", "")), own)
         master = signed.document.member(signed.document.master)
         assert master is not None
         with JoinReporter(master, keys, restore.progress):
             _copy(restore, master, keys)
-            with stopped(profile.services):
+            with stopped(profile.services, config.state_dir):
                 _take_place(config, profile, restore, signed, cid, had_node=here.server.was_member)
                 change_cluster(
                     config,

@@ -97,6 +97,7 @@ def check_there(config: NodeConfig, profile: Profile, here: Here, facts: Mapping
             "subscription", config.subscription.differing == "warn" or not _level_problem(here, facts),
             _level_problem(here, facts), "change one of them, or set [subscription] differing in node.toml",
         ),
+        place_finding(facts),
         judged("snapshot", not cannot, f"the master cannot give a snapshot: {printable(cannot)}", printable(cure)),
     ]  # fmt: skip
     need = round(size * ROOM_FACTOR)
@@ -109,6 +110,13 @@ def check_there(config: NodeConfig, profile: Profile, here: Here, facts: Mapping
             )
         )  # fmt: skip
     raise_for(findings)
+
+
+def place_finding(facts: Mapping[str, Any]) -> Finding:
+    """Return what the master says of this node's name, address and key."""
+    taken, cure = (printable(str(facts.get(key, ""))) for key in ("place_problem", "place_hint"))
+    remedy = cure or "`pmgcm status` on the master shows the members"
+    return judged("place", not taken, f"the master would not take this node: {taken}", remedy)
 
 
 def announcement(config: NodeConfig, here: Here, facts: Mapping[str, Any], *, clock_ahead_s: float | None) -> str:

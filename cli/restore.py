@@ -53,7 +53,7 @@ def restore(
         trees = _check(config, profile, contents)
         if not yes:
             confirm("Replace all of that?")
-        with stopped(profile.services):
+        with stopped(profile.services, config.state_dir):
             _Restoring(config, profile, backup, contents, trees).run()
 
 

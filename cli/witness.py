@@ -36,6 +36,7 @@ def join_as_witness(
     from broker.cluster.door_client import DoorClient
     from broker.cluster.identity import own_witness
     from broker.cluster.state_directory import StateDirectory
+    from cli.join_checks import place_finding
     from cli.join_proof import proof, server_key
     from cli.local_node import change_cluster
     from cli.port_checks import port_findings
@@ -44,15 +45,17 @@ def join_as_witness(
     master_key = server_key(master_ip, key_port, fingerprint, yes=yes)
     proved = proof(token, password_file)
     keys = StateDirectory(config.state_dir).keys()
+    own = own_witness(config, keys)
     with DoorClient(master_ip, port, master_key, keys) as door:
-        facts = door.check(**proved)
+        facts = door.check(own, **proved)
+    raise_for([place_finding(facts)])
     cluster = printable(str(facts.get("cluster")))
     note(f"This machine, {config.name} ({config.address}), will be a witness of the cluster {cluster!r}.")
     note("It has a vote when a master is elected, keeps what the members publish for a while, and needs no database.")
     if not yes:
         confirm("Go on?")
     with DoorClient(master_ip, port, master_key, keys) as door:
-        cid, signed = door.admit(str(facts.get("token", "")), own_witness(config, keys))
+        cid, signed = door.admit(str(facts.get("token", "")), own)
     change_cluster(
         config,
         {"op": "cluster.enter"},

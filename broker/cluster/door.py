@@ -92,7 +92,7 @@ class Door:
     def _handle(self, caller: _Caller, message: Message) -> None:
         match message["op"]:
             case "check":
-                self._prove(caller, message, lambda token: self._check(caller, token))
+                self._prove(caller, message, lambda token: self._check(caller, message, token))
             case "admit":
                 self._prove(caller, message, lambda token: self._admit_when_kept(caller, message, token))
             case other:
@@ -151,8 +151,9 @@ class Door:
 
     # -- what is answered ---------------------------------------------------------------------------------------------
 
-    def _check(self, caller: _Caller, token: str) -> None:
+    def _check(self, caller: _Caller, message: Message, token: str) -> None:
         document = self._cluster.master_document()
+        problem = _place_problem(document, message, caller.key)
 
         def answer(reply: Mapping[str, Any], attachments: Sequence[bytes]) -> bool:
             if reply["op"] == "done":
@@ -165,6 +166,8 @@ class Door:
                     "cluster": document.name,
                     "profile": document.profile,
                     "level": _level(document),
+                    "place_problem": problem.message if problem else "",
+                    "place_hint": problem.hint if problem else "",
                     "members": [[member.cid, member.name, member.address] for member in document.members],
                 }
                 return self._send(caller, facts)
@@ -235,6 +238,18 @@ def _level(document: ClusterDocument) -> str:
     """Return the master's subscription level; the others must have the same."""
     master = document.member(document.master)
     return master.level if master is not None else ""
+
+
+def _place_problem(document: ClusterDocument, message: Message, key: bytes) -> PmgsyncError | None:
+    """Return why a node could not be admitted as what it says it is; None when it could, or does not say."""
+    known = document.by_key(key)
+    if "name" not in message or (known is not None and known.state == "joining"):
+        return None
+    try:
+        with_member(document, _newcomer(message, key))
+    except PmgsyncError as error:
+        return error
+    return None
 
 
 def _newcomer(message: Message, client_key: bytes) -> Member:

@@ -132,10 +132,11 @@ class DoorClient:
     ) -> None:
         self._context.destroy(linger=0)
 
-    def check(self, *, token: str = "", password: str | None = None) -> dict[str, Any]:
+    def check(self, member: Member, *, token: str = "", password: str | None = None) -> dict[str, Any]:
         """Return the facts of the cluster that a newcomer checks before it joins; nothing is used up.
 
         Args:
+            member: this node as it is going to ask to be admitted.
             token, password: one of them proves that this node may join. The `token` in the answer is the one to go on
                 with: after a password it is a new one, for this node only.
 
@@ -144,7 +145,7 @@ class DoorClient:
             UnreachableError: when the master, or its database, does not answer.
         """
         proof = {"token": token} if password is None else {"password": password}
-        facts, _ = self._ask({"op": "check", **proof})
+        facts, _ = self._ask({"op": "check", **proof, **_place(member)})
         if facts.get("protocol") != PROTOCOL_VERSION:
             raise MembershipError(
                 f"the master speaks protocol version {facts.get('protocol')!r:.20}, this node {PROTOCOL_VERSION}",
@@ -161,17 +162,7 @@ class DoorClient:
         request = {
             "op": "admit",
             "token": token,
-            "version": PROTOCOL_VERSION,
-            "name": member.name,
-            "address": member.address,
-            "events": member.events,
-            "control": member.control,
-            "join": member.join,
-            "role": member.role,
-            "level": member.level,
-            "host_keys": dict(member.host_keys),
-            "curve_key": member.curve_key,
-            "sign_key": member.sign_key,
+            **_place(member),
         }
         answer, parts = self._ask(request)
         if answer["op"] != "admitted" or len(parts) != 1:
@@ -202,6 +193,23 @@ class DoorClient:
             raise
         except Exception as error:  # any shape may come
             raise ProtocolError(f"{self._name} answered with something malformed ({error})") from error
+
+
+def _place(member: Member) -> dict[str, Any]:
+    """Return what a newcomer says of itself."""
+    return {
+        "version": PROTOCOL_VERSION,
+        "name": member.name,
+        "address": member.address,
+        "events": member.events,
+        "control": member.control,
+        "join": member.join,
+        "role": member.role,
+        "level": member.level,
+        "host_keys": dict(member.host_keys),
+        "curve_key": member.curve_key,
+        "sign_key": member.sign_key,
+    }
 
 
 def fetch_key(address: str, port: int) -> bytes:

@@ -26,6 +26,7 @@ KEYS_VERSION = 2
 DOCUMENT_FILE = "cluster.document"
 LOCK_FILE = "lock"
 VOTES_FILE = "votes.json"
+TOKENS_FILE = "join.tokens"
 HOLD_FILE = "hold"
 HOLD_S = 5.0
 """For so long a process waits until another one releases the directory: `pmgcm` holds it for an instant only."""
@@ -165,11 +166,36 @@ class StateDirectory:
         write_private(self.votes_path, data)
 
     @property
+    def tokens_path(self) -> Path:
+        return self.path / TOKENS_FILE
+
+    def tokens(self) -> bytes | None:
+        """Return the digests of the join tokens, None when there are none.
+
+        Raises:
+            ConfigError: when they cannot be read.
+        """
+        try:
+            return self.tokens_path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"the join tokens {self.tokens_path} cannot be read ({error.strerror})") from error
+
+    def store_tokens(self, data: bytes) -> None:
+        """Replace the digests of the join tokens.
+
+        Raises:
+            ConfigError: when they cannot be written; the old ones stay.
+        """
+        write_private(self.tokens_path, data)
+
+    @property
     def journal(self) -> Path:
         return self.path / "journal"
 
     def forget_cluster(self) -> None:
-        """Remove the cluster document, the journals and the record of votes; the keys stay.
+        """Remove the cluster document, the journals, the record of votes and the tokens; the keys stay.
 
         Raises:
             ConfigError: when they cannot be removed.
@@ -181,6 +207,7 @@ class StateDirectory:
             self.document_path.unlink(missing_ok=True)
             # After it: a member that has a document must know what it has voted.
             self.votes_path.unlink(missing_ok=True)
+            self.tokens_path.unlink(missing_ok=True)
             sync_directory(self.path)
         except OSError as error:
             raise ConfigError(f"{error.filename or self.path} cannot be removed ({error.strerror})") from error

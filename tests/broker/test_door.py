@@ -85,7 +85,7 @@ def test_the_door_refuses_and_says_why(one: FaultyBroker, tmp_path: Path) -> Non
             with pytest.raises(MembershipError, match="not the key of the connection"):
                 door.admit(token, newcomer(stranger(tmp_path)))
             with pytest.raises(UnreachableError):
-                door.check(token=token)  # no agent runs here that could tell the facts
+                door.check(newcomer(keys), token=token)  # no agent runs here that could tell the facts
             time.sleep(1.1)  # the token's time is what is waited for
             with pytest.raises(MembershipError, match="does not accept this token"):
                 door.admit(expiring, newcomer(keys))

@@ -122,3 +122,33 @@ def test_a_head_that_never_rests_takes_little_memory_and_old_lags_are_told_nearl
         told = clock.lag_s(day_s, 10 * (day_s - lag_s))
         assert lag_s - 2 * SAMPLE_S <= told <= lag_s * (1 + 3 * EXACT) + 2 * SAMPLE_S
     assert len(clock._samples) <= THIN_AT
+
+
+class Disk:
+    data: bytes | None = None
+
+    def tokens(self) -> bytes | None:
+        return self.data
+
+    def store_tokens(self, data: bytes) -> None:
+        self.data = data
+
+
+def test_a_token_outlives_the_broker_that_gave_it_out_and_no_more_than_that() -> None:
+    clock, wall, disk = Clock(), Clock(), Disk()
+    tokens = Tokens(clock, disk, wall=wall)
+    used, unused = tokens.issue(100), tokens.issue(100)
+    tokens.use(used, ONE)
+    assert disk.data is not None
+    assert used.encode() not in disk.data, "nothing secret is on disk"
+    for away_s, back_s in ((50.0, 0.0), (0.0, 3600.0)):
+        now, later = Clock(), Clock()
+        now.now, later.now = 5.0, wall.now + away_s - back_s
+        again = Tokens(now, disk, wall=later)
+        assert [again.problem(token, ONE) for token in (used, unused)] == ["", ""]
+        assert "another node" in again.problem(used, OTHER)
+        now.now += 101 - away_s
+        assert "expired" in again.problem(unused, ONE), "not even when the clock was set back meanwhile"
+    for damaged in (b"", b"\x93\x01\x02\x03", b"\x93\x01\xc0\x90", disk.data[:-3], b"\xff" * 20):
+        disk.data = damaged
+        assert "unknown" in Tokens(clock, disk).problem(unused, ONE)

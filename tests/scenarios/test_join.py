@@ -66,6 +66,15 @@ def test_refusals_change_nothing(new_cluster: NewCluster) -> None:
         assert sentence in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
         assert untouched(newcomer)
+    newcomer.name = "node1"
+    newcomer.write_config()
+    done = newcomer.pmgcm(*good, check=False)
+    assert done.returncode == 1
+    assert "a member is called node1 already" in done.stderr
+    assert "will join" not in done.stderr, "it is said before anybody is asked"
+    assert untouched(newcomer)
+    newcomer.name = "newcomer"
+    newcomer.write_config()
     newcomer.pmgcm(*good)
     # It is a slave from the first moment on; its agent has not even run.
     with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
