@@ -47,7 +47,7 @@ def measure(node: Node) -> dict[str, int]:
     """Return what a node holds now: counts, and memory in KiB."""
     found = dict(zip(NAMES, map(int, node.sql(_COUNTS)[0]), strict=True))
     found["files"] = sum(1 for path in node.state_dir.rglob("*") if path.is_file())
-    found["journals"] = sum(1 for path in (node.state_dir / "journal").glob("*.journal*"))
+    found["journals"] = sum(1 for path in (node.state_dir / "journal").glob("*.db*"))
     for name, process in sorted(processes(node).items()):
         found[f"{name}: descriptors"] = process.num_fds()
         found[f"{name}: threads"] = process.num_threads()

@@ -16,6 +16,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 
+from broker.cluster.joiners import SILENCE_S
 from broker.cluster.state_directory import StateDirectory
 from pmgsync.core.membership import Member
 from pmgsync.postgres.pg_dump import installed_pg_dumps
@@ -117,6 +118,37 @@ def test_a_join_that_is_killed_can_be_repeated(new_cluster: NewCluster, after_s:
     cluster.wait()
     cluster.assert_equal(["big"], "count(*), sum(id), min(v), max(v)")
     assert [node["cid"] for node in cluster.master.status()["nodes"]] == [1, 2], "one node, one CID"
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("away_s", [1.0, 40.0])
+def test_the_same_line_ends_well_after_the_master_was_killed(new_cluster: NewCluster, away_s: float) -> None:
+    cluster = new_cluster(nodes=1, schema=BIG)
+    master = cluster.master
+    newcomer = cluster.add_node("newcomer")
+    newcomer.start()
+    line = cluster.join_arguments()
+    command = [sys.executable, "-m", "cli.main", "--config", str(newcomer.config), *line]
+    joining = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    eventually(lambda: len(master.status()["nodes"]) == 2, within_s=30, what="the newcomer is joining")
+    for service in ("broker", "agent"):
+        master.kill(service)
+    time.sleep(away_s)
+    master.start()
+    said, _ = joining.communicate(timeout=200)
+    assert "Traceback" not in said
+    if joining.returncode:
+        if away_s > SILENCE_S:
+            eventually(lambda: len(master.status()["nodes"]) == 1, within_s=SILENCE_S + 30, what="it is given up")
+        newcomer.pmgcm(*line)
+    cluster.wait()
+    cluster.assert_equal(["big"], "count(*), sum(id), min(v), max(v)")
+    assert len(master.status()["nodes"]) == 2, "half a member stays"
+    for node in cluster.nodes:
+        assert node.sql("SELECT count(*)::int FROM pg_replication_slots") == [(1,)]
+        chains = {path.name.partition("-")[0] for path in (node.state_dir / "journal").glob("*.db")}
+        assert chains == {str(one["cid"]) for one in master.status()["nodes"]}
+        assert node.sql("SELECT datname::text FROM pg_database WHERE datname LIKE 'app%'") == [("app",)]
 
 
 def test_what_is_going_to_be_lost_is_said_in_numbers_before_it_is(new_cluster: NewCluster) -> None:
