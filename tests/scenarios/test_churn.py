@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -49,10 +50,13 @@ def measure(node: Node) -> dict[str, int]:
     found["files"] = sum(1 for path in node.state_dir.rglob("*") if path.is_file())
     found["journals"] = sum(1 for path in (node.state_dir / "journal").glob("*.db*"))
     for name, process in sorted(processes(node).items()):
-        found[f"{name}: descriptors"] = process.num_fds()
-        found[f"{name}: threads"] = process.num_threads()
-        found[f"{name}: sockets"] = len(process.net_connections(kind="inet"))
-        found[f"{name}: KiB"] = process.memory_full_info().uss >> 10
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # one that ends just now
+            found |= {
+                f"{name}: descriptors": process.num_fds(),
+                f"{name}: threads": process.num_threads(),
+                f"{name}: sockets": len(process.net_connections(kind="inet")),
+                f"{name}: KiB": process.memory_full_info().uss >> 10,
+            }
     return found
 
 
