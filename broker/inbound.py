@@ -26,7 +26,7 @@ from pmgsync.errors import (
     UnknownOperationError,
     UnreachableError,
 )
-from pmgsync.wire.messages import error_from, unpack
+from pmgsync.wire.messages import Message, error_from, unpack
 
 
 class Inbound:
@@ -114,28 +114,32 @@ class Inbound:
     def answer(self, link: MemberLink, parts: Sequence[zmq.Frame]) -> None:
         """Take a message on the control connection to a member."""
         try:
-            self._answer(link, [part.bytes for part in parts])
+            self._answer(link, unpack(parts[0].bytes), parts[1:])
         except PmgsyncError as error:
             self._members.refuse(link.member.cid, error)
 
-    def _answer(self, link: MemberLink, parts: Sequence[bytes]) -> None:
-        message = unpack(parts[0])
+    def _answer(self, link: MemberLink, message: Message, frames: Sequence[zmq.Frame]) -> None:
         check_id(message)
         request, owner = message.get("id", 0), peer(link.member.cid)
+        if message["op"] == "data":
+            # The bulk of what comes here: passed on as it is.
+            self._calls.from_server(owner, message, frames)
+            return
+        parts = [frame.bytes for frame in frames]
         match message["op"]:
             case "frame":
-                self._replayed(link, request, parts[1:])
+                self._replayed(link, request, parts)
             case "pong":
                 pass
             case "end":
                 self._chains.replay_ended(request)
             case "document":
-                if len(parts) == 2:
-                    self._offer_document(link.member.cid, parts[1])
-            case "data" | "done":
-                self._calls.from_server(owner, message, parts[1:])
+                if len(parts) == 1:
+                    self._offer_document(link.member.cid, parts[0])
+            case "done":
+                self._calls.from_server(owner, message, parts)
             case "error":
-                if not self._calls.from_server(owner, message, parts[1:]):
+                if not self._calls.from_server(owner, message, parts):
                     self._chains.replay_failed(request, error_from(message))
             case "cancel":
                 error = UnreachableError(f"node {link.member.cid} broke the replay off")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import zmq
 from broker.cluster.attempts import Attempts
 from broker.cluster.password import PasswordCheck
 from broker.cluster.tokens import Tokens
-from broker.members.calls import End
+from broker.members.calls import Attachments, End
 from broker.net.loop import Loop
 from broker.net.port import Port
 from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, with_member, without_member
@@ -155,7 +155,7 @@ class Door:
         document = self._cluster.master_document()
         problem = _place_problem(document, message, caller.key)
 
-        def answer(reply: Mapping[str, Any], attachments: Sequence[bytes]) -> bool:
+        def answer(reply: Mapping[str, Any], attachments: Attachments) -> bool:
             if reply["op"] == "done":
                 facts = {
                     **reply.get("result", {}),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from broker.members.calls import Calls, End
+from broker.members.calls import Attachments, Calls, End
 from broker.members.members import Members, peer
 from pmgsync.errors import UnreachableError
 from pmgsync.wire.messages import Message
@@ -34,8 +34,8 @@ class Asking:
             False when the member is not connected: `answer` is not called.
         """
 
-        def take(reply: Mapping[str, Any], parts: Sequence[bytes]) -> bool:
-            answer(dict(reply), parts)
+        def take(reply: Mapping[str, Any], parts: Attachments) -> bool:
+            answer(dict(reply), [part if isinstance(part, bytes) else part.bytes for part in parts])
             return True
 
         end = End(_OWNER, take, self._new_id())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from broker.chains.chains import Chains
 from broker.leadership.lease import LeaseKeeper
-from broker.members.calls import End, Send
+from broker.members.calls import Attachments, End, Send
 from broker.members.members import Members
 from pmgsync.core.document import ClusterDocument
 from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
@@ -124,7 +124,7 @@ class Handover:
         except PmgsyncError as failed:
             self._fail(failed)
 
-    def _has_barrier(self, message: Mapping[str, Any], _: Sequence[bytes]) -> bool:
+    def _has_barrier(self, message: Mapping[str, Any], _: Attachments) -> bool:
         under = self._under
         if under is None:
             return True

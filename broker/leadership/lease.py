@@ -18,7 +18,7 @@ from typing import Any
 
 from broker.leadership.asking import Answer
 from broker.leadership.voter import Voter
-from broker.members.calls import End
+from broker.members.calls import Attachments, End
 from pmgsync.core.lease import fence_due, is_kept
 from pmgsync.core.membership import ClusterDocument, SignedDocument, with_fence
 from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
@@ -363,7 +363,7 @@ class LeaseKeeper:
         except PmgsyncError as error:
             self._end_release(error)
 
-    def _was_shut(self, message: Mapping[str, Any], _: Sequence[bytes]) -> bool:
+    def _was_shut(self, message: Mapping[str, Any], _: Attachments) -> bool:
         if self._release is None or not self._release.shutting:
             return True
         if message["op"] == "error":

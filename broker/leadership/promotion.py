@@ -24,7 +24,7 @@ from broker.leadership.lease import LeaseKeeper
 from broker.leadership.readiness import AskAgent, Readiness
 from broker.leadership.survey import Survey
 from broker.leadership.voter import Voter
-from broker.members.calls import End, Send
+from broker.members.calls import Attachments, End, Send
 from pmgsync.core.document import ClusterDocument, Fork
 from pmgsync.core.epochs import next_epoch
 from pmgsync.core.lease import reign_began
@@ -386,7 +386,7 @@ class Promotion:
             return
         run.start_asked_at = now
 
-        def answered(message: Mapping[str, Any], _: Sequence[bytes]) -> bool:
+        def answered(message: Mapping[str, Any], _: Attachments) -> bool:
             if message["op"] == "done" and self._run is run:
                 run.start = Fork(own.incarnation, int(message["result"]["lsn"]))
                 self.tick()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from broker.members.calls import End
+from broker.members.calls import Attachments, End
 from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.wire.messages import Message, error_from
@@ -55,7 +55,7 @@ class Readiness:
             return UnreachableError("this node still exports what it had of an earlier master")
         return None
 
-    def _answered(self, message: Mapping[str, Any], _: Sequence[bytes]) -> bool:
+    def _answered(self, message: Mapping[str, Any], _: Attachments) -> bool:
         if message["op"] == "error":
             self._error = error_from(dict(message))
         elif message["op"] == "done":

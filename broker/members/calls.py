@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import zmq
+
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.wire.messages import Message, error_map
 
-Send = Callable[[Mapping[str, Any], Sequence[bytes]], bool]
+Attachments = Sequence[bytes | zmq.Frame]
+"""What follows a message. What is only passed on stays a frame of libzmq: its bytes are not copied here."""
+Send = Callable[[Mapping[str, Any], Attachments], bool]
 """Sends a message with attachments; returns False when the other end is gone."""
 
 
@@ -42,7 +46,7 @@ class Calls:
         server_owner: object,
         server_send: Send,
         message: Message,
-        attachments: Sequence[bytes] = (),
+        attachments: Attachments = (),
     ) -> None:
         """Pass a `call`, or another request that ends with `done` or `error`, on to who serves it, under an id of ours.
 
@@ -57,7 +61,7 @@ class Calls:
             self._forget(call)
             raise UnreachableError("the node that should answer is not connected")
 
-    def from_server(self, owner: object, message: Message, attachments: Sequence[bytes]) -> bool:
+    def from_server(self, owner: object, message: Message, attachments: Attachments) -> bool:
         """Pass `data`, `done` or `error` to the caller; False when no such call is open."""
         call = self._by_server.get((owner, message.get("id", 0)))
         if call is None:

@@ -12,6 +12,7 @@ import zmq
 
 from broker.heartbeats.heartbeat import DOWN_AFTER_S, Heartbeat, HeldChain
 from broker.heartbeats.skew import ClockSkew
+from broker.members.calls import Attachments
 from broker.members.connection import Connection
 from broker.net.keys import NodeKeys
 from broker.net.loop import Loop, Socket
@@ -119,7 +120,7 @@ class MemberLink:
         """Note that something the member sent was refused."""
         self._refused, self._refused_at = reason, time.monotonic()
 
-    def send(self, message: Mapping[str, Any], attachments: Sequence[bytes] = ()) -> bool:
+    def send(self, message: Mapping[str, Any], attachments: Attachments = ()) -> bool:
         """Send a control message; False when the member is not connected."""
         if not self._control.established:
             return False

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import zmq
 
 from broker.heartbeats.heartbeat import Applied, Heartbeat, HeldChain, OwnChain
+from broker.members.calls import Attachments
 from broker.members.link import MemberLink, Receiver
 from broker.net.keys import NodeKeys
 from broker.net.loop import Loop, Socket
@@ -121,7 +122,7 @@ class Members:
 
     # -- what is said to them -----------------------------------------------------------------------------------------
 
-    def send(self, cid: int, message: Mapping[str, Any], attachments: Sequence[bytes] = ()) -> bool:
+    def send(self, cid: int, message: Mapping[str, Any], attachments: Attachments = ()) -> bool:
         """Send a control message; False when the member is not connected."""
         link = self._links.get(cid)
         return link is not None and link.send(message, attachments)

@@ -107,7 +107,7 @@ class Port:
         if self._socket is not None:
             self._socket.send_multipart(parts)
 
-    def send(self, parts: Sequence[bytes]) -> bool:
+    def send(self, parts: Sequence[bytes | zmq.Frame]) -> bool:
         """Send to one peer, by its identity in the first part; False when it is gone or takes no more."""
         if self._socket is None:
             return False

@@ -10,7 +10,7 @@ import zmq
 
 from broker.cluster.joiners import Joiners
 from broker.heartbeats.heartbeat import parse_applied
-from broker.members.calls import Send
+from broker.members.calls import Attachments, Send
 from broker.members.members import Members
 from broker.net.port import Port
 from broker.net.zap import REMOVED
@@ -70,7 +70,7 @@ class ControlRequests:
         owner = ("member", cid, identity)
         self._joiners.heard(cid)
 
-        def send(message: Mapping[str, Any], attachments: Sequence[bytes]) -> bool:
+        def send(message: Mapping[str, Any], attachments: Attachments) -> bool:
             if self._port.send([identity, pack(message), *attachments]):
                 return True
             self._shared.close_streams(owner)

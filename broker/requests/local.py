@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import zmq
 
-from broker.members.calls import Send
+from broker.members.calls import Attachments, Send
 from broker.net.loop import Loop, Socket
 from broker.requests.sessions import Session, Sessions
 from broker.requests.shared import answer_error, check_id, number
@@ -28,6 +28,13 @@ class Handler(Protocol):
         """Handle a request; False when it is none of these. Raises PmgsyncError when it is refused."""
 
 
+class Workers(Handler, Protocol):
+    """Serves what workers ask, and answers for them."""
+
+    def pass_on(self, session: Session, message: Message, attachments: Attachments) -> None:
+        """Pass what a worker answers a call with to the caller."""
+
+
 class LocalRequests:
     """Receives on the local ROUTER and passes each request to the handler of its operation."""
 
@@ -38,7 +45,7 @@ class LocalRequests:
         sessions: Sessions,
         *,
         admin: Handler,
-        workers: Callable[[], Handler],
+        workers: Callable[[], Workers],
         membership: Callable[[], tuple[int, SignedDocument | None]],
         splits: Callable[[], Mapping[int, int]],
         departed: Callable[[], list[int]],
@@ -81,7 +88,7 @@ class LocalRequests:
     def _receive(self, parts: list[zmq.Frame]) -> None:
         identity = parts[0].bytes
 
-        def send(message: Mapping[str, Any], attachments: Sequence[bytes]) -> bool:
+        def send(message: Mapping[str, Any], attachments: Attachments) -> bool:
             return self._sessions.send(identity, message, attachments)
 
         message: Message | None = None
@@ -98,16 +105,19 @@ class LocalRequests:
                 parts_out = [identity, pack(error_map(0, UnreachableError("the broker was restarted")))]
                 self._socket.send_multipart(parts_out, zmq.NOBLOCK)
             else:
-                self._handle(session, send, message, [part.bytes for part in parts[2:]])
+                self._handle(session, send, message, parts[2:])
         except PmgsyncError as error:
             log.warning("action=refused-local op=%s error=%s", message and message["op"], error)
             answer_error(send, message, error)
         except zmq.ZMQError:
             log.warning("action=local-gone")
 
-    def _handle(self, session: Session, send: Send, message: Message, attachments: Sequence[bytes]) -> None:
+    def _handle(self, session: Session, send: Send, message: Message, parts: Sequence[zmq.Frame]) -> None:
         check_id(message)
         match message["op"]:
+            case "data":
+                # The bulk of what comes here: passed on as it is.
+                self._workers().pass_on(session, message, parts)
             case "report":
                 session.report(message)
             case "ping":
@@ -118,6 +128,7 @@ class LocalRequests:
                     raise ProtocolError("the methods to serve are not a list")
                 session.methods = frozenset(map(str, methods))
             case other:
+                attachments = [part.bytes for part in parts]
                 if self._admin.handle(session, send, message, attachments):
                     return
                 if not self._workers().handle(session, send, message, attachments):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import psutil
 import zmq
 
 from broker.heartbeats.conflicts import read_counters
+from broker.members.calls import Attachments
 from broker.net.loop import Socket
 from pmgsync.core.trees import read_tree_reports
 from pmgsync.errors import MembershipError
@@ -116,7 +117,7 @@ class Sessions:
         """Return every session."""
         return list(self._by_identity.values())
 
-    def send(self, identity: bytes, message: Mapping[str, Any], attachments: Sequence[bytes] = ()) -> bool:
+    def send(self, identity: bytes, message: Mapping[str, Any], attachments: Attachments = ()) -> bool:
         """Send to a session; one that is gone is ended. Returns False then."""
         try:
             self._socket.send_multipart([identity, pack(message), *attachments], zmq.NOBLOCK)

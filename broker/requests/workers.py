@@ -8,7 +8,7 @@ from typing import Any
 from broker.chains.chains import Chains
 from broker.chains.streams import Stream
 from broker.heartbeats.heartbeat import Applied
-from broker.members.calls import Calls, Send
+from broker.members.calls import Attachments, Calls, Send
 from broker.members.members import Members
 from broker.requests.sessions import Session, Sessions
 from broker.requests.shared import SharedRequests, answer_error, frame_sender, number
@@ -90,8 +90,8 @@ class WorkerRequests:
                 self._chain_done(origin)
             case "watermark":
                 self._chains.own.watermark(number(message, "lsn"))
-            case "data" | "done" | "error":
-                self._calls.from_server(session.identity, message, attachments)
+            case "done" | "error":
+                self.pass_on(session, message, attachments)
             case "announce":
                 if len(attachments) != 1 or session.worker != FILES or len(attachments[0]) > MAX_ANNOUNCEMENT:
                     raise ProtocolError(f"an announcement is one part of at most {MAX_ANNOUNCEMENT} bytes, of trees")
@@ -112,6 +112,10 @@ class WorkerRequests:
             case _:
                 return self._shared.handle(session.identity, send, message)
         return True
+
+    def pass_on(self, session: Session, message: Message, attachments: Attachments) -> None:
+        """Pass what a worker answers a call with to the caller."""
+        self._calls.from_server(session.identity, message, attachments)
 
     def _open_chain(self, send: Send, message: Message) -> None:
         if not self._knows_epoch():

@@ -193,10 +193,10 @@ class FollowedTree(TreeThread):
         lost: set[bytes] = set()
         try:
             for parts, data in self._client.contents(self.tree.owner, self.tree.name, wanted):
-                at = 0
+                at, view = 0, memoryview(data)
                 for number, offset, size, last in parts:
                     need = missing[number][0]
-                    piece, at = data[at : at + size], at + size
+                    piece, at = view[at : at + size], at + size
                     if offset < 0:
                         lost.add(need.digest)
                     if need.digest in lost:

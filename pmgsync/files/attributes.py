@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from pmgsync.core.manifests import Entry
 from pmgsync.files.owners import group_id, group_name, may_give_away, user_id, user_name
@@ -31,9 +32,15 @@ def localised(entry: Entry, *, trusted: bool) -> Entry:
 
 def describe(fd: int, entry: Entry) -> None:
     """Give an open file or directory its owner, mode and time; the owner first, for that clears bits of the mode."""
+    # Looking costs less than setting again what is so already: most new files belong to who makes them.
+    status = os.fstat(fd)
+    mode = stat.S_IMODE(status.st_mode)
     if may_give_away():
         uid, gid = user_id(entry.user), group_id(entry.group)
-        os.fchown(fd, -1 if uid is None else uid, -1 if gid is None else gid)
-    os.fchmod(fd, entry.mode)
+        if uid not in {None, status.st_uid} or gid not in {None, status.st_gid}:
+            os.fchown(fd, -1 if uid is None else uid, -1 if gid is None else gid)
+            mode = -1
+    if mode != entry.mode:
+        os.fchmod(fd, entry.mode)
     if entry.kind == "f":
         os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pmgsync.core.manifests import Entry
 from pmgsync.files.directories import Root, explain
-from pmgsync.files.staging import Part, Staging, WrongContentError
+from pmgsync.files.staging import Data, Part, Staging, WrongContentError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Contents:
             raise explain(error, f"cannot write to {self._root.path}") from error
         return found
 
-    def stage(self, need: Need, offset: int, data: bytes, *, last: bool) -> None:
+    def stage(self, need: Need, offset: int, data: Data, *, last: bool) -> None:
         """Take a piece of a content.
 
         Raises:
@@ -79,7 +79,7 @@ class Contents:
             self.let_go()
             raise
 
-    def _stage(self, need: Need, offset: int, data: bytes, *, last: bool) -> None:
+    def _stage(self, need: Need, offset: int, data: Data, *, last: bool) -> None:
         if offset == 0 and last:
             self._staging.put(need.digest, data, need.entry)
             return

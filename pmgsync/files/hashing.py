@@ -48,7 +48,9 @@ def hash_descriptor(fd: int, expected: int = READ_BYTES) -> bytes:
     state = new_hash()
     # No more room than is needed: getting and giving back a MiB takes as long as hashing a mail.
     size = min(READ_BYTES, expected + 1)
-    while data := os.read(fd, size):
+    while True:
+        data = os.read(fd, size)
         state.update(data)
-        size = READ_BYTES if len(data) == size else size
-    return state.digest()
+        if len(data) < size:  # the end of a regular file
+            return state.digest()
+        size = READ_BYTES

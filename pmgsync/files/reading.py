@@ -25,7 +25,8 @@ def read_contents(root: Root, wanted: Iterable[tuple[int, bytes, int]]) -> Itera
     """
     neighbour = Neighbour(root)
     parts: list[Part] = []
-    held = bytearray()
+    held: list[bytes] = []
+    size = 0  # of all that is held
     try:
         for number, name, start in wanted:
             try:
@@ -34,24 +35,24 @@ def read_contents(root: Root, wanted: Iterable[tuple[int, bytes, int]]) -> Itera
                 parts.append((number, -1, 0, True))
                 continue
             try:
-                if held and PIECE_BYTES - len(held) < os.fstat(file).st_size <= PIECE_BYTES:
+                if size and PIECE_BYTES - size < os.fstat(file).st_size <= PIECE_BYTES:
                     # What fits into one piece is not divided: it is staged in one step then.
-                    yield parts, bytes(held)
-                    parts, held = [], bytearray()
+                    yield parts, b"".join(held)
+                    parts, held, size = [], [], 0
                 offset = os.lseek(file, start, os.SEEK_SET) if start else 0
                 ended = False
                 while not ended:
                     # One byte more than it has shows that it has grown; and room costs time, see hash_descriptor.
-                    size = min(PIECE_BYTES - len(held), max(0, os.fstat(file).st_size - offset) + 1)
-                    data = os.read(file, size)
+                    room = min(PIECE_BYTES - size, max(0, os.fstat(file).st_size - offset) + 1)
+                    data = os.read(file, room)
                     # Less than was asked for is the end of a regular file; a full piece may have more behind it.
-                    ended = len(data) < size
+                    ended = len(data) < room
                     parts.append((number, offset, len(data), ended))
-                    held += data
-                    offset += len(data)
-                    if len(held) >= PIECE_BYTES:
-                        yield parts, bytes(held)
-                        parts, held = [], bytearray()
+                    held.append(data)
+                    offset, size = offset + len(data), size + len(data)
+                    if size >= PIECE_BYTES:
+                        yield parts, b"".join(held)
+                        parts, held, size = [], [], 0
             except OSError:
                 parts.append((number, -1, 0, True))
             finally:
@@ -59,4 +60,4 @@ def read_contents(root: Root, wanted: Iterable[tuple[int, bytes, int]]) -> Itera
     finally:
         neighbour.close()
     if parts:
-        yield parts, bytes(held)
+        yield parts, b"".join(held)

@@ -170,18 +170,19 @@ class Scanner:
                         return
                     self._forget(inner, ())
                 elif deep:
-                    self._descend(fd, last, name)
+                    self._descend(fd, last, name, inner)
         except (FileNotFoundError, NotADirectoryError):
             self._forget([name, *inner], ())
             self.found.findings.pop(name, None)
         except OSError as error:
             self._finding(name, explain(error, f"cannot read {self.root.show(name)}").message)
 
-    def _descend(self, fd: int, last: bytes, name: bytes) -> None:
+    def _descend(self, fd: int, last: bytes, name: bytes, inner: Iterable[bytes]) -> None:
+        """Look at a directory with all in it; `inner`: the names that were known below it."""
         seen: set[bytes] = {name}
         unread: list[bytes] = []
         self._enter(fd, last, name, seen, unread)
-        self._forget((each for each in self.found.manifest.below(name) if each not in seen), unread)
+        self._forget((each for each in inner if each not in seen), unread)
 
     # -- directories --------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,9 @@ _NEW = b"new"
 _WRITE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+Data = bytes | memoryview
+
+
 class WrongContentError(FilesError):
     """What was received is not the content with that digest."""
 
@@ -84,7 +87,7 @@ class Staging:
         self.whole &= digests
         self._described.clear()
 
-    def put(self, digest: bytes, content: bytes, entry: Entry | None = None) -> None:
+    def put(self, digest: bytes, content: Data, entry: Entry | None = None) -> None:
         """Take a whole content; `entry`: the file becomes like it at once, which saves opening it again later.
 
         Raises:
@@ -221,7 +224,7 @@ class Part:
             self._state.update(data)
             self.offset += len(data)
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: Data) -> None:
         """Take the next piece.
 
         Raises:
@@ -261,7 +264,7 @@ def copy_content(source: int, target: int) -> None:
     os.fsync(target)
 
 
-def _write(file: int, data: bytes) -> None:
+def _write(file: int, data: Data) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
