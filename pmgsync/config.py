@@ -90,6 +90,8 @@ class NodeConfig:
     """The gateway's cluster.conf: a path, "" for none, None for the profile's."""
     subscription: Subscription = Subscription()
     cluster: ClusterSettings = ClusterSettings()
+    row_wait_s: float = 5.0
+    """So long a row that names a file of a spool waits for it."""
     pam_service: str = "login"
     """Of the master, for the root password of whoever joins; "" when only tokens open the door."""
 
@@ -136,6 +138,12 @@ def _on_or_off(value: Any) -> bool:
     return bool(value == "on")
 
 
+def _seconds(value: Any) -> float:
+    if type(value) not in {int, float} or not 0 <= value <= 60:
+        raise ValueError
+    return float(value)
+
+
 def _dsn(value: Any) -> str:
     text = as_text(value)
     if "=" not in text and "://" not in text:
@@ -178,6 +186,7 @@ def load_config(path: Path | None = None) -> NodeConfig:
             float(journal.take("max_age", limits.max_age_s, 'a time such as "7d"', _amount(_TIMES))),
         ),
         cluster_conf=files.take("cluster_conf", None, f'{absolute}, or "" for none', _none_or(as_absolute)),
+        row_wait_s=files.take("row_wait_s", 5.0, "seconds, 0 to 60", _seconds),
         subscription=_subscription(subscription),
         cluster=_cluster(cluster),
         pam_service=join.take("pam_service", "login", 'the name of a PAM service, or "" for none', _none_or(_name)),

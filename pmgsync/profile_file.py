@@ -101,6 +101,9 @@ def _profile(top: Section) -> Profile:
     for action in profile.actions:
         for table in action.tables:
             _check_table(top, "actions", table, named, all_tables=all_tables)
+    for tree in profile.files:
+        for table, _ in tree.named_in:
+            _check_table(top, "named_in", table, named, all_tables=all_tables)
     return profile
 
 
@@ -227,12 +230,15 @@ def _file_tree(section: Section) -> FileTree:
     limits = FileTree(kind, root)
     max_size = section.take("max_size", limits.max_size, "a number of bytes", _count)
     max_files = section.take("max_files", limits.max_files, "a number of files", _count)
+    named_in = section.take("named_in", (), 'a list of "table.column"', _table_columns)
     section.end()
     if (kind == "spool") != bool(tree):
         raise section.fail("tree", f"is {'missing' if not tree else 'given'}, expected for a spool and nothing else")
     if kind == "config" and not include:
         raise section.fail("include", f"is missing, expected {patterns}")
-    return FileTree(kind, root, setting, include, exclude, tree, max_size, max_files)
+    if kind == "config" and named_in:
+        raise section.fail("named_in", "is given, expected for a spool and nothing else")
+    return FileTree(kind, root, setting, include, exclude, tree, max_size, max_files, named_in)
 
 
 def _count(value: Any) -> int:

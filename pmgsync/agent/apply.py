@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from pmgsync.agent.apply_thread import ApplyThread
 from pmgsync.agent.departing import ChainOverError, end_chain
+from pmgsync.agent.named_files import AwaitedFiles
 from pmgsync.agent.resync import Resync
 from pmgsync.agent.worker import REPORT_S, SessionOverError, Worker
 from pmgsync.config import NodeConfig
@@ -46,6 +47,7 @@ class ApplyWorker(Worker):
         self._profile = load_profile(config.profile)
         self._stale = StaleTables(origin)
         self._divergence = DivergenceFiles(config.state_dir)
+        self._files = AwaitedFiles(config, self._profile, origin, lambda: self.document)
 
     def _history(self) -> Sequence[Epoch]:
         return self.document.history
@@ -177,6 +179,7 @@ class ApplyWorker(Worker):
 
     def _follow(self, link: BrokerLink) -> None:
         self._pass_those_gone()
+        self._files.begin()
         applier = Applier(
             self.config.dsn,
             self._profile,
@@ -189,6 +192,7 @@ class ApplyWorker(Worker):
             waits=self.config.synchronous_commit,
             elsewhere=lambda: self.split.get(self.origin, 0),
             holds=self._holds,
+            files=self._files,
         )
         try:
             known = applier.connect()
@@ -261,6 +265,7 @@ class ApplyWorker(Worker):
         self.alerts = [{"kind": "table", "text": warning} for warning in warnings]
         self.alerts += self._stale.alerts()[:ALERT_COUNT]
         self.alerts += [{"kind": "schema", "text": text} for text in applier.failures]
+        self.alerts += [{"kind": "files", "text": text} for text in self._files.alerts()]
         self.alerts += [{"kind": "epoch", "text": awaits}] if awaits else []
         self.counters = counted + Counter(dict(applier.stats.lost))
 

@@ -54,18 +54,19 @@ class ApplyThread:
     def __init__(self, applier: Applier, wakeup: Wakeup) -> None:
         self._applier = applier
         self._wakeup = wakeup
-        self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._frames: queue.SimpleQueue[tuple[Frame, float] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Applied | PmgsyncError] = queue.SimpleQueue()
         self._pending_bytes = 0
         self._stopping = threading.Event()
         self.awaits = ""
+        applier.on_wait = lambda: self._report(0)
         self._thread = threading.Thread(target=self._run, name="apply", daemon=True)
         self._thread.start()
 
     def submit(self, frame: Frame) -> None:
         """Have a frame applied."""
         self._pending_bytes += frame.size
-        self._frames.put(frame)
+        self._frames.put((frame, time.monotonic()))
 
     def next_result(self) -> Applied | None:
         """Return what was done next, None when there is nothing new.
@@ -129,21 +130,22 @@ class ApplyThread:
                 continue
             if batch is None:
                 return
-            hop("begun", batch[-1].here.lsn)
-            position = self._applied(batch)
+            frames, received = batch
+            hop("begun", frames[-1].here.lsn)
+            position = self._applied(frames, received)
             if position is None:
                 return
             hop("committed", position.lsn)
             if position != self._applier.durable:
                 now = time.monotonic()
                 flush_at, flush_latest = now + FLUSH_IDLE_S, min(flush_latest, now + FLUSH_BUSY_S)
-            self._report(sum(frame.size for frame in batch))
+            self._report(sum(frame.size for frame in frames))
 
-    def _applied(self, batch: list[Frame]) -> Position | None:
+    def _applied(self, batch: list[Frame], received: float) -> Position | None:
         """Apply a batch, which may have to wait for something else on this node; None when told to stop meanwhile."""
         while True:
             try:
-                position = self._applier.apply(batch)
+                position = self._applier.apply(batch, received)
             except AwaitedError as error:
                 if error.message != self.awaits:
                     log.info("action=await origin=%d reason=%s", self._applier.origin, error.message)
@@ -159,15 +161,19 @@ class ApplyThread:
         self._results.put(Applied(self._applier.position, self._applier.durable, size))
         self._wakeup.wake()
 
-    def _next_batch(self, wait_s: float) -> list[Frame] | None:
-        """Return the frames that are there, None when the thread is to end; raises queue.Empty when none came."""
-        frame = self._frames.get(timeout=wait_s)
+    def _next_batch(self, wait_s: float) -> tuple[list[Frame], float] | None:
+        """Return the frames that are there and when the first came, None when the thread is to end; raises queue.Empty
+        when none came.
+        """
+        item = self._frames.get(timeout=wait_s)
         batch: list[Frame] = []
-        size = 0
-        while frame is not None:
+        size, received = 0, 0.0
+        while item is not None:
+            frame, at = item
+            received = received or at
             batch.append(frame)
             size += frame.size
             if size >= BATCH_BYTES or self._frames.empty():
-                return batch
-            frame = self._frames.get()
+                return batch, received
+            item = self._frames.get()
         return None

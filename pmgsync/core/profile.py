@@ -96,6 +96,7 @@ class FileTree:
         tree: of a spool, the part that a node owns; "{cid}" stands for its CID.
         max_size: bytes of one file; a larger one is left out, with a finding.
         max_files: of files and directories; a tree with more stops.
+        named_in: of a spool, (table, column) of schema public whose rows name a file by its path below `root`.
     """
 
     kind: Literal["config", "spool"]
@@ -106,6 +107,7 @@ class FileTree:
     tree: str = ""
     max_size: int = 16 << 30
     max_files: int = 1_000_000
+    named_in: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

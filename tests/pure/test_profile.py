@@ -58,6 +58,7 @@ def test_the_gateways_profile_follows_its_facts() -> None:
     assert len(profile.cid0) == 6
     assert profile.services == ("pmgpolicy", "pmg-smtp-filter")
     assert "pmg-tls.pem" in profile.files[0].exclude
+    assert profile.files[2].named_in == (("cmailstore", "file"),)
     assert [tree.tree for tree in profile.files if tree.kind == "spool"] == ["cluster/{cid}"]
     assert {action.role for action in profile.actions} == {"", "node"}
 

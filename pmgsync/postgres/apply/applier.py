@@ -6,6 +6,7 @@ which. So whatever ends a transaction early, the next applier goes on where this
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from pmgsync.core.changes import Change, Inserted, Piece, transactions
 from pmgsync.core.document import Epoch, Fork
 from pmgsync.core.frames import Frame, is_part, unpack_body
 from pmgsync.core.judges import Judge
+from pmgsync.core.named_files import Files, NamedFile
 from pmgsync.core.positions import LAST, Position, parse_lsn
 from pmgsync.core.profile import Profile
 from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError
@@ -63,12 +65,14 @@ class Applier:
         elsewhere: returns the newest epoch of the other side while the origin is there in a split, else 0.
         holds: takes an epoch; returns why changes that its master made may not be applied yet, "" when they may.
         stale: what is known of stale tables, when it is to outlive this object.
+        files: looks for the files that rows name, and waits for them; None: no row waits.
         waits: True: a commit waits for the disk; False: it is visible before, and `flush` makes it durable.
 
     Attributes:
         stats: counters, of this object's life.
         origin: CID of the node whose chain it is.
         failures: sentences on changes of the schema that could not be repeated; replaced as a whole.
+        on_wait: called when what precedes a row is committed, and its file is waited for.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Applier:
         holds: Callable[[int], str] = lambda epoch: "",
         stale: StaleTables | None = None,
         waits: bool = True,
+        files: Files | None = None,
     ) -> None:
         assert origin != own_cid  # a node's own chain comes back to it only by a fault
         self._dsn = dsn
@@ -103,6 +108,8 @@ class Applier:
         self._trimmed = 0
         self._half: _Half | None = None
         self.failures: list[str] = []
+        self._files = files
+        self.on_wait: Callable[[], None] = lambda: None
         self.stale = stale or StaleTables(origin)
         self._session = ChainSession(dsn, origin, waits=waits)
         self._execution = Execution(self._session, profile, self.stats, self.stale)
@@ -161,7 +168,9 @@ class Applier:
         self._session.close()
 
     def cancel(self) -> None:
-        """End the statement that is being executed, from another thread; `apply` raises TransientApplyError."""
+        """End what `apply` executes or waits for, from another thread; it raises TransientApplyError."""
+        if self._files is not None:
+            self._files.cancel()
         self._session.cancel()
 
     def abandon(self) -> None:
@@ -170,11 +179,14 @@ class Applier:
             self._half = None
             self._execution.rollback()
 
-    def apply(self, frames: Sequence[Frame]) -> Position:
+    def apply(self, frames: Sequence[Frame], received: float = -math.inf) -> Position:
         """Apply what follows the position, and return the newest complete position that is committed.
 
         Frames may overlap with what is in already. Parts of a large transaction are executed at once and committed with
         the last one.
+
+        Args:
+            received: when the frames came to this node, of the monotonic clock: from then on rows wait for their files.
 
         Raises:
             ResyncRequiredError: when a frame is of another incarnation.
@@ -199,7 +211,7 @@ class Applier:
                 if is_part(frame.header):
                     self._execution.commit_group(group, reached)
                     group, changes = [], 0
-                    self._take_part(frame, judge)
+                    self._take_part(frame, judge, received)
                     reached = self.position
                     continue
                 if frame.prev > reached:
@@ -225,6 +237,10 @@ class Applier:
                         # What precedes it must not wait until it can be applied.
                         self._execution.commit_group(group, reached)
                         raise
+                    if missing := self._missing(received):
+                        self._execution.commit_group(group, reached)
+                        group, changes = [], 0
+                        self._wait(missing, received)
                     planned = PlannedTransaction(lsn, piece.commit.commit_time_us, items)
                     alone = bool(items) and type(items[-1]) is SchemaItem
                     if not alone:
@@ -288,7 +304,18 @@ class Applier:
         self._begins = False
         self.stale.load(cursor)
 
-    def _take_part(self, frame: Frame, judge: Judge) -> None:
+    def _missing(self, received: float) -> list[NamedFile]:
+        """Return which files are to be waited for that rows name which were planned last."""
+        named = self._execution.planner.take_named()
+        return self._files.missing(named, received) if named and self._files is not None else []
+
+    def _wait(self, missing: Sequence[NamedFile], received: float) -> None:
+        assert self._files is not None
+        self.flush()
+        self.on_wait()
+        self._files.wait(missing, received)
+
+    def _take_part(self, frame: Frame, judge: Judge, received: float) -> None:
         header, half = frame.header, self._half
         if header.prev.complete:
             if header.prev > self.position:
@@ -318,6 +345,8 @@ class Applier:
                 self._execution.begin(cursor)
                 half = self._half = _Half(lsn, header.attempt, 0, 0, PlannedTransaction(lsn, None, []), 0)
             items, rest = self._execution.planner.plan(cursor, piece.changes, lsn)
+            if missing := self._missing(received):
+                self._wait(missing, received)
             half.part, half.waits = header.here.part, half.waits + header.changes
             half.waiting.items += items
             half.waiting.commit_time = header.commit_time

@@ -9,6 +9,7 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812
 from pmgsync.core import ceilings as sequences
 from pmgsync.core import ddl
 from pmgsync.core.changes import Change, Inserted, Truncated, read_row
+from pmgsync.core.named_files import NamedFile, naming_of
 from pmgsync.core.owners import Writers
 from pmgsync.core.pgoutput import Delete, Emitted, Insert, Relation, Row, RowChange, Update
 from pmgsync.core.policies import counts_wholly, filled, owner_index, select
@@ -63,6 +64,8 @@ class Planner:
         self._ready: dict[bytes, tuple[Target | None, bool]] = {}
         self._lacking: list[bytes] = []
         self._number = 0
+        self._naming = naming_of(profile)
+        self._named: list[NamedFile] = []
 
     def set_writers(self, writers: Writers) -> None:
         """Say who may write what, from the next plan on."""
@@ -70,6 +73,11 @@ class Planner:
             self._writers = writers
             self._routes.clear()
             self._ready.clear()
+
+    def take_named(self) -> list[NamedFile]:
+        """Return the files that new rows name which were planned since this was last asked."""
+        named, self._named = self._named, []
+        return named
 
     def look_again(self) -> None:
         """Say that what is known of stale tables may have changed since the last plan."""
@@ -80,6 +88,7 @@ class Planner:
         self._targets.clear()
         self._routes.clear()
         self._ready.clear()
+        self._named.clear()
 
     def renew(self, cursor: Cursor, items: list[PlanItem], lsn: int) -> None:
         """Put what the catalog says now into a plan that was made earlier, and leave out what became stale since.
@@ -173,8 +182,11 @@ class Planner:
         if target is None:
             self._stats.stale += _count(change) if wholly else len(rows)
             return
-        if known is None and not target.lacking and (relation.namespace, relation.name) not in self._stale.tables:
-            self._ready[relation.raw] = (target, bool(wholly))
+        key = (relation.namespace, relation.name)
+        if known is None and not target.lacking and key not in self._stale.tables:
+            self._ready[relation.raw] = (target, bool(wholly) and key not in self._naming)
+        if key in self._naming:
+            self._note_named(relation, key, _rows(change) if wholly else rows)
         if wholly and target.copies and isinstance(change, Inserted):
             items.append(RowsItem(target, change.messages))
             return
@@ -193,6 +205,14 @@ class Planner:
         counting = [row for row in kept if row is not None]
         self._stats.skipped += len(rows) - len(counting)
         return counting
+
+    def _note_named(self, relation: Relation, table: tuple[bytes, bytes], rows: Sequence[RowChange]) -> None:
+        columns = self._naming[table]
+        places = [(at, columns[column.name]) for at, column in enumerate(relation.columns) if column.name in columns]
+        for row in rows:
+            if type(row) is Insert:
+                values = ((tree, row.new[at]) for at, tree in places)
+                self._named += [NamedFile(tree, value) for tree, value in values if isinstance(value, bytes) and value]
 
     def _add(self, target: Target, row: RowChange, items: list[PlanItem]) -> None:
         if type(row) is Insert:
