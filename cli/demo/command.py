@@ -88,8 +88,8 @@ def _run(cluster: DemoCluster, seconds: float, rate: float, *, failover: bool) -
     from cli.demo.compare import differences, read_contents
     from cli.demo.failover import Failover, count_exported
     from cli.demo.latency import Latency
-    from cli.demo.traffic import write_history
-    from cli.demo.trees import change_configuration, compare_trees, write_configuration
+    from cli.demo.traffic import newest_mails, write_history
+    from cli.demo.trees import change_configuration, compare_trees, follow_change, show_mail, write_configuration
     from pmgsync.profile_file import load_profile
 
     begun = time.monotonic()
@@ -109,6 +109,8 @@ def _run(cluster: DemoCluster, seconds: float, rate: float, *, failover: bool) -
     begun = time.monotonic()
     note("changing the master's configuration files")
     change_configuration(master)
+    for line in follow_change(cluster.nodes):
+        note(f"  {line}")
     note("pmgcm wait")
     cluster.pmgcm(master, "wait", "--timeout", str(WAIT_S), timeout_s=WAIT_S + 60)
     waited = time.monotonic() - begun
@@ -117,6 +119,8 @@ def _run(cluster: DemoCluster, seconds: float, rate: float, *, failover: bool) -
     contents = {node.name: read_contents(node.dsn, profile) for node in cluster.nodes}
     note("comparing configuration and quarantine files on all nodes")
     files, differing_files = compare_trees(cluster.nodes)
+    for file in newest_mails(cluster.nodes[-1].dsn):
+        note(f"  {show_mail(cluster.nodes, file)}")
     differing = [*differences(contents), *differing_files]
     tables = contents[cluster.nodes[0].name]
     summary = {

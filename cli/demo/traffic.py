@@ -117,6 +117,18 @@ def count_rules(dsn: str, first: int) -> int:
     return 0 if row is None or row[0] is None else int(row[0]) - first + 1
 
 
+def newest_mails(dsn: str) -> list[str]:
+    """Return the file of each node's newest quarantined mail, as a node's database has it."""
+    from pmgsync.postgres.session import connect
+
+    with contextlib.closing(connect(dsn, application_name="pmgcm demo")) as connection, connection.cursor() as cursor:
+        use_public(connection)
+        cursor.execute(
+            "SELECT DISTINCT ON (cid) file FROM cmailstore WHERE file LIKE 'cluster/%' ORDER BY cid, rid DESC"
+        )
+        return [row[0].decode() if isinstance(row[0], bytes) else row[0] for row in cursor.fetchall()]
+
+
 class Writer(threading.Thread, ABC):
     """Writes transactions to one node's database at a steady rate until told to stop.
 

@@ -39,6 +39,48 @@ def change_configuration(node: DemoNode) -> None:
     (root / "domains").unlink()
 
 
+def follow_change(nodes: Sequence[DemoNode]) -> list[str]:
+    """Wait until the change is on all nodes; return sentences on when it was where.
+
+    The name of a node that does not get it stands in one of them, too.
+    """
+    begun = time.monotonic()
+    waiting, told = list(nodes), list[str]()
+    while waiting and time.monotonic() - begun < ARRIVE_S:
+        for node in [node for node in waiting if _has_change(config_root(node))]:
+            waiting.remove(node)
+            told.append(f"on {node.name} after {time.monotonic() - begun:.2f} s")
+        time.sleep(0.01)
+    what = "pmg.conf changed, templates/new.cf.in made, domains removed"
+    lines = [f"{what}: {', '.join(told) or 'nowhere'}"]
+    return lines + [f"{what}: not on {node.name} after {ARRIVE_S:g} s" for node in waiting]
+
+
+def _has_change(root: Path) -> bool:
+    try:
+        changed = (root / "pmg.conf").read_text(encoding="utf-8") == "demo: two\n"
+    except FileNotFoundError:
+        return False
+    return changed and (root / "templates/new.cf.in").exists() and not (root / "domains").exists()
+
+
+def show_mail(nodes: Sequence[DemoNode], file: str) -> str:
+    """Return a sentence on a quarantined mail's file: who has it, and what each has.
+
+    Args:
+        file: below the spool root, as cmailstore has it.
+    """
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        try:
+            data = (spool_root(node) / file).read_bytes()
+            what = f"{len(data)} bytes, BLAKE2b {hashlib.blake2b(data, digest_size=8).hexdigest()}"
+        except FileNotFoundError:
+            what = "not there"
+        found.setdefault(what, []).append(node.name)
+    return f"{file}: " + "; ".join(f"{what} on {', '.join(names)}" for what, names in found.items())
+
+
 def mail_file(node: DemoNode, cid: int, number: int) -> Path:
     """Return where a quarantined mail lies; cmailstore has the path below the spool root."""
     return spool_root(node) / f"cluster/{cid}/spam/{number}"
