@@ -36,11 +36,13 @@ def list_files(context: typer.Context, as_json: Json = False) -> None:
 
     files, problems = DivergenceFiles(load(context).state_dir), list[PmgsyncError]()
     pending, exports = files.pending(), files.exports(problems.append)
+    folders = [(name, files.files_in(name)) for name in files.folders()]
     if as_json:
         say_json(
             {
                 "files": [_summary(each) for each in exports],
                 "pending": [_pending(each) for each in pending],
+                "configurations": [_folder(name, found) for name, found in folders],
                 "problems": [str(each) for each in problems],
             }
         )
@@ -49,7 +51,9 @@ def list_files(context: typer.Context, as_json: Json = False) -> None:
             say(_line(each))
         for stretch in pending:
             say(f"{stretch.id}  being exported: what node {stretch.origin} wrote after {stretch.what}")
-        if not (exports or pending or problems):
+        for name, found in folders:
+            say(f"{name}  {len(found)} files of a configuration that do not count")
+        if not (exports or pending or problems or folders):
             say("nothing has diverged on this node")
         for problem in problems:
             note(f"error: {problem}")
@@ -63,7 +67,16 @@ def show(context: typer.Context, name: Id, as_json: Json = False) -> None:
     from cli.local_node import load
     from pmgsync.divergence_files import DivergenceFiles
 
-    export = DivergenceFiles(load(context).state_dir).read(name)
+    files = DivergenceFiles(load(context).state_dir)
+    if name in files.folders():
+        found = files.files_in(name)
+        if as_json:
+            say_json(_folder(name, found))
+        else:
+            for path, size in found:
+                say(f"{printable(path)}, {size} bytes, kept in {printable(str(files.path / name))}")
+        return
+    export = files.read(name)
     if as_json:
         with export.path.open(encoding="ascii") as file:
             for line in file:
@@ -129,11 +142,14 @@ def drop(
     from pmgsync.divergence_files import DivergenceFiles
 
     files = DivergenceFiles(load(context).state_dir)
-    if name not in files.names():
+    if name not in [*files.names(), *files.folders()]:
         files.drop(name)  # says that there is none
     if not yes:
         try:
-            what = f"{len(files.read(name).file.changes)} changes that are nowhere else"
+            if name in files.folders():
+                what = f"{len(files.files_in(name))} files of a configuration"
+            else:
+                what = f"{len(files.read(name).file.changes)} changes that are nowhere else"
         except PmgsyncError as error:
             what = f"a file that cannot be read ({error.message})"
         confirm(f"{what} will be removed.")
@@ -184,6 +200,10 @@ def _summary(export: Export) -> dict[str, Any]:
         "tables": _tables(file.changes),
         "missing": file.missing,
     }
+
+
+def _folder(name: str, found: Iterable[tuple[str, int]]) -> dict[str, Any]:
+    return {"id": name, "files": [{"path": path, "bytes": size} for path, size in found]}
 
 
 def _pending(stretch: Stretch) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def join(
                     done=lambda documents: documents.is_member_of(signed.document.cluster),
                 )
     say(f"this node is {config.name}({cid}) in the cluster {signed.document.name!r}")
+    if profile.files:
+        say("files come in the background, none of a spool is removed for them; `pmgcm files` shows how far they are")
 
 
 def _clock_ahead_s(facts: Mapping[str, object], asked: float, answered: float) -> float | None:

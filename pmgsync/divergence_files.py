@@ -1,7 +1,8 @@
 """The files of what diverged, in a directory of their own: stretches that are pending, and exports that are done.
 
 A stretch is `ID.json`, its export `ID.jsonl` (`pmgsync.core.divergence`). The broker writes stretches, the agent works
-them off, and the command line shows and removes exports. Everything is replaced as a whole or not at all.
+them off, and the command line shows and removes exports. Everything is replaced as a whole or not at all. Files of a
+configuration that this node had as master are in directories `files-TIME`, below the name of their tree.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from pmgsync.private_files import sync_directory, write_private
 DIRECTORY = "divergence"
 MAX_LINE = 64 << 10
 PENDING, EXPORT = ".json", ".jsonl"
+_FILES_ID = re.compile(r"files-\d{8}T\d{6}")
 _ID = re.compile(r"\d+-\d+-\d+-[0-9a-f]{4}-[0-9a-f]+(-gained)?")
 
 
@@ -198,12 +201,40 @@ class DivergenceFiles:
         """Return the ids of the exports."""
         return [path.name.removesuffix(EXPORT) for path in self._paths(EXPORT)]
 
+    def folders(self) -> list[str]:
+        """Return the ids of the directories with files of a configuration.
+
+        Raises:
+            ConfigError: when the directory cannot be read.
+        """
+        return [path.name for path in self._entries() if _FILES_ID.fullmatch(path.name)]
+
+    def files_in(self, folder: str) -> list[tuple[str, int]]:
+        """Return what `folders` has under an id: absolute names, as they had them, and sizes in bytes.
+
+        Raises:
+            ConfigError: when there is none of that name, or it cannot be read.
+        """
+        path = self._folder(folder)
+        try:
+            found = [each for each in sorted(path.rglob("*")) if each.is_file() and not each.is_symlink()]
+            return [(f"/{each.relative_to(path)}", each.stat().st_size) for each in found]
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+
+    def _folder(self, name: str) -> Path:
+        path = self.path / name
+        if not _FILES_ID.fullmatch(name) or not path.is_dir():
+            raise _unknown(name)
+        return path
+
     def alerts(self) -> list[dict[str, str]]:
         """Return what status is to say of the exports, as long as somebody has not dropped them."""
         try:
-            names = self.names()
-            if names != self._told[0]:
-                self._told = names, [_alert(name, self.export_path(name)) for name in names]
+            names, folders = self.names(), self.folders()
+            if [*names, *folders] != self._told[0]:
+                texts = [_alert(name, self.export_path(name)) for name in names]
+                self._told = [*names, *folders], texts + [_files_alert(name) for name in folders]
         except PmgsyncError as error:
             return [{"kind": "divergence", "text": str(error)}]
         return self._told[1]
@@ -222,9 +253,7 @@ class DivergenceFiles:
             with path.open(encoding="ascii", errors="replace") as file:
                 return Export(name, path, read_lines(file))
         except FileNotFoundError:
-            raise ConfigError(
-                f"this node has no divergence {name!r:.80}", hint="`pmgcm divergence list` shows what there is"
-            ) from None
+            raise _unknown(name) from None
         except OSError as error:
             raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
 
@@ -234,17 +263,25 @@ class DivergenceFiles:
         Raises:
             ConfigError: when there is none of that name, or it cannot be removed.
         """
+        if _FILES_ID.fullmatch(name):
+            path = self._folder(name)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be removed ({error.strerror})") from error
+            return
         if not _ID.fullmatch(name) or not self.export_path(name).exists():
-            raise ConfigError(
-                f"this node has no divergence {name!r:.80}", hint="`pmgcm divergence list` shows what there is"
-            )
+            raise _unknown(name)
         self._remove(self.export_path(name))
 
     # -- the directory ------------------------------------------------------------------------------------------------
 
     def _paths(self, suffix: str) -> list[Path]:
+        return [path for path in self._entries() if path.suffix == suffix and _ID.fullmatch(path.stem)]
+
+    def _entries(self) -> list[Path]:
         try:
-            return sorted(path for path in self.path.iterdir() if path.suffix == suffix and _ID.fullmatch(path.stem))
+            return sorted(self.path.iterdir())
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -263,6 +300,16 @@ class DivergenceFiles:
             sync_directory(self.path)
         except OSError as error:
             raise ConfigError(f"{path} cannot be removed ({error.strerror})") from error
+
+
+def _unknown(name: str) -> ConfigError:
+    hint = "`pmgcm divergence list` shows what there is"
+    return ConfigError(f"this node has no divergence {name!r:.80}", hint=hint)
+
+
+def _files_alert(name: str) -> dict[str, str]:
+    text = f"this node had files of a configuration that do not count: `pmgcm divergence show {name}`"
+    return {"kind": "divergence", "text": text}
 
 
 def _alert(name: str, path: Path) -> dict[str, str]:

@@ -1,14 +1,18 @@
 """Actions: the commands that a profile asks for after changes, each once a batch, with a time limit and new tries.
 
 A file's action waits for the rows before it. The announcement of a configuration carries where the owner's chain was
-after the change. Actions run once that is applied, or 30 s later, once for what came together. What is owed is on disk
+after the change. A table's action waits for the files: until no configuration is known to be behind. Actions run then,
+or 30 s later, once for what came together. What is owed is on disk
 before the files are placed: after a crash an action runs once more rather than not at all.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -19,16 +23,21 @@ import msgpack
 from pmgsync.core.backoff import Backoff
 from pmgsync.core.profile import Profile
 from pmgsync.core.trees import touched_actions
+from pmgsync.errors import PmgsyncError
 from pmgsync.files.cache import Cache
 
 log = logging.getLogger(__name__)
 
 Command = tuple[str, ...]
 TIME_LIMIT_S = 60.0
+OUTPUT_BYTES = 4096
+"""Of a command's output, the end is looked at when it has failed."""
 TRIES = 6
 FIRST_RETRY_S, LONGEST_RETRY_S = 2.0, 120.0
 TOGETHER_S = 0.5
 """What is asked for within this counts as one batch."""
+ROWS_POLL_S = 0.2
+"""Between two looks whether the rows have come."""
 ROWS_S = 30.0
 """So long an action waits for the rows that were committed before the files changed."""
 _OWED = "actions"
@@ -48,17 +57,25 @@ class Actions:
     """Runs them in a thread of its own. What is owed is on disk before a batch is placed: it runs after a crash too."""
 
     def __init__(
-        self, profile: Profile, cache: Cache, *, applied: Callable[[int, int], bool], changed: Callable[[], None]
+        self,
+        profile: Profile,
+        cache: Cache,
+        *,
+        applied: Callable[[int, int], bool],
+        settled: Callable[[], bool],
+        changed: Callable[[], None],
     ) -> None:
         """Begin with what was owed when this node went down.
 
         Args:
             applied: returns True when a chain (origin, LSN) is applied here so far.
+            settled: returns True when no configuration is known to be behind its owner here.
             changed: called when there is something to tell.
         """
         self._profile = profile
         self._cache = cache
         self._applied = applied
+        self._settled = settled
         self._changed = changed
         self._condition = threading.Condition()
         self._owed: dict[Command, _Owed] = {}
@@ -67,9 +84,13 @@ class Actions:
             self._owed[command] = _Owed(time.monotonic(), time.monotonic())
         threading.Thread(target=self._run, name="actions", daemon=True).start()
 
-    def expect(self, paths: Iterable[bytes] = (), tables: Collection[str] = ()) -> list[Command]:
-        """Return what a batch will ask for, and note it on disk."""
-        commands = touched_actions(self._profile, paths, tables)
+    def expect(self, paths: Iterable[bytes] = (), tables: Collection[str] = (), role: str = "") -> list[Command]:
+        """Return what a batch will ask for, and note it on disk.
+
+        Raises:
+            FilesError: when it cannot be noted.
+        """
+        commands = touched_actions(self._profile, paths, tables, role)
         for command in commands:
             self._cache.note(_OWED, msgpack.packb(list(command)).hex(), "owed")
         return commands
@@ -82,6 +103,7 @@ class Actions:
                 owed = self._owed.setdefault(command, _Owed(now, now))
                 owed.due = now + TOGETHER_S
                 owed.wanted_at = now
+                owed.failures = 0
                 if lsn:
                     owed.origins[origin] = max(lsn, owed.origins.get(origin, 0))
             self._condition.notify()
@@ -98,19 +120,24 @@ class Actions:
         while True:
             with self._condition:
                 now = time.monotonic()
-                ready = [command for command, owed in self._owed.items() if owed.due <= now and self._in_place(owed)]
-                if not ready:
+                due = {command: dict(owed.origins) for command, owed in self._owed.items() if owed.due <= now}
+                late = {command for command in due if now - self._owed[command].wanted_at > ROWS_S}
+                if not due:
                     waits = [owed.due - now for owed in self._owed.values()]
-                    # Whether the rows have come is asked again and again.
-                    self._condition.wait(max(0.1, min(waits)) if waits else None)
+                    self._condition.wait(min(waits) if waits else None)
                     continue
+            ready = [command for command, origins in due.items() if command in late or self._in_place(origins)]
             for command in ready:
-                self._run_one(command)
+                try:
+                    self._run_one(command)
+                except PmgsyncError as error:
+                    # It is noted as owed and runs once more: better than not at all.
+                    log.warning("action=run-not-noted command=%s error=%s", command, error)
+            if not ready:
+                time.sleep(ROWS_POLL_S)
 
-    def _in_place(self, owed: _Owed) -> bool:
-        if time.monotonic() - owed.wanted_at > ROWS_S:
-            return True
-        return all(self._applied(origin, lsn) for origin, lsn in owed.origins.items())
+    def _in_place(self, origins: dict[int, int]) -> bool:
+        return self._settled() and all(self._applied(origin, lsn) for origin, lsn in origins.items())
 
     def _run_one(self, command: Command) -> None:
         with self._condition:
@@ -142,19 +169,22 @@ class Actions:
 def execute(command: Command) -> str:
     """Run a command and return what went wrong, "" when nothing did."""
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=TIME_LIMIT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"it took longer than {TIME_LIMIT_S:.0f} s and was killed"
+        # No pipe: a service that the command starts would hold it open, and look like a command that does not end.
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+            try:
+                code = process.wait(TIME_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                # With it what it has started.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return f"it took longer than {TIME_LIMIT_S:.0f} s and was killed"
+            if code == 0:
+                return ""
+            output.seek(max(0, output.seek(0, os.SEEK_END) - OUTPUT_BYTES))
+            lines = output.read().decode(errors="backslashreplace").strip().splitlines()
     except OSError as error:
         return f"it cannot be started ({error.strerror})"
-    if done.returncode == 0:
-        return ""
-    output = done.stdout.decode(errors="backslashreplace").strip().splitlines()
-    return f"exit code {done.returncode}" + (f", {output[-1][:200]}" if output else "")
+    return f"exit code {code}" + (f", {lines[-1][:200]}" if lines else "")

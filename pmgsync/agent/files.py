@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 ANNOUNCE_S = 2.0
 """What was published may be lost: each tree is announced again so often."""
 MAX_ALERTS = 20
+_ROLE = "role"
+"""Where the cache has the role for which actions were asked for last; no tree is called so."""
 
 
 class FilesWorker(Worker):
@@ -52,13 +54,20 @@ class FilesWorker(Worker):
         self._serving: dict[int, Serving] = {}
         self._applied: dict[int, int] = {}
         self._tables: TableActions | None = None
-        self._actions = Actions(self._profile, self._cache, applied=self._is_applied, changed=self.wakeup.wake)
+        self._actions = Actions(
+            self._profile,
+            self._cache,
+            applied=self._is_applied,
+            settled=self._are_settled,
+            changed=self.wakeup.wake,
+        )
 
     # -- the session --------------------------------------------------------------------------------------------------
 
     def session(self, link: BrokerLink) -> None:
         """Serve until something ends the session; the trees go on without one."""
         link.send({"op": "serve", "methods": [*METHODS, "files.accept", "files.verify", "files.repair"]})
+        self._cache.begin(f"{self.document.cluster.hex()}/{self.cid}")
         self._meet_trees()
         waiter = Waiter(link.socket, wakeup=self.wakeup)
         try:
@@ -80,8 +89,9 @@ class FilesWorker(Worker):
 
     def keeps_session(self, data: bytes) -> bool:
         """A new member or role is met without a new session, unless this node leaves the cluster."""
+        cluster = self.document.cluster
         super().keeps_session(data)
-        if not data or self.document.member(self.cid) is None:
+        if not data or self.document.cluster != cluster or self.document.member(self.cid) is None:
             self._stop_trees(set())
             return False
         self._meet_trees()
@@ -110,6 +120,7 @@ class FilesWorker(Worker):
 
     def _meet_trees(self) -> None:
         """Have a thread for each tree, of the kind that its owner asks for."""
+        self._take_role("master" if self.document.master == self.cid else "node")
         self._watch_tables(self.document.master != self.cid)
         trees = trees_of(self._profile, self.document)
         self._stop_trees(set(trees.values()))
@@ -128,10 +139,17 @@ class FilesWorker(Worker):
                     self.wakeup.wake,
                     cid=self.cid,
                     broker=self.config.broker_socket,
-                    divergence=self.config.state_dir / "divergence",
+                    state_dir=self.config.state_dir,
                     actions=self._actions,
                 )
                 followed.start()
+
+    def _take_role(self, role: str) -> None:
+        """Have the actions run for what this node has become."""
+        if self._cache.fact(_ROLE, "taken") != role:
+            commands = self._actions.expect(role=role)
+            self._cache.note(_ROLE, "taken", role)
+            self._actions.request(commands)
 
     def _watch_tables(self, wanted: bool) -> None:
         wanted = wanted and any(action.tables for action in self._profile.actions)
@@ -260,6 +278,10 @@ class FilesWorker(Worker):
             self.alerts += [{"kind": "files", "text": text} for text in status.alerts]
         self.alerts += [{"kind": "action", "text": text} for text in self._actions.alerts()]
         del self.alerts[MAX_ALERTS:]
+
+    def _are_settled(self) -> bool:
+        """True when no configuration is known to be behind here."""
+        return not any(one.status.behind for one in list(self._followed.values()) if one.tree.is_config)
 
     def _is_applied(self, origin: int, lsn: int) -> bool:
         """True when a chain is applied here so far, as the broker has heard from apply."""

@@ -22,6 +22,7 @@ from pmgsync.wire.waiting import Waiter
 CONFIG_QUIET_S = 0.2
 """Seconds before an edit on this node is looked at: whoever makes it may not be finished."""
 REST_S = 60.0
+REST_STEP_S = 0.2
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 KEPT_SHOWN = 5
 
@@ -36,7 +37,7 @@ class FollowedTree(TreeThread):
         *,
         cid: int,
         broker: Path,
-        divergence: Path,
+        state_dir: Path,
         actions: Actions,
     ) -> None:
         """Begin.
@@ -44,12 +45,12 @@ class FollowedTree(TreeThread):
         Args:
             cid: of this node.
             broker: the local socket.
-            divergence: where contents go that this node brings to a configuration it begins to follow.
+            state_dir: where contents go that this node brings to a configuration it begins to follow.
             actions: what is run after changes.
         """
         super().__init__(place, changed)
         self._cid = cid
-        self._divergence = divergence
+        self._state_dir = state_dir
         self._actions = actions
         self._client = TreeClient(broker, stopping=lambda: self.stopping)
         self._news: queue.SimpleQueue[Announcement] = queue.SimpleQueue()
@@ -81,7 +82,7 @@ class FollowedTree(TreeThread):
                 Waiter(wakeup=self.wakeup).wait(REST_S)
                 return
             place = self.place
-            intake = Intake(self.tree, place.path, place.cache, place.limits, self._cid, self._divergence)
+            intake = Intake(self.tree, place.path, place.cache, place.limits, self._cid, self._state_dir)
         except StoppedError:
             return
         try:
@@ -105,7 +106,7 @@ class FollowedTree(TreeThread):
                 self._compare_due = True
                 self._count(intake)
                 self.trouble(error)
-                self._pause(self._backoff.failed())
+                self._rest(self._backoff.failed(), for_owner=isinstance(error, UnreachableError))
                 continue
             waiter.wait(self._rest_s(intake))
             if self.take_acceptance():
@@ -127,6 +128,12 @@ class FollowedTree(TreeThread):
             self._note(intake)
             self._hear(intake)
         self._note(intake)
+
+    def _rest(self, seconds: float, *, for_owner: bool) -> None:
+        """Wait before the next try; `for_owner`: an owner that was out of reach and is heard again ends it."""
+        deadline = time.monotonic() + seconds
+        while not (self.stopping or (for_owner and not self._news.empty())) and time.monotonic() < deadline:
+            self._pause(min(REST_STEP_S, seconds))
 
     def _rest_s(self, intake: Intake) -> float:
         rest = REST_S if intake.local is None else min(REST_S, intake.local.due_s())

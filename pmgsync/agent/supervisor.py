@@ -103,7 +103,8 @@ class Supervisor:
                 self._end(list(self._children))
                 return
             names = {"capture", "snapshot"} | {f"apply:{other}" for other in {*document.databases, *departed} - {cid}}
-            if load_profile(self._config.profile).files:
+            profile = load_profile(self._config.profile)
+            if profile.files or profile.actions:
                 names.add("files")
             if self._diverged():
                 names.add(DIVERGENCE)

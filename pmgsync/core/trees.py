@@ -25,12 +25,15 @@ class Tree:
         rule: what the profile says of it.
         below: of a spool, the directory below the root, "" otherwise.
         owner: CID of the node that answers for it.
+        gone: of a spool, the node that wrote it is no member any more. The master answers for it, but each node keeps
+            what it has: no node has all of it for certain.
     """
 
     name: str
     rule: FileTree
     below: str
     owner: int
+    gone: bool = False
 
     @property
     def is_config(self) -> bool:
@@ -51,8 +54,8 @@ def trees_of(profile: Profile, document: ClusterDocument) -> dict[str, Tree]:
         for cid in range(1, document.max_cid + 1):
             below = rule.tree.replace("{cid}", str(cid))
             name = posixpath.join(rule.root, below)
-            owner = cid if document.member(cid) is not None else document.master
-            found[name] = Tree(name, rule, below, owner)
+            gone = document.member(cid) is None
+            found[name] = Tree(name, rule, below, document.master if gone else cid, gone)
     return found
 
 
@@ -70,11 +73,14 @@ def profile_path(tree: Tree, name: bytes) -> bytes:
     return posixpath.join(tree.name.encode("utf-8", "surrogateescape"), name)
 
 
-def touched_actions(profile: Profile, paths: Iterable[bytes], tables: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return the commands that a batch of changed files and tables asks for, each once, in the profile's order.
+def touched_actions(
+    profile: Profile, paths: Iterable[bytes], tables: Iterable[str], role: str = ""
+) -> list[tuple[str, ...]]:
+    """Return the commands that a batch of changes asks for, each once, in the profile's order.
 
     Args:
         paths: absolute, as `profile_path` returns them. An action whose path ends in "/" means all in that directory.
+        role: `master` or `node`, when this node has become that.
     """
     changed, named = set(paths), set(tables)
     found: dict[tuple[str, ...], None] = {}
@@ -85,7 +91,7 @@ def touched_actions(profile: Profile, paths: Iterable[bytes], tables: Iterable[s
             for pattern in patterns
             for path in changed
         )
-        if by_file or named.intersection(action.tables):
+        if by_file or named.intersection(action.tables) or (role and role == action.role):
             found.setdefault(action.run)
     return list(found)
 

@@ -74,6 +74,28 @@ class Cache:
         with self._lock:
             self._database.close()
 
+    def begin(self, membership: str) -> None:
+        """Forget everything that was known in another membership, also of a cluster before.
+
+        What was put in place then says nothing about what a new owner has deleted: it would be removed here.
+
+        Raises:
+            FilesError: when it cannot be written.
+        """
+        if self.fact("", "membership") == membership:
+            return
+        with self._lock:
+            try:
+                self._database.executescript("BEGIN IMMEDIATE; DELETE FROM entry; DELETE FROM fact; COMMIT")
+            except sqlite3.Error as error:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise FilesError(
+                    f"cannot write {self._path} ({error})", hint="make room; it goes on by itself"
+                ) from error
+        self.most.clear()
+        self.note("", "membership", membership)
+
     def seen(self, tree: str) -> Found:
         """Return what the disk had when it was last looked at."""
         found = Found()
@@ -132,9 +154,18 @@ class Cache:
             return [str(key) for (key,) in self._database.execute("SELECT key FROM fact WHERE tree = ?", (tree,))]
 
     def forget_fact(self, tree: str, key: str) -> None:
-        """Forget one fact about a tree."""
+        """Forget one fact about a tree.
+
+        Raises:
+            FilesError: when it cannot be written.
+        """
         with self._lock:
-            self._database.execute("DELETE FROM fact WHERE tree = ? AND key = ?", (tree, key))
+            try:
+                self._database.execute("DELETE FROM fact WHERE tree = ? AND key = ?", (tree, key))
+            except sqlite3.Error as error:
+                raise FilesError(
+                    f"cannot write {self._path} ({error})", hint="make room; it goes on by itself"
+                ) from error
 
     def note(self, tree: str, key: str, value: str) -> None:
         """Note a fact about a tree.

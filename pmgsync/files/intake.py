@@ -2,8 +2,9 @@
 
 A spool is compared with what was put in place here, not with the disk: what was purged here stays away, and what the
 owner deletes goes. A configuration is compared with the disk: an edit here is put back, and its content is kept. What a
-node brings with it when it begins to follow a configuration (it joined, or was the master) is no edit by mistake: all
-of it goes to `divergence/` in the state directory.
+node brings with it when it begins to follow a configuration is no edit by mistake: all of it goes to `replaced/` in the
+state directory when it has joined, to `divergence/` when it was the master. Nothing is removed from the spool of a node
+that is no member any more.
 
 A set of configuration files is one pass of renames, after all are staged, verified and synced. If one of them cannot be
 had any more because it has changed again, none is placed. What is in the way goes first, then directories, then files,
@@ -38,6 +39,7 @@ from pmgsync.files.scan import Limits
 from pmgsync.files.space import check_room
 from pmgsync.files.staging import Staging
 
+DIVERGED, REPLACED, STAMP = "divergence", "replaced", "files-%Y%m%dT%H%M%S"
 BATCH_NAMES = 2000
 BATCH_BYTES = 64 << 20
 """Of a spool; what changed of a configuration is one batch whatever its size."""
@@ -71,12 +73,12 @@ class Intake:
         postponed: names that are left out of the next batches.
     """
 
-    def __init__(self, tree: Tree, path: Path, cache: Cache, limits: Limits, cid: int, divergence: Path) -> None:
+    def __init__(self, tree: Tree, path: Path, cache: Cache, limits: Limits, cid: int, state_dir: Path) -> None:
         """Open the tree's directory, and make it when this node never had it.
 
         Args:
             cid: of this node.
-            divergence: directory for what this node has in a configuration that it begins to take from another node.
+            state_dir: for what this node has in a configuration that it begins to take from another node.
 
         Raises:
             TreeStoppedError: when its marker is gone.
@@ -97,8 +99,8 @@ class Intake:
             before = cache.fact(tree.name, "owner")
             # What a node brings with it, or wrote as the master, is not an edit by mistake: it goes to one place.
             self._new_here = tree.is_config and before in {"", str(cid)}
-            stamp = time.strftime("files-%Y%m%dT%H%M%S", time.localtime())
-            keep_in = divergence / stamp / tree.name.strip("/") if self._new_here else None
+            folder = state_dir / (DIVERGED if before else REPLACED) / time.strftime(STAMP, time.localtime())
+            keep_in = folder / tree.name.strip("/") if self._new_here else None
             if tree.is_config:
                 self.kept += finish_pass(self.root, cache, tree.name, keep_in)
             self._staging = Staging(self.root)
@@ -106,7 +108,8 @@ class Intake:
             self._close_root()
             raise
         self._placer = Placer(self.root, self._staging, keep_in)
-        self.held = cache.held(tree.name)
+        # What it took from an earlier master says nothing about what it wrote as the master.
+        self.held = Manifest() if self._new_here else cache.held(tree.name)
         self.owner = self.held.copy()
         self.contents = Contents(self.root, self._staging)
         self.contents.learn(self.held.items())
@@ -141,7 +144,10 @@ class Intake:
         for name, entry in changes:
             # What this node's profile does not select is known, for sums are compared, and not put in place.
             if self.owner.set(name, entry) and self._selection.selects(name):
-                self._pending.add(name)
+                if entry is not None or not self.tree.gone:
+                    self._pending.add(name)
+                else:
+                    self._pending.discard(name)
         if len(self.owner) > self._limits.max_count:
             raise ProtocolError(
                 f"node {self.tree.owner} has more than {self._limits.max_count} entries in {self.tree.name}"
@@ -162,7 +168,8 @@ class Intake:
             selects = self._selection.selects
             different = (name for name, entry in self.owner.items() if self.held.get(name) != entry)
             self._pending.update(name for name in different if selects(name))
-            self._pending.update(name for name in self.held if name not in self.owner)
+            if not self.tree.gone:
+                self._pending.update(name for name in self.held if name not in self.owner)
         self.known = True
 
     def refetch(self, names: Iterable[bytes]) -> None:
@@ -201,7 +208,8 @@ class Intake:
         if not self.known:
             return None
         check_marker(self.root, self._cache, self.tree.name)
-        if looks_vanished(self.held.files, self.owner.files, config=self.tree.is_config) and not self._accepted:
+        vanished = looks_vanished(self.held.files, self.owner.files, config=self.tree.is_config)
+        if vanished and not self._accepted and not self.tree.gone:
             raise TreeStoppedError(
                 f"node {self.tree.owner} has none of the {self.held.files} files of {self.tree.name} any more; "
                 "nothing is removed here",

@@ -19,6 +19,7 @@ from pmgsync.files.attributes import describe
 from pmgsync.files.directories import FilesError, Neighbour, Root, explain
 from pmgsync.files.space import sync_file_system
 from pmgsync.files.staging import Staging, copy_content
+from pmgsync.private_files import sync_directory
 
 FEW = 16
 """Up to so many directories are synced one by one, more by one call for the whole file system."""
@@ -226,9 +227,11 @@ class Placer:
             return  # it was kept before a crash
         try:
             copy_content(source, copy)
+            os.fsync(copy)
         finally:
             os.close(source)
             os.close(copy)
+        sync_directory(target.parent)
         self.kept.append(os.fsencode(target).decode(errors="backslashreplace"))
 
     # -- the disk -----------------------------------------------------------------------------------------------------

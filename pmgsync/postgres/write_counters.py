@@ -13,7 +13,8 @@ from pmgsync.postgres.catalog import as_bytes, as_text
 from pmgsync.postgres.session import connect, quote_literal
 
 _COUNTS = b"""
-SELECT s.relname, concat_ws('/', s.n_tup_ins, s.n_tup_upd, s.n_tup_del, pg_postmaster_start_time())
+SELECT s.relname, concat_ws('/', s.n_tup_ins, s.n_tup_upd, s.n_tup_del, pg_postmaster_start_time(),
+    pg_relation_filenode(s.relid))
 FROM pg_stat_user_tables AS s WHERE s.schemaname = 'public' AND s.relname IN (%s)
 """
 
@@ -21,7 +22,8 @@ FROM pg_stat_user_tables AS s WHERE s.schemaname = 'public' AND s.relname IN (%s
 class WriteCounters:
     """A session that is kept open between two looks, which come every second.
 
-    The server's start counts too: a crash takes the newest counts away, and an action too many does no harm.
+    The server's start counts too: a crash takes the newest counts away, and an action too many does no harm. So does
+    the file on disk, which TRUNCATE replaces without counting rows.
     """
 
     def __init__(self, dsn: str, tables: Collection[str]) -> None:

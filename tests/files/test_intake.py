@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -60,11 +61,12 @@ class Pair:
         self.here.mkdir(parents=True)
         self.cache = Cache(tmp_path / "state/files.db")
         self.fetched = 0
+        self.cid = 2
         self.intake = self._open()
 
     def _open(self) -> Intake:
         limits = Limits(max_count=10_000)
-        return Intake(self.tree, self.target, self.cache, limits, 2, self.tmp_path / "divergence")
+        return Intake(self.tree, self.target, self.cache, limits, self.cid, self.tmp_path / "state")
 
     def restart(self) -> None:
         """Be a process that was killed and started again."""
@@ -180,7 +182,7 @@ def test_a_local_edit_is_put_back_and_kept_beside(new_pair: Callable[[Tree], Pai
     assert pair.sync() == []
 
 
-def test_what_a_newcomer_brings_goes_to_the_divergence_folder(new_pair: Callable[[Tree], Pair]) -> None:
+def test_what_a_newcomer_brings_is_kept_elsewhere(new_pair: Callable[[Tree], Pair]) -> None:
     pair = new_pair(CONFIG)
     (pair.here / "main.cf").write_text("the master's")
     (pair.there / "conf.d").mkdir(parents=True)
@@ -188,9 +190,60 @@ def test_what_a_newcomer_brings_goes_to_the_divergence_folder(new_pair: Callable
     (pair.there / "conf.d/extra").write_text("extra")
     pair.sync()
     pair.assert_equal()
-    kept = sorted(path.read_text() for path in (pair.tmp_path / "divergence").rglob("*") if path.is_file())
+    kept = sorted(path.read_text() for path in (pair.tmp_path / "state/replaced").rglob("*") if path.is_file())
     assert kept == ["extra", "the newcomer's"]
     assert not list(pair.there.rglob("*.pmgsync-*"))
+
+
+def test_what_a_master_wrote_goes_to_the_divergence_folder(new_pair: Callable[[Tree], Pair]) -> None:
+    pair = new_pair(CONFIG)
+    (pair.here / "conf.d").mkdir()
+    for name in ("main.cf", "conf.d/a", "conf.d/b", "conf.d/same"):
+        (pair.here / name).write_text(f"one {name}")
+    pair.sync()
+    # It becomes the master, changes all, and some of it back to what it once had from the other, which goes on too.
+    pair.cache.note(CONFIG.name, "owner", "2")
+    (pair.there / "main.cf").write_text("two")
+    (pair.there / "conf.d/b").unlink()
+    (pair.there / "conf.d/new").write_text("new")
+    (pair.here / "main.cf").write_text("three")
+    (pair.here / "conf.d/a").write_text("three a")
+    pair.restart()
+    pair.sync()
+    pair.assert_equal()
+    (kept,) = (pair.tmp_path / "state/divergence").iterdir()
+    found = {str(path.relative_to(kept)): path.read_text() for path in kept.rglob("*") if path.is_file()}
+    below = CONFIG.name.strip("/")
+    assert found == {f"{below}/main.cf": "two", f"{below}/conf.d/new": "new", f"{below}/conf.d/a": "one conf.d/a"}
+    # From now on it is like every other node.
+    (pair.there / "main.cf").write_text("edited")
+    pair.restart()
+    pair.sync()
+    assert [path.read_text() for path in pair.there.rglob("*.pmgsync-*")] == ["edited"]
+
+
+def test_nothing_goes_from_the_spool_of_a_node_that_is_gone(new_pair: Callable[[Tree], Pair]) -> None:
+    pair = new_pair(SPOOL)
+    (pair.here / "spam").mkdir(parents=True)
+    for number in range(200):
+        (pair.here / f"spam/{number}").write_text(f"mail {number}")
+    pair.sync()
+    # The master answers for it now, and has not all of it; some of it goes there while this node watches.
+    pair.tree = replace(pair.tree, gone=True)
+    for number in range(150):
+        (pair.here / f"spam/{number}").unlink()
+    (pair.here / "spam/new").write_text("new")
+    pair.restart()
+    pair.sync()
+    (pair.here / "spam/new").unlink()
+    pair.sync()
+    assert pair.intake.behind == 0
+    assert len(list((pair.there / "spam").iterdir())) == 201
+    for path in (pair.here / "spam").iterdir():
+        path.unlink()
+    pair.restart()
+    pair.sync()
+    assert len(list((pair.there / "spam").iterdir())) == 201
 
 
 def test_a_local_purge_of_a_spool_stays_and_deletions_travel(new_pair: Callable[[Tree], Pair]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pmgsync.core.filenames import Selection
-from pmgsync.core.manifests import Change
+from pmgsync.core.manifests import Change, Entry
 from pmgsync.core.profile import FileTree
 from pmgsync.core.trees import Tree
 from pmgsync.files import watch as watch_module
@@ -261,6 +261,18 @@ def test_a_damaged_cache_is_begun_anew(tmp_path: Path) -> None:
     again = Cache(path)
     assert again.fact("/etc/x", "marked") == "yes"
     again.close()
+
+
+def test_another_membership_begins_anew(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "files.db")
+    cache.begin("a/1")
+    cache.note("/etc/x", "marked", "yes")
+    cache.write("/etc/x", "held", [(b"a", Entry("d", 0o755, "root", "root"), None)])
+    cache.begin("a/1")
+    assert b"a" in cache.held("/etc/x")
+    cache.begin("b/1")
+    assert (cache.fact("/etc/x", "marked"), len(cache.held("/etc/x"))) == ("", 0)
+    cache.close()
 
 
 def test_a_tree_that_is_emptied_file_by_file_is_stopped_and_stays_so_when_it_is_opened_anew(

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,17 @@ class Files:
         actions: each line is one run of the action for main.conf, on any node.
     """
 
-    def __init__(self, new_cluster: NewCluster, tmp_path: Path, nodes: int) -> None:
+    def __init__(
+        self, new_cluster: NewCluster, tmp_path: Path, nodes: int, *, namespaces: Sequence[str] = (), more: str = ""
+    ) -> None:
+        """`more`: of the profile."""
         profile = tmp_path / "files.toml"
-        profile.write_text(PROFILE)
+        profile.write_text(PROFILE + more)
         self.actions = tmp_path / "actions"
         os.environ["PMGSYNC_TEST_ACTIONS"] = str(self.actions)
-        self.cluster = new_cluster(nodes=nodes, profile=str(profile), extra=EXTRA, seed=seed, schema=SCHEMA)
+        self.cluster = new_cluster(
+            nodes=nodes, profile=str(profile), extra=EXTRA, seed=seed, schema=SCHEMA, namespaces=namespaces
+        )
 
     def etc(self, number: int) -> Path:
         return self.cluster.nodes[number - 1].directory / "etc"

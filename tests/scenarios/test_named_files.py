@@ -139,6 +139,7 @@ def test_a_row_is_never_read_before_its_file(new_cluster: NewCluster, tmp_path: 
     eventually(lambda: other.content("rule") == ["(1)"])
 
 
+@pytest.mark.campaign
 def test_a_row_goes_on_without_a_file_that_does_not_come(new_cluster: NewCluster, tmp_path: Path) -> None:
     cluster = mails(new_cluster, tmp_path, 4)
     master, other = cluster.nodes
