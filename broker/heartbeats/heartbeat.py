@@ -11,7 +11,7 @@ import msgpack
 
 from broker.heartbeats.conflicts import read_counters
 from pmgsync.core.positions import MAX_LSN, Position
-from pmgsync.core.trees import read_tree_reports
+from pmgsync.core.trees import read_action_reports, read_tree_reports
 from pmgsync.errors import ProtocolError
 from pmgsync.subscription import MAX_LEVEL
 
@@ -81,6 +81,7 @@ class Heartbeat:
     trees: tuple[Mapping[str, Any], ...] = ()
     over: frozenset[int] = frozenset()
     level: str = ""
+    actions: tuple[Mapping[str, Any], ...] = ()
     received: float = field(default_factory=time.monotonic)
 
     def pack(self) -> bytes:
@@ -114,6 +115,7 @@ class Heartbeat:
             "trees": [dict(tree) for tree in self.trees],
             "over": sorted(self.over),
             "level": self.level,
+            "actions": [dict(action) for action in self.actions],
         }
         return msgpack.packb(data, use_bin_type=True)  # type: ignore[no-any-return]
 
@@ -165,6 +167,7 @@ class Heartbeat:
                 trees=tuple(read_tree_reports(raw.get("trees"))),
                 over=frozenset(_cid(cid) for cid in raw.get("over", [])),
                 level=_typed(raw.get("level", ""), str)[:MAX_LEVEL],
+                actions=tuple(read_action_reports(raw.get("actions"))),
             )
         except ProtocolError:
             raise

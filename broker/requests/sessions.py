@@ -13,7 +13,7 @@ import zmq
 from broker.heartbeats.conflicts import read_counters
 from broker.members.calls import Attachments
 from broker.net.loop import Socket
-from pmgsync.core.trees import read_tree_reports
+from pmgsync.core.trees import read_action_reports, read_tree_reports
 from pmgsync.errors import MembershipError
 from pmgsync.subscription import MAX_LEVEL
 from pmgsync.wire.messages import pack
@@ -42,6 +42,7 @@ class Session:
     counters: dict[str, int] = field(default_factory=dict)
     trees: list[dict[str, Any]] = field(default_factory=list)
     level: str = ""
+    actions: list[dict[str, Any]] = field(default_factory=list)
     methods: frozenset[str] = frozenset()
 
     def report(self, message: Mapping[str, Any]) -> None:
@@ -61,6 +62,7 @@ class Session:
         self.counters = read_counters(message.get("counters"))
         self.level = str(message.get("level", ""))[:MAX_LEVEL]
         self.trees = read_tree_reports(message.get("trees"))
+        self.actions = read_action_reports(message.get("actions"))
 
 
 class Sessions:

@@ -99,6 +99,7 @@ class Health:
             trees=tuple(tree for session in self._sessions.workers() for tree in session.trees),
             over=frozenset(self._departed.over),
             level=self._level(),
+            actions=tuple(action for session in self._sessions.workers() for action in session.actions),
         )
 
     def _level(self) -> str:

@@ -112,6 +112,7 @@ def _node(
         "alerts": [*map(dict, heartbeat.alerts if heartbeat else ()), *_levels(member, views, document)],
         "conflicts": dict(heartbeat.conflicts) if heartbeat else {},
         "trees": [dict(tree) for tree in heartbeat.trees] if heartbeat else [],
+        "actions": [dict(action) for action in heartbeat.actions] if heartbeat else [],
         "clock_skew_s": None if view.clock_skew_s is None else round(view.clock_skew_s, 3),
         "joining": dict(view.joining or {"phase": "", "bytes": 0, "rows": 0, "bytes_total": 0})
         if member.state == "joining"

@@ -17,12 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgpack
 
 from pmgsync.core.backoff import Backoff
 from pmgsync.core.profile import Profile
-from pmgsync.core.trees import touched_actions
+from pmgsync.core.trees import MAX_ACTIONS, touched_actions
 from pmgsync.errors import PmgsyncError
 from pmgsync.files.cache import Cache
 
@@ -80,6 +81,7 @@ class Actions:
         self._condition = threading.Condition()
         self._owed: dict[Command, _Owed] = {}
         self._failed: dict[Command, str] = {}
+        self._outcomes: dict[Command, tuple[int, str]] = {}
         for command in self._noted():
             self._owed[command] = _Owed(time.monotonic(), time.monotonic())
         threading.Thread(target=self._run, name="actions", daemon=True).start()
@@ -113,6 +115,12 @@ class Actions:
         with self._condition:
             return list(self._failed.values())
 
+    def outcomes(self) -> list[dict[str, Any]]:
+        """Return how the commands went that ran last, the newest first (PROTOCOL.md, section 6)."""
+        with self._condition:
+            newest = [*self._outcomes.items()][: -MAX_ACTIONS - 1 : -1]
+        return [{"run": " ".join(command), "at": at, "error": error} for command, (at, error) in newest]
+
     def _noted(self) -> list[Command]:
         return [tuple(msgpack.unpackb(bytes.fromhex(key))) for key in self._cache.facts(_OWED)]
 
@@ -145,6 +153,8 @@ class Actions:
         problem = execute(command)
         with self._condition:
             owed = self._owed[command]
+            self._outcomes.pop(command, None)
+            self._outcomes[command] = int(time.time()), problem
             if problem:
                 owed.failures += 1
                 pause_s = owed.tries.failed()

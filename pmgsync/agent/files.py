@@ -54,7 +54,7 @@ class FilesWorker(Worker):
         self._serving: dict[int, Serving] = {}
         self._applied: dict[int, int] = {}
         self._tables: TableActions | None = None
-        self._actions = Actions(
+        self._runs = Actions(
             self._profile,
             self._cache,
             applied=self._is_applied,
@@ -140,21 +140,21 @@ class FilesWorker(Worker):
                     cid=self.cid,
                     broker=self.config.broker_socket,
                     state_dir=self.config.state_dir,
-                    actions=self._actions,
+                    actions=self._runs,
                 )
                 followed.start()
 
     def _take_role(self, role: str) -> None:
         """Have the actions run for what this node has become."""
         if self._cache.fact(_ROLE, "taken") != role:
-            commands = self._actions.expect(role=role)
+            commands = self._runs.expect(role=role)
             self._cache.note(_ROLE, "taken", role)
-            self._actions.request(commands)
+            self._runs.request(commands)
 
     def _watch_tables(self, wanted: bool) -> None:
         wanted = wanted and any(action.tables for action in self._profile.actions)
         if wanted and self._tables is None:
-            self._tables = TableActions(self.config.dsn, self._profile, self._cache, self._actions)
+            self._tables = TableActions(self.config.dsn, self._profile, self._cache, self._runs)
         elif not wanted and self._tables is not None:
             self._tables.stop()
             self._tables = None
@@ -267,6 +267,7 @@ class FilesWorker(Worker):
     def _describe(self) -> None:
         threads = [*self._owned.values(), *self._followed.values()]
         self.trees = [thread.status.to_map(thread.tree) for thread in threads]
+        self.actions = self._runs.outcomes()
         self.alerts, self.standing_error = [], None
         for thread in threads:
             status, name = thread.status, thread.tree.name
@@ -276,7 +277,7 @@ class FilesWorker(Worker):
                 kind = "files" if status.recoverable else "files-stopped"
                 self.alerts.append({"kind": kind, "text": f"{name}: {status.error}" + _hint(status.hint)})
             self.alerts += [{"kind": "files", "text": text} for text in status.alerts]
-        self.alerts += [{"kind": "action", "text": text} for text in self._actions.alerts()]
+        self.alerts += [{"kind": "action", "text": text} for text in self._runs.alerts()]
         del self.alerts[MAX_ALERTS:]
 
     def _are_settled(self) -> bool:

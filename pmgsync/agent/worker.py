@@ -40,7 +40,7 @@ class Worker(ABC):
     Attributes:
         split: members on the other side of a split, and that side's newest epoch, as of the session's start.
         departed: nodes that were removed and whose chains are not over here.
-        state, alerts, counters, trees: what the next report says (PROTOCOL.md, section 10).
+        state, alerts, counters, trees, actions: what the next report says (PROTOCOL.md, section 10).
         standing_error: what is wrong with a part of the work while the rest goes on; None when nothing is.
     """
 
@@ -57,6 +57,7 @@ class Worker(ABC):
         self.alerts: list[dict[str, str]] = []
         self.counters: dict[str, int] = {}
         self.trees: list[dict[str, Any]] = []
+        self.actions: list[dict[str, Any]] = []
         self.standing_error: PmgsyncError | None = None
         self._error: PmgsyncError | None = None
         self._failing_since = 0.0
@@ -127,6 +128,8 @@ class Worker(ABC):
             message["counters"] = self.counters
         if self.trees:
             message["trees"] = self.trees
+        if self.actions:
+            message["actions"] = self.actions
         if error is not None and (not error.recoverable or time.monotonic() - self._failing_since > GRACE_S):
             message |= {"error": error.message, "hint": error.hint}
         elif error is not None:

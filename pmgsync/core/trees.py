@@ -120,3 +120,22 @@ def read_tree_reports(value: object) -> list[dict[str, Any]]:
             error = str(each.get("error", ""))[:500]
             found.append({"tree": each["tree"][:200], **numbers, "behind_s": behind_s, "error": error})
     return found
+
+
+MAX_ACTIONS = 16
+"""Commands that a heartbeat has room for: those that ran last."""
+
+
+def read_action_reports(value: object) -> list[dict[str, Any]]:
+    """Return what a worker or a member says of the actions that it ran; what is not of this shape is left out.
+
+    Each has `run` (the command), `at` (when it ended, seconds since 1970), `error` (text, "" when it went well).
+    """
+    return [
+        {"run": each["run"][:200], "at": each["at"], "error": str(each.get("error", ""))[:500]}
+        for each in (value[:MAX_ACTIONS] if isinstance(value, list) else ())
+        if isinstance(each, dict)
+        and isinstance(each.get("run"), str)
+        and type(each.get("at")) is int
+        and 0 <= each["at"] < 1 << 40
+    ]

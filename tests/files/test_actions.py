@@ -83,9 +83,11 @@ def test_one_that_fails_is_told_and_run_again(make: Make, cache: Cache, tmp_path
     actions.request(actions.expect([b"/etc/x"]))
     told = eventually(actions.alerts)
     assert "exit code 1, not yet; tried again in" in told[0]
+    assert actions.outcomes()[0]["error"] == "exit code 1, not yet"
     right.touch()
     eventually(lambda: not actions.alerts())
     eventually(lambda: not cache.facts("actions"))
+    assert [outcome["error"] for outcome in actions.outcomes()] == [""]
     # One that goes on failing is given up, and the next batch tries it anew.
     right.unlink()
     before = lines(tmp_path / "runs")

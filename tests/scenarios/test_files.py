@@ -151,6 +151,8 @@ def test_configuration_and_spools_are_the_same_everywhere(new_cluster: NewCluste
     eventually(lambda: not (files.etc(2) / "conf.d/a.conf").exists() and (files.etc(3) / "conf.d/19.conf").exists())
     assert (files.etc(3) / "main.conf").stat().st_mode & 0o777 == 0o600
     eventually(lambda: files.actions.read_text().count("\n") == before + 2)
+    ran = eventually(lambda: [each for each in master.node_status(2)["actions"] if "date" in each["run"]])
+    assert (ran[0]["error"], ran[0]["run"]) == ("", "sh -c date +%s.%N >> $PMGSYNC_TEST_ACTIONS")
     # A table that changed has its action run on the others, not on the master that wrote it.
     told_of_tables = Path(f"{files.actions}.tables")
     told_of_tables.touch()
