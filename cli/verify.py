@@ -220,7 +220,7 @@ class _Verifying:
         answers = {cid: self._entries(cid, args) for cid in holders}
         right = {name: entry for name, entry in answers.pop(tree.owner, {}).items() if entry is not None}
         files = sum(entry.kind == "f" for entry in right.values())
-        return compare_trees(tree.owner, right, answers, config=tree.is_config), files
+        return compare_trees(tree.owner, right, answers, config=tree.is_config, gone=tree.gone), files
 
     def _entries(self, cid: int, args: Mapping[str, Any]) -> dict[bytes, Entry | None]:
         found: dict[bytes, Entry | None] = {}

@@ -96,6 +96,7 @@ def compare_trees(
     answers: Mapping[int, Mapping[bytes, Entry | None]],
     *,
     config: bool,
+    gone: bool = False,
 ) -> list[Difference]:
     """Return the files that differ from their owner's.
 
@@ -104,12 +105,13 @@ def compare_trees(
         answers: what the others have, by CID; None for a name that was put in place there and is gone: it was purged,
             which is no difference in a spool.
         config: modes count too; in a spool they are the receiver's.
+        gone: the spool is of a node that is no member any more: what others have beyond the owner is no difference.
     """
     found = []
     for cid, entries in answers.items():
         for name in sorted({*right, *entries}):
             here, there = entries.get(name), right.get(name)
-            if not config and here is None and name in entries:
+            if (not config and here is None and name in entries) or (gone and there is None):
                 continue
             if _same(here, there, config=config):
                 continue

@@ -77,6 +77,8 @@ def test_files_that_were_purged_elsewhere_are_no_difference_in_a_spool() -> None
     answers: dict[int, dict[bytes, Entry | None]] = {2: {b"a": None, b"b": other}, 3: {b"b": entry, b"c": entry}}
     found = compare_trees(1, right, answers, config=False)
     assert [(d.cid, d.key, d.kind) for d in found] == [(3, b"a", "missing"), (3, b"c", "extra")]
+    gone = compare_trees(1, right, answers, config=False, gone=True)
+    assert [(d.cid, d.key, d.kind) for d in gone] == [(3, b"a", "missing")]
     strict = compare_trees(1, right, answers, config=True)
     assert (2, b"b", "differs") in [(d.cid, d.key, d.kind) for d in strict]
     assert lasting(found, strict) == sorted(found)
