@@ -113,7 +113,8 @@ class Intake:
         self.owner = self.held.copy()
         self.contents = Contents(self.root, self._staging)
         self.contents.learn(self.held.items())
-        self._pending: set[bytes] = set()
+        # What was heard of last comes first: a new mail is not behind all those of a first sync.
+        self._pending: dict[bytes, None] = {}
         self._unnoted: list[Row] = []
         self._remaining_at = (b"", 0)
         self.postponed: set[bytes] = set()
@@ -144,10 +145,9 @@ class Intake:
         for name, entry in changes:
             # What this node's profile does not select is known, for sums are compared, and not put in place.
             if self.owner.set(name, entry) and self._selection.selects(name):
+                self._pending.pop(name, None)
                 if entry is not None or not self.tree.gone:
-                    self._pending.add(name)
-                else:
-                    self._pending.discard(name)
+                    self._pending[name] = None
         if len(self.owner) > self._limits.max_count:
             raise ProtocolError(
                 f"node {self.tree.owner} has more than {self._limits.max_count} entries in {self.tree.name}"
@@ -167,9 +167,9 @@ class Intake:
         if not self.known:
             selects = self._selection.selects
             different = (name for name, entry in self.owner.items() if self.held.get(name) != entry)
-            self._pending.update(name for name in different if selects(name))
+            self._pending |= dict.fromkeys(name for name in different if selects(name))
             if not self.tree.gone:
-                self._pending.update(name for name in self.held if name not in self.owner)
+                self._pending |= dict.fromkeys(name for name in self.held if name not in self.owner)
         self.known = True
 
     def refetch(self, names: Iterable[bytes]) -> None:
@@ -177,7 +177,7 @@ class Intake:
         for name in names:
             self.held.set(name, None)
             self._unnoted.append((name, None, None))
-            self._pending.add(name)
+            self._pending[name] = None
         self.flush()
 
     def accept(self) -> None:
@@ -248,7 +248,9 @@ class Intake:
     def _spool(self) -> tuple[Entries, Entries, list[bytes]]:
         names: list[bytes] = []
         size = 0
-        for name in self._pending - self.postponed if self.postponed else self._pending:
+        for name in reversed(self._pending):
+            if name in self.postponed:
+                continue
             entry = self.owner.get(name)
             size += entry.size if entry is not None else 0
             if names and (len(names) >= BATCH_NAMES or size > BATCH_BYTES):
@@ -333,7 +335,7 @@ class Intake:
             entry = self.owner.get(name)
             self._unnoted.append((name, entry, None))
             self.held.set(name, entry)
-            self._pending.discard(name)
+            self._pending.pop(name, None)
             if entry is not None:
                 self.contents.learn([(name, entry)])
 

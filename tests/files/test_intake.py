@@ -20,6 +20,7 @@ from pmgsync.core.manifests import Entry, Manifest, changes_between
 from pmgsync.core.profile import FileTree
 from pmgsync.core.trees import Tree
 from pmgsync.errors import ProtocolError
+from pmgsync.files import intake as intake_module
 from pmgsync.files import staging
 from pmgsync.files.cache import Cache
 from pmgsync.files.directories import FilesError, Root, TreeStoppedError
@@ -220,6 +221,27 @@ def test_what_a_master_wrote_goes_to_the_divergence_folder(new_pair: Callable[[T
     pair.restart()
     pair.sync()
     assert [path.read_text() for path in pair.there.rglob("*.pmgsync-*")] == ["edited"]
+
+
+def test_what_is_new_does_not_wait_for_all_that_was_there(
+    new_pair: Callable[[Tree], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake_module, "BATCH_NAMES", 10)
+    pair = new_pair(SPOOL)
+    (pair.here / "spam").mkdir(parents=True)
+    for number in range(100):
+        (pair.here / f"spam/{number}").write_text(f"mail {number}")
+    pair.compare()
+    batch = pair.intake.batch()
+    assert batch is not None
+    assert len(batch.names) <= 11
+    pair.fetch(batch)
+    pair.intake.place(batch)
+    (pair.here / "spam/new").write_text("new")
+    pair.intake.offer(changes_between(pair.intake.owner, manifest_of(pair.source, pair.tree)))
+    batch = pair.intake.batch()
+    assert batch is not None
+    assert b"spam/new" in batch.names
 
 
 def test_nothing_goes_from_the_spool_of_a_node_that_is_gone(new_pair: Callable[[Tree], Pair]) -> None:

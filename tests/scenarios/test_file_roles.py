@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.harness.cluster import Cluster, eventually
+from tests.harness.cluster import Cluster, Node, eventually
 from tests.scenarios.test_files import EXTRA, PROFILE, SCHEMA, Files, arrives, listing, seed, trees
 
 pytestmark = [pytest.mark.cluster, pytest.mark.campaign]
@@ -26,6 +28,10 @@ run = ["sh", "-c", "echo node >> $PMGSYNC_TEST_ROLES"]
 """
 
 
+def promoted(node: Node) -> bool:
+    return not node.pmgcm("promote", "--yes", check=False).returncode
+
+
 def test_a_promotion_turns_the_configuration(new_cluster: Callable[..., Cluster], tmp_path: Path) -> None:
     profile, roles = tmp_path / "files.toml", tmp_path / "roles"
     profile.write_text(PROFILE + ROLES)
@@ -38,7 +44,16 @@ def test_a_promotion_turns_the_configuration(new_cluster: Callable[..., Cluster]
     own.unlink()  # each node's own file would make trees differ
     arrives(*etc)
     arrives(*spools)
-    eventually(lambda: sorted(roles.read_text().split()) == ["master", "node", "node"])
+    eventually(lambda: Counter(roles.read_text().split()) == {"master": 1, "node": 2})
+
+    # The master hands over, and takes over again: nothing is left behind by that.
+    for master, where in ((second, etc[1]), (first, etc[0])):
+        eventually(partial(promoted, master))
+        (where / "main.conf").write_text(f"written on {master.name}")
+        arrives(*etc)
+    for node in cluster.nodes:
+        assert "nothing has diverged" in node.pmgcm("divergence", "list").stdout
+    eventually(lambda: Counter(roles.read_text().split()) == {"master": 3, "node": 4})
 
     # The master dies, and what is written there afterwards nobody else sees.
     first.kill("agent")
@@ -46,19 +61,19 @@ def test_a_promotion_turns_the_configuration(new_cluster: Callable[..., Cluster]
     (etc[0] / "main.conf").write_text("written on the old master")
     (etc[0] / "conf.d/only-here.conf").write_text("only here")
     # The name is free here once the old master's lease is over.
-    eventually(lambda: not second.pmgcm("promote", "--yes", check=False).returncode, within_s=90)
+    eventually(partial(promoted, second), within_s=90)
     (etc[1] / "main.conf").write_text("written on the new master")
     (etc[1] / "conf.d/new.conf").write_text("new")
     (etc[1] / "conf.d/a.conf").unlink()
     arrives(etc[1], etc[2])
-    eventually(lambda: sorted(roles.read_text().split()) == ["master", "master", "node", "node"])
+    eventually(lambda: Counter(roles.read_text().split()) == {"master": 4, "node": 4})
 
     # It returns, and its files worker is killed while it takes the other side of its tree.
     first.start()
     eventually(lambda: "files" in first.workers())
     first.workers()["files"].send_signal(signal.SIGKILL)
     arrives(*etc)
-    eventually(lambda: roles.read_text().split().count("node") == 3)
+    eventually(lambda: roles.read_text().split().count("node") == 5)
     shown = json.loads(first.pmgcm("divergence", "list", "--json").stdout)
     paths = {file["path"] for folder in shown["configurations"] for file in folder["files"]}
     assert paths >= {"/etc/gateway/main.conf", "/etc/gateway/conf.d/only-here.conf"}
