@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import stat
 import threading
@@ -27,6 +28,8 @@ FIRST_LOOK_S, LAST_LOOK_S = 0.002, 0.05
 TOLD_S = 3600.0
 """So long a file that did not come is told of in status, unless it comes."""
 MAX_TOLD = 1000
+LOG_S = 1.0
+"""A node that was away meets many at once: a line of the log a second."""
 _NOT_HERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 
 
@@ -48,6 +51,7 @@ class AwaitedFiles:
         self._patience = Patience(config.row_wait_s)
         self._cancelled = threading.Event()
         self._late: dict[NamedFile, float] = {}
+        self._logged_at, self._unlogged = -math.inf, 0
 
     def begin(self) -> None:
         """Begin a session: what was cancelled before is over."""
@@ -103,12 +107,16 @@ class AwaitedFiles:
             return [f"a row of node {self._origin} is shown without its file, {newest}"]
         return [f"{len(still)} rows of node {self._origin} are shown without their files; the newest is {newest}"]
 
-    def _go_on_without(self, files: Iterable[NamedFile], now: float) -> None:
+    def _go_on_without(self, files: Sequence[NamedFile], now: float) -> None:
         for file in files:
-            log.warning("action=row-without-file origin=%d file=%s", self._origin, show(file.path))
             if len(self._late) >= MAX_TOLD:
                 self._late.pop(next(iter(self._late)))
             self._late[file] = now
+        self._unlogged += len(files)
+        if now - self._logged_at > LOG_S:
+            newest = show(files[-1].path)
+            log.warning("action=rows-without-files origin=%d count=%d newest=%s", self._origin, self._unlogged, newest)
+            self._logged_at, self._unlogged = now, 0
 
     def _trees_now(self) -> list[Tree]:
         document = self._document()
