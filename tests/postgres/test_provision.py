@@ -122,6 +122,7 @@ def test_everything_that_is_wrong_is_said_at_once(pg_bindir: str) -> None:
         database = Database(bad)
         database.sql("CREATE TABLE public.rule (id int)")
         database.sql("CREATE TABLE public.cmsreceivers (ticketid int)")
+        database.sql("CREATE TABLE public.cmailstore (cid int, rid int, id int)")
         database.sql("CREATE UNLOGGED TABLE public.object (id int PRIMARY KEY)")
         database.sql("CREATE TABLE public.cgreylist (id int, twice int GENERATED ALWAYS AS (id) STORED PRIMARY KEY)")
         database.sql("CREATE ROLE plain LOGIN")
@@ -138,6 +139,7 @@ def test_everything_that_is_wrong_is_said_at_once(pg_bindir: str) -> None:
             "the database user plain is not a superuser",
             "rulegroup, objectgroup, attribut",
             "the table cmsreceivers lacks columns that the profile refers to: cmailstore_cid",
+            "the table cmailstore lacks columns that the profile refers to: file",
             "the table object is unlogged",
             "the table cgreylist would be merged by generated columns: twice",
         ):

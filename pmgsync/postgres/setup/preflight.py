@@ -139,7 +139,9 @@ def check_tables(
             continue
         table = found.get((rule.schema, rule.name))
         if table is not None:
-            findings += _check_table(table, rule)
+            named_in = [each for tree in profile.files for each in tree.named_in]
+            naming = {column for name, column in named_in if (DEFAULT_SCHEMA, name) == (rule.schema, rule.name)}
+            findings += _check_table(table, rule, naming)
         elif (rule.schema, rule.name) in roots:
             findings.append(
                 Finding("partitions", False, f"the table {_label(rule)} is partitioned", "name its partitions instead")
@@ -164,9 +166,9 @@ def _label(rule: TableRule) -> str:
     return rule.name if rule.schema == DEFAULT_SCHEMA else f"{rule.schema}.{rule.name}"
 
 
-def _check_table(table: Table, rule: TableRule) -> Iterable[Finding]:
+def _check_table(table: Table, rule: TableRule, naming: set[str]) -> Iterable[Finding]:
     columns = {as_text(column.name) for column in table.columns}
-    missing = sorted(rule.columns - columns)
+    missing = sorted((rule.columns | naming) - columns)
     yield judged(
         "columns", not missing,
         f"the table {_label(rule)} lacks columns that the profile refers to: {', '.join(missing)}",
