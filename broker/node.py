@@ -91,7 +91,7 @@ class Broker:
             new_id=itertools.count(1).__next__,
         )
         self._participation: Participation | None = None
-        self._failed = False
+        self._failed = self._hurries = False
         self._local = LocalRequests(
             socket,
             self._loop,
@@ -118,7 +118,6 @@ class Broker:
                 (ACK_S, self._send_acks),
                 (TICK_S, self._tick),
                 (LEASE_S, self._keep_lease),
-                (HURRY_S, self._hurry),
                 (RETRY_S, self._retry),
                 (BIND_S, self._bind_rest),
             ):
@@ -238,7 +237,7 @@ class Broker:
         found = stretches_between(held.history, taken.history, node=self._documents.cid, lives=lives)
         if (part := self._participation) is not None:
             leads = taken.master == self._documents.cid
-            found = tuple(part.trimmed(one, leads=leads and one.origin == held.master) for one in found)
+            found = tuple(part.leading.trimmed(one, leads=leads and one.origin == held.master) for one in found)
         self._divergence.note(found)
         for stretch in found:
             log.info("action=stretch id=%s what=%s", stretch.id, stretch.what)
@@ -295,6 +294,13 @@ class Broker:
         self._divergence.forget_pending()
         self._put_in_force(self._documents.enter(signed))
 
+    def take_document(self, signed: SignedDocument) -> dict[str, Any]:
+        """Take a document that the administrator has had fetched, if it is newer; return what is in force then."""
+        before = self._documents.document.version
+        self._offer_document(signed.document.master, signed.pack())
+        epoch, serial = self._documents.document.version
+        return {"epoch": epoch, "serial": serial, "taken": (epoch, serial) != before}
+
     def leave_cluster(self) -> None:
         """Forget the cluster."""
         self._documents.refuse_to_leave()
@@ -317,12 +323,11 @@ class Broker:
 
     def promotion_plan(self, *, force: bool) -> dict[str, Any]:
         """Return the map of `pmgcm promote --dry-run --json`."""
-        survey = self._part().leading.survey
-        return survey.describe(survey.plan(force=force))
+        return self._part().leading.plan(force=force)
 
-    def promote(self, send: Send, request: int, *, force: bool) -> None:
+    def promote(self, send: Send, request: int, *, force: bool, agreed: bool) -> None:
         """Make this node the master; each step is told, and the end."""
-        self._part().leading.promotion.begin(send, request, force=force)
+        self._part().leading.promotion.begin(send, request, force=force, agreed=agreed)
 
     def update_member(self, session: Session, send: Send, message: Message) -> bool:
         """Have what this node shows of itself changed in the document; it is answered when that is in force."""
@@ -364,10 +369,16 @@ class Broker:
     def _keep_lease(self) -> None:
         if self._participation is not None:
             self._participation.leading.tick()
+            if self._participation.leading.hurries and not self._hurries:
+                self._hurries = True
+                self._hurry()
 
     def _hurry(self) -> None:
-        if self._participation is not None:
-            self._participation.leading.hurry()
+        part = self._participation
+        self._hurries = part is not None and part.leading.hurries
+        if part is not None and self._hurries:
+            part.leading.hurry()
+            self._loop.once(HURRY_S, self._hurry)
 
     def _tick(self) -> None:
         self._sessions.expire()

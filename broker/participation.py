@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,6 @@ from broker.requests.workers import WorkerRequests, tell_announcement, tell_appl
 from broker.status.health import Health
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, with_confirmed, without_member
-from pmgsync.core.stretches import Stretch
 from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import ConfigError, PmgsyncError, UnreachableError
 
@@ -201,6 +200,7 @@ class Participation:
                 ask=Asking(self._members, self._calls, resources.new_id).ask,
                 tell_agent=partial(tell_lease, sessions),
                 ask_agent=self._shared.ask_agent,
+                trees=lambda: [tree for session in sessions.workers() for tree in session.trees],
             ),
         )
         self.workers = WorkerRequests(
@@ -296,23 +296,6 @@ class Participation:
         self._joiners.expect(self._signed.document.joining)
         self.departed.follow_document()
         self.beat()
-
-    def trimmed(self, stretch: Stretch, *, leads: bool) -> Stretch:
-        """Return a stretch without what is known to be empty of it.
-
-        Args:
-            leads: this node becomes the master with what it has: what nobody could be given frame by frame is fetched
-                from it.
-        """
-        whole = self.leading.survey.whole(stretch.origin, stretch.incarnation, stretch.after)
-        stretch = replace(stretch, after=min(whole, stretch.limit))
-        applied = self._chains.applied.get(stretch.origin)
-        if leads and applied is not None and applied.incarnation == stretch.incarnation:
-            stretch = stretch.ended(applied.position.lsn)
-            if not stretch.empty:
-                return replace(stretch, exported=True, lost=True)
-            return replace(stretch, upto=None)  # the worker of the chain looks at its tables
-        return stretch
 
     def lives(self) -> dict[int, set[int]]:
         """Return the incarnations of each chain that are known here, in the journal or applied, by origin."""

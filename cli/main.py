@@ -29,6 +29,7 @@ from cli.promote import promote
 from cli.restore import restore
 from cli.resync import resync
 from cli.status import status
+from cli.sync import sync
 from cli.update_fingerprints import update_fingerprints
 from cli.verify import verify
 from cli.wait import wait
@@ -68,6 +69,7 @@ app.command()(wait)
 app.command()(delete)
 app.command()(leave)
 app.command()(promote)
+app.command()(sync)
 app.command()(history)
 app.command("update-fingerprints")(update_fingerprints)
 app.command()(doctor)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.console import Say, confirm, note, printable, say, say_json
+from cli.console import InterruptedBySignalError, Say, confirm, note, printable, say, say_json
 from cli.promotion_plan import render_loss, render_plan
 from pmgsync.errors import MembershipError, UnreachableError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PING_S = 1.0
 """So often it is looked whether the broker is still there."""
 SILENCE_S = 15.0
+SETTLE_S = 0.2
 
 
 def promote(
@@ -40,10 +41,14 @@ def promote(
             return
         refuse(plan)
         tell = note if as_json else say
-        tell("\n".join(render_plan(plan, would=False)))
-        if plan["way"] in {"failover", "forced"} and not yes:
-            confirm(QUESTIONS[plan["way"]])
-        result = run(link, force=force, tell=tell)
+        if plan["way"] != "unfinished":
+            tell("\n".join(render_plan(plan, would=False)))
+        agreed = yes or (plan["way"] in QUESTIONS and confirm(QUESTIONS[plan["way"]]))
+        try:
+            result = run(link, force=force, agreed=agreed, tell=tell)
+        except InterruptedBySignalError:
+            note("the promotion goes on; `pmgcm history` says when the epoch has begun, `pmgcm promote` shows the rest")
+            raise
     if as_json:
         say_json(result)
         return
@@ -63,10 +68,14 @@ def read_plan(link: BrokerLink, *, force: bool) -> dict[str, Any]:
     Raises:
         PmgsyncError: when there is none.
     """
-    answer, _ = link.request({"op": "promotion.plan", "force": force})
-    plan = answer["result"]
-    assert isinstance(plan, dict)
-    return plan
+    while True:
+        answer, _ = link.request({"op": "promotion.plan", "force": force})
+        plan = answer["result"]
+        assert isinstance(plan, dict)
+        if plan["settled"]:
+            return plan
+        # The broker was just started: whoever has not been heard yet may be well.
+        time.sleep(SETTLE_S)
 
 
 def refuse(plan: Mapping[str, Any]) -> None:
@@ -85,7 +94,7 @@ def refuse(plan: Mapping[str, Any]) -> None:
         )
 
 
-def run(link: BrokerLink, *, force: bool, tell: Say) -> dict[str, Any]:
+def run(link: BrokerLink, *, force: bool, agreed: bool, tell: Say) -> dict[str, Any]:
     """Have the broker promote this node, and show each step; return the map of `pmgcm promote --json`.
 
     Raises:
@@ -94,7 +103,7 @@ def run(link: BrokerLink, *, force: bool, tell: Say) -> dict[str, Any]:
     from pmgsync.wire.messages import error_from
 
     request = link.new_id()
-    link.send({"op": "promote", "id": request, "force": force})
+    link.send({"op": "promote", "id": request, "force": force, "agreed": agreed})
     heard = time.monotonic()
     while True:
         received = link.receive(PING_S)

@@ -13,7 +13,7 @@ def render_plan(plan: Mapping[str, Any], *, would: bool = True) -> list[str]:
     node, master = plan["node"], plan["master"]
     is_ = "would be" if would else "is"
     lines = []
-    if plan["way"] == "is_master":
+    if plan["way"] in {"is_master", "unfinished"}:
         return [plan["reason"]]
     becomes = "would become" if would else "becomes"
     lines.append(f"node {printable(node['name'])} ({node['cid']}) {becomes} master: {WAYS[plan['way']]}")

@@ -33,19 +33,33 @@ def remote_member(member: Member, keys: NodeKeys) -> Iterator[Peer]:
         UnreachableError: when it does not answer.
         MembershipError: when it refuses this node's key, or has another than the cluster document says.
     """
+    where = f"{member.name} at {member.address}:{member.control}"
+    with remote_control(where, member.address, member.control, member.curve_key, keys) as peer:
+        yield peer
+
+
+@contextmanager
+def remote_control(name: str, address: str, port: int, server_key: bytes, keys: NodeKeys) -> Iterator[Peer]:
+    """Yield a peer that speaks PROTOCOL.md's control messages with the node that has a CURVE public key.
+
+    Raises:
+        UnreachableError: when it does not answer.
+        MembershipError: when it refuses this node's key, or has another one.
+    """
     context: zmq.Context[Socket] = zmq.Context()
-    where = f"{member.address}:{member.control}"
     try:
         socket = sockets.open_socket(context, zmq.DEALER, max_bytes=MAX_BODY, hwm=sockets.CONTROL_HWM)
-        handshake = Handshake(socket, where)
+        handshake = Handshake(socket, f"{address}:{port}")
         try:
-            sockets.connect(socket, keys, member.curve_key, member.address, member.control)
+            sockets.connect(socket, keys, server_key, address, port)
             handshake.wait()
+        except zmq.ZMQError as error:
+            raise UnreachableError(f"{address}:{port} is not an address to connect to ({error.strerror})") from error
         finally:
             handshake.close()
         if not socket.poll(WRITABLE_MS, zmq.POLLOUT):
-            raise UnreachableError(f"{member.name} at {where} takes no messages")
-        yield Peer(socket, f"{member.name} at {where}")
+            raise UnreachableError(f"{name} takes no messages")
+        yield Peer(socket, name)
     finally:
         context.destroy(linger=200)
 

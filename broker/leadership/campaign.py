@@ -159,7 +159,9 @@ class Campaign:
                 self.candidacy = self.candidacy.with_vote(Vote.from_map(vote))
             return
         told, wait_s = message.get("epoch"), message.get("wait_s")
-        asked.reason = str(message.get("message", ""))[:300]
+        if message.get("message") != asked.reason:
+            log.info("action=not-voted cid=%d reason=%s", cid, message.get("message"))
+        asked.reason = str(message.get("message"))[:300]
         wait_s = float(wait_s) if isinstance(wait_s, int | float) and 0 <= wait_s < 1e6 else 0.0
         asked.free_at = now + wait_s
         asked.due = now + max(AGAIN_S, min(wait_s, 1.0))

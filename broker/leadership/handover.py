@@ -70,12 +70,17 @@ class Handover:
         self._under: _Under | None = None
         self._heir = 0
 
+    @property
+    def is_under_way(self) -> bool:
+        """True until the candidate is answered."""
+        return self._under is not None
+
     def ask(self, cid: int, send: Send, request: int, epoch: int) -> None:
         """Hand over to a member; it is answered when the tables are closed.
 
         Raises:
-            MembershipError: when it cannot be master, this node is not, or hands over to another.
-            UnreachableError: when it is too far behind.
+            MembershipError: when it cannot be master, or this node is not.
+            UnreachableError: when it is too far behind, or this node hands over to another.
         """
         document = self._document()
         if not self._leads() or epoch != document.epoch:
@@ -83,8 +88,8 @@ class Handover:
         candidate = document.member(cid)
         if candidate is None or not candidate.may_be_master:
             raise MembershipError(f"CID {cid} cannot be master")
-        if self._under is not None and self._under.cid != cid:
-            raise MembershipError(f"the master hands over to node {self._under.cid} at the moment")
+        if self._heir not in {0, cid} and (self._under is not None or self._lease.is_released):
+            raise UnreachableError(f"the master hands over to node {self._heir} at the moment")
         behind = self._behind(cid)
         if behind is None or behind > NEAR_BYTES:
             raise UnreachableError(f"{candidate.name} is too far behind for the master to close its tables now")
@@ -100,6 +105,7 @@ class Handover:
         """Go on as master: the member for which the tables were closed will not be it."""
         if cid != self._heir:
             return
+        self._heir = 0
         log.warning("action=handover-cancelled cid=%d", cid)
         self._under = None
         self._lease.take_up()
@@ -162,7 +168,7 @@ class Handover:
             self._lease.take_up()
 
     def _fail(self, error: PmgsyncError) -> None:
-        under, self._under = self._under, None
+        under, self._under, self._heir = self._under, None, 0
         log.warning("action=handover-failed error=%s", error)
         self._lease.take_up()
         if under is not None:

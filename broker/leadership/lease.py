@@ -32,6 +32,8 @@ TELL_S = 1.0
 """So often the agent is told the deadline again: it may have been started anew."""
 ARM_S = 30.0
 """For so long a handover waits until the triggers stand on a master that was not fenced."""
+AGENT_S = 3.0
+"""For so long a handover waits for an agent that does not take what it is told."""
 KEPT_S = 6.0
 """For so long somebody waits until a majority holds the document, before he is told to come again."""
 
@@ -79,6 +81,7 @@ class LeaseKeeper:
     Attributes:
         heard_epoch: the newest epoch that a refusal has named: a candidate must go beyond it.
         reign: the newest epoch for which this node's sequences were passed, as far as its agent has said.
+        beyond: members that have named a later epoch than this master's: CID → since when.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class LeaseKeeper:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.heard_epoch = self.reign = 0
+        self.beyond: dict[int, float] = {}
         self._opened_until = -math.inf
         self._cid = cid
         self._voter = voter
@@ -111,6 +115,7 @@ class LeaseKeeper:
 
     def follow_document(self) -> None:
         """Bring everything in line with the document in force: at once."""
+        self.beyond.clear()
         if self._leads:
             self._spread()
         else:
@@ -175,6 +180,7 @@ class LeaseKeeper:
         if epoch != voter.lease.epoch or not self._leads or not isinstance(result, dict):
             return
         voter.lease = voter.lease.acknowledged(cid, sent)
+        self.beyond.pop(cid, None)
         version = (result.get("epoch"), result.get("serial"))
         if version[0] == epoch and type(version[1]) is int:
             voter.holding[cid] = max((epoch, version[1]), voter.holding.get(cid, (0, 0)))
@@ -186,6 +192,8 @@ class LeaseKeeper:
         epoch = message.get("epoch")
         if type(epoch) is int and 0 < epoch < 2**62:
             self.heard_epoch = max(self.heard_epoch, epoch)
+            if epoch > self._document.epoch:
+                self.beyond.setdefault(cid, self._clock())
         if not attachments:
             return
         try:
@@ -348,6 +356,9 @@ class LeaseKeeper:
         release = self._release
         if release is None or release.shutting:
             return
+        if self._guarded is None and now > release.deadline - ARM_S + AGENT_S:
+            self._end_release(UnreachableError("the agent of the master is not running"))
+            return
         if self._guarded != (True, True):
             if now > release.deadline:
                 self._end_release(
@@ -379,6 +390,7 @@ class LeaseKeeper:
     def _let_go(self) -> None:
         self._told.clear()
         self._voter.lease = self._voter.lease.released()
+        self._voter.closed()
         self._released_at = self._clock()
         log.info("action=lease-released")
         for cid in self._document.cids - {self._cid}:

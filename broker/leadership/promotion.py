@@ -2,10 +2,6 @@
 
 Nothing of it is kept. When this broker is killed, a promotion that had not begun its epoch is over, and can be asked
 for again; one that had goes on by itself, for the rest follows from the document.
-
-Before the votes this node stops taking more of the old master's chain, and waits until its database has applied all
-that its journal has. There the new epoch leaves the chain. So nothing beyond that place can be applied by the history
-that is held now. What comes meanwhile is fetched afterwards, and judged by the history of then.
 """
 
 from __future__ import annotations
@@ -13,32 +9,33 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from broker.chains.chains import Chains
 from broker.leadership.asking import Answer
 from broker.leadership.campaign import Campaign
-from broker.leadership.handover import NEAR_BYTES
+from broker.leadership.fork_point import ForkPoint
 from broker.leadership.lease import LeaseKeeper
-from broker.leadership.readiness import AskAgent, Readiness
+from broker.leadership.promotion_run import REFUSED, Run, not_voted, reason_of, replaced, result_of
+from broker.leadership.readiness import AskAgent, Readiness, Trees
 from broker.leadership.survey import Survey
+from broker.leadership.takeover import Takeover
 from broker.leadership.voter import Voter
-from broker.members.calls import Attachments, End, Send
-from pmgsync.core.document import ClusterDocument, Fork
+from broker.members.calls import Send
+from pmgsync.core.document import ClusterDocument
 from pmgsync.core.epochs import next_epoch
 from pmgsync.core.lease import reign_began
 from pmgsync.core.membership import new_epoch
-from pmgsync.core.positions import format_lsn
-from pmgsync.core.promotion import ChainPoint, Plan, Progress, Step, Way, next_step
+from pmgsync.core.promotion import Plan, Progress, Step, Way, next_step
 from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
-from pmgsync.wire.messages import Message, error_from, error_map
+from pmgsync.wire.messages import error_map
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S = {
-    Step.READY: 15.0,
+    Step.READY: 20.0,
     Step.CLOSE: 45.0,
     Step.FETCH: 30.0,
     Step.BEGIN: 15.0,
@@ -50,8 +47,6 @@ PATIENCE_S = {
 VOTES_S = 20.0
 """For so long after a whole lease votes are asked for."""
 FIX_S = 15.0
-HANDED_OVER = 0.6
-"""The share of a lease in which a switchover must be through: a lease after it has closed the master takes up again."""
 OTHERS_FIRST_S = 0.5
 """For so long the other members are asked before the old master: once it has voted it cannot go on."""
 
@@ -67,6 +62,7 @@ class Surroundings:
         ask: sends a member a request, and the answer to a function; False when it is not connected.
         send: sends a member a message.
         ask_agent: has this node's agent answer a call; raises UnreachableError when it cannot.
+        trees: returns what this node's agent says of its trees of files.
     """
 
     document: Callable[[], ClusterDocument]
@@ -75,49 +71,7 @@ class Surroundings:
     ask: Callable[[int, Mapping[str, Any], Answer, Sequence[bytes]], bool]
     send: Callable[[int, Mapping[str, Any], Sequence[bytes]], bool]
     ask_agent: AskAgent
-
-
-@dataclass
-class _Run:
-    """One promotion that is under way.
-
-    Attributes:
-        before: the document in force when it began.
-        master: CID of the master then.
-        listeners: who is told, and under which request.
-        step, since, moved: the step now, since when, and when it last brought something.
-        ready: nothing stands in the way as far as this node's own database goes.
-        asked_at, closed_at: when the master was asked to hand over, and had closed.
-        goal: where the closed master's chain ends.
-        applied: how far the old master's chain was applied here when it was held.
-        fork, start: of the new epoch, when they are fixed.
-    """
-
-    plan: Plan
-    before: ClusterDocument
-    readiness: Readiness
-    began: float
-    listeners: list[tuple[Send, int]] = field(default_factory=list)
-    step: Step | None = None
-    since: float = 0.0
-    moved: float = 0.0
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    ready: bool = False
-    asked_at: float | None = None
-    closed_at: float | None = None
-    failed: PmgsyncError | None = None
-    goal: int | None = None
-    seen: int = 0
-    applied: ChainPoint | None = None
-    fork: Fork | None = None
-    start: Fork | None = None
-    start_asked_at: float = 0.0
-    campaign: Campaign | None = None
-    campaigning: float = 0.0
-
-    @property
-    def master(self) -> int:
-        return self.before.master
+    trees: Trees
 
 
 class Promotion:
@@ -143,14 +97,17 @@ class Promotion:
         self._divergence = divergence
         self._around = around
         self._clock = clock
-        self._run: _Run | None = None
+        self._run: Run | None = None
+        self._busy = False
 
     # -- who asks -----------------------------------------------------------------------------------------------------
 
-    def begin(self, send: Send, request: int, *, force: bool) -> None:
+    def begin(self, send: Send, request: int, *, force: bool, agreed: bool) -> None:
         """Begin a promotion, or tell of the one that is under way.
 
         Args:
+            force: do it without a majority.
+            agreed: go on when the master does not answer (any more), though something may be lost.
             send, request: get a message `step` for each step, and `done` or `error` at the end. When they are gone it
                 goes on all the same.
 
@@ -160,68 +117,108 @@ class Promotion:
         run = self._run
         if run is None:
             document, plan = self._around.document(), self._survey.plan(force=force)
-            if plan.way is Way.IS_MASTER and not self._is_begun(document):
+            if plan.way is Way.IS_MASTER and not self.is_through:
                 plan = Plan(Way.FAILOVER, "the promotion of this node is not through yet")
             elif plan.way in {Way.IS_MASTER, Way.REFUSED}:
-                raise MembershipError(plan.reason, hint=_REFUSED if plan.way is Way.REFUSED else "")
-            readiness = Readiness(document.master, self._divergence, self._around.ask_agent)
-            now = self._clock()
-            run = self._run = _Run(plan, document, readiness, now)
+                raise MembershipError(plan.reason, hint=REFUSED if plan.way is Way.REFUSED else "")
+            elif plan.way is not Way.SWITCHOVER and not agreed:
+                raise UnreachableError("the master does not answer any more", hint="run `pmgcm promote` again")
+            run = self._run = self._new_run(plan, document, force=force, agreed=agreed)
             log.warning("action=promotion way=%s reason=%s", plan.way.name, plan.reason)
         elif run.steps:
             send({**run.steps[-1], "op": "step", "id": request}, ())
         run.listeners.append((send, request))
         self.tick()
 
-    def _is_begun(self, document: ClusterDocument) -> bool:
-        """Return False on a master whose reign has not come as far as to open."""
-        reign = reign_began(document)
+    def renew(self) -> None:
+        """Begin a later epoch of this node, the master, for there are members that have voted in one."""
+        document = self._around.document()
+        plan = Plan(Way.FAILOVER, "a member has voted in a later epoch, in which nobody became master")
+        log.warning("action=renewal reason=%s", plan.reason)
+        self._run = self._new_run(plan, document, force=False, agreed=True)
+        self._run.renews = self._run.ready = True
+        self.tick()
+
+    def _new_run(self, plan: Plan, document: ClusterDocument, *, force: bool, agreed: bool) -> Run:
+        around, clock = self._around, self._clock
+        readiness = Readiness(
+            self._cid,
+            document.master,
+            self._voter,
+            self._survey,
+            self._divergence,
+            around.ask_agent,
+            around.trees,
+        )
+        takeover = self._new_takeover(document)
+        place = ForkPoint(
+            self._cid, document.master, self._survey, self._chains, around.ask_agent, changed=self.tick, clock=clock
+        )
+        return Run(plan, force, agreed, document, readiness, takeover, place, clock())
+
+    def _new_takeover(self, document: ClusterDocument) -> Takeover:
+        return Takeover(document, self._around.ask, self._around.send, changed=self.tick, clock=self._clock)
+
+    @property
+    def is_under_way(self) -> bool:
+        """True while a promotion is."""
+        return self._run is not None
+
+    @property
+    def is_through(self) -> bool:
+        """False on a master that has become it and has not opened its tables yet."""
+        reign = reign_began(self._around.document())
         return reign == 0 or (self._lease.reign >= reign and self._lease.is_open)
 
-    def _tell(self, run: _Run, message: Mapping[str, Any]) -> None:
+    def _tell(self, run: Run, message: Mapping[str, Any]) -> None:
         run.listeners = [(send, request) for send, request in run.listeners if send({**message, "id": request}, ())]
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
     def follow_document(self) -> None:
         """Take over that another document is in force."""
-        if self._run is not None:
-            self.tick()
+        self.tick()
 
     def tick(self) -> None:
         """Do what is to be done next, if a promotion is under way."""
         run = self._run
-        if run is None:
+        if run is None or self._busy:
             return
+        self._busy = True
         try:
             while self._run is run and self._go_on(run):
                 pass
         except PmgsyncError as error:
-            self._give_up(run, error)
+            if self._run is run:  # else it was ended when the document could not be put in force
+                self._give_up(run, error)
+        finally:
+            self._busy = False
 
-    def _go_on(self, run: _Run) -> bool:
+    def _go_on(self, run: Run) -> bool:
         """Take the next step, or a part of it; True when another one is to be taken at once.
 
         Raises:
             PmgsyncError: when the promotion has failed.
         """
-        if run.failed is not None:
-            raise run.failed
         document = self._around.document()
         if document.history != run.before.history and document.master != self._cid:
-            raise MembershipError(_replaced(document))
+            raise MembershipError(replaced(document))
+        if run.plan.way is Way.SWITCHOVER and document.history == run.before.history:
+            self._look_after_master(run)
         step, now = next_step(self._progress(run, document)), self._clock()
         if step is not run.step:
             self._enter(run, step, now)
         patience = PATIENCE_S.get(step)
         late = patience is not None and now - run.moved > patience
         match step:
-            case Step.READY:
-                self._get_ready(run, late=late)
+            case Step.READY if late:
+                raise self._unready(run) or UnreachableError("this node was not ready in time")
+            case Step.CLOSE if late:
+                raise UnreachableError("the master did not close its tables in time")
             case Step.CLOSE:
-                self._ask_to_close(run, late=late)
+                run.takeover.ask()
             case Step.DRAIN | Step.FETCH:
-                self._watch_fetch(run, step, late=late)
+                self._watch_fetch(run, late=late)
             case Step.WAIT | Step.VOTE:
                 self._campaign(run, step)
             case Step.BEGIN:
@@ -239,18 +236,44 @@ class Promotion:
                 pass
         return self._run is run and next_step(self._progress(run, self._around.document())) is not step
 
-    def _enter(self, run: _Run, step: Step, now: float) -> None:
+    def _look_after_master(self, run: Run) -> None:
+        """Go on without the master when it does not answer any more and has not closed yet.
+
+        Raises:
+            PmgsyncError: when it refuses, takes up again soon, or nobody has agreed to do without it.
+        """
+        takeover = run.takeover
+        if takeover.goal is None and run.master not in self._answering():
+            plan = self._survey.plan(force=run.force)
+            if not run.agreed or plan.way not in {Way.FAILOVER, Way.FORCED}:
+                raise takeover.failed or UnreachableError(
+                    "the master does not answer any more", hint="run `pmgcm promote` again"
+                )
+            log.warning("action=promotion way=%s reason=%s", plan.way.name, plan.reason)
+            takeover.cancel()
+            run.plan, run.takeover = plan, self._new_takeover(run.before)
+        elif takeover.failed is not None:
+            raise takeover.failed
+        elif takeover.goal is not None and (have := self._survey.applied) and have.incarnation != takeover.incarnation:
+            raise UnreachableError("the master has begun a new chain", hint="run `pmgcm promote` again in a moment")
+        elif takeover.late:
+            reasons = f" ({not_voted(run.campaign)})" if run.campaign is not None else ""
+            raise UnreachableError(
+                f"the switchover took too long, so the master goes on{reasons}", hint="run `pmgcm promote` again"
+            )
+
+    def _enter(self, run: Run, step: Step, now: float) -> None:
         run.step, run.since, run.moved = step, now, now
         told = {"step": step.name.lower(), "text": step.value, "seconds": round(now - run.began, 3)}
         run.steps.append(told)
         log.info("action=promotion-step step=%s seconds=%.3f", step.name, now - run.began)
         self._tell(run, {**told, "op": "step"})
 
-    def _progress(self, run: _Run, document: ClusterDocument) -> Progress:
+    def _progress(self, run: Run, document: ClusterDocument) -> Progress:
         have = self._survey.applied
         applied = have.complete_lsn if have is not None else 0
-        goal = run.goal
-        if document.master == self._cid:
+        goal = run.takeover.goal
+        if self._leads(document) and not (run.renews and document.epoch == run.before.epoch):
             reign = reign_began(document)
             return Progress(
                 is_master=True,
@@ -259,10 +282,10 @@ class Promotion:
                 open=self._lease.is_open,
                 spread=not self._not_reached(document),
             )
-        if run.plan.way is not Way.SWITCHOVER and have is not None and run.applied is None:
+        if run.plan.way is not Way.SWITCHOVER and have is not None and run.place.fork is None:
             goal = self._survey.reachable(have).lsn
         if not run.ready:
-            run.ready = self._is_ready(run)
+            run.ready = self._unready(run) is None
         campaign = run.campaign
         wait_s = self._voter.bound_s(self._cid)
         if campaign is not None and run.plan.way is not Way.SWITCHOVER:
@@ -276,6 +299,14 @@ class Promotion:
             won=campaign is not None and campaign.won,
             ready=run.ready,
         )
+
+    def _unready(self, run: Run) -> PmgsyncError | None:
+        way = run.plan.way
+        return run.readiness.problem(master_answers=way is Way.SWITCHOVER, forced=way is Way.FORCED)
+
+    def _leads(self, document: ClusterDocument) -> bool:
+        """True when this node is master, and has not voted for another since."""
+        return document.master == self._cid and self._voter.may_lead
 
     def _answering(self) -> set[int]:
         return {cid for cid, one in self._survey.others().items() if one.answers}
@@ -291,121 +322,24 @@ class Promotion:
 
     # -- before the epoch ---------------------------------------------------------------------------------------------
 
-    def _is_ready(self, run: _Run) -> bool:
-        return run.readiness.problem() is None and (run.plan.way is not Way.SWITCHOVER or self._behind() <= NEAR_BYTES)
-
-    def _behind(self) -> int:
-        """Return how many bytes of the master's chain are known and not applied here."""
-        have, master = self._survey.applied, self._survey.others().get(self._around.document().master)
-        head = master.journal if master is not None else None
-        if have is None or head is None or head.incarnation != have.incarnation:
-            return 1 << 62
-        return max(0, head.complete_lsn - have.complete_lsn)
-
-    def _get_ready(self, run: _Run, *, late: bool) -> None:
-        if not late:
-            return
-        problem = run.readiness.problem()
-        if problem is None:
-            behind = self._behind()
-            amount = f"{behind} bytes" if behind < 1 << 62 else "too far"
-            problem = PmgsyncError(
-                f"this node is {amount} behind the master", hint="`pmgcm wait` shows when it has caught up"
-            )
-        raise problem
-
-    def _ask_to_close(self, run: _Run, *, late: bool) -> None:
-        if late:
-            raise UnreachableError("the master did not close its tables in time")
-        if run.asked_at is not None:
-            return
-        run.asked_at = self._clock()
-
-        def answered(message: Message, _: Sequence[bytes]) -> None:
-            if self._run is not run:
-                return
-            if message["op"] == "error":
-                run.failed = error_from(message)
-            else:
-                result = message["result"]
-                run.closed_at, run.goal = self._clock(), int(result["lsn"])
-                have = self._survey.applied
-                if have is None or have.incarnation != result["incarnation"]:
-                    run.failed = UnreachableError("the master has begun a new chain")
-            self.tick()
-
-        if not self._around.ask(run.master, {"op": "handover", "epoch": run.before.epoch}, answered, ()):
-            raise UnreachableError("the master is not connected any more", hint="run `pmgcm promote` again")
-
-    def _watch_fetch(self, run: _Run, step: Step, *, late: bool) -> None:
+    def _watch_fetch(self, run: Run, *, late: bool) -> None:
         have = self._survey.applied
         applied = have.complete_lsn if have is not None else 0
-        if applied > run.seen:
-            run.seen, run.moved = applied, self._clock()
+        if applied > run.reached:
+            run.reached, run.moved = applied, self._clock()
         elif late:
             raise UnreachableError(
                 f"nothing more of the master's chain was applied for {PATIENCE_S[Step.FETCH]:.0f} s",
                 hint="`pmgcm status` says what is in the way",
             )
-        if step is Step.DRAIN:
-            self._refuse_late(run)
 
-    def _refuse_late(self, run: _Run) -> None:
-        """Give a switchover up in time: the master goes on after a lease."""
-        if run.closed_at is not None and self._clock() - run.closed_at > HANDED_OVER * run.before.lease_ms / 1000:
-            raise UnreachableError(
-                "the switchover took too long, so the master goes on", hint="run `pmgcm promote` again"
-            )
-
-    def _is_fixed(self, run: _Run, *, late: bool) -> bool:
-        """Fix where the new epoch leaves the old master's chain, and where this node's own is; True when that is done.
-
-        Raises:
-            PmgsyncError: when it takes too long.
-        """
-        self._chains.hold(run.master)
-        have, head = self._survey.applied, self._chains.heads().get(run.master)
-        if run.fork is None and have is not None:
-            behind = head is not None and head.incarnation == have.incarnation and have.complete_lsn < head.complete.lsn
-            if not behind:
-                run.applied, run.fork = have, self._survey.fork(have)
-        elif run.applied != have:
-            run.fork = None  # something was copied meanwhile
-        if run.start is None:
-            self._find_start(run)
-        if run.fork is not None and run.start is not None:
-            return True
-        if late:
-            what = "its own chain" if run.fork is not None else "the master's chain"
-            raise UnreachableError(f"this node's agent did not say in time how far {what} is")
-        return False
-
-    def _find_start(self, run: _Run) -> None:
-        own, now = self._chains.own.chain, self._clock()
-        if own is None or now - run.start_asked_at < 1.0:
-            return
-        run.start_asked_at = now
-
-        def answered(message: Mapping[str, Any], _: Attachments) -> bool:
-            if message["op"] == "done" and self._run is run:
-                run.start = Fork(own.incarnation, int(message["result"]["lsn"]))
-                self.tick()
-            return True
-
-        try:
-            self._around.ask_agent(End("promotion start", answered, 0), "barrier", None)
-        except UnreachableError as error:
-            log.info("action=promotion-later error=%s", error)
-
-    def _campaign(self, run: _Run, step: Step) -> None:
+    def _campaign(self, run: Run, step: Step) -> None:
         """Ask for votes, or wait until that may have success."""
-        self._refuse_late(run)
         now = self._clock()
         run.campaigning = run.campaigning or now
         if run.campaign is not None and now - run.campaigning > VOTES_S + run.before.lease_ms / 1000:
-            reasons = [f"node {cid}: {reason}" for cid, reason in run.campaign.problems().items()]
-            raise MembershipError(f"no majority has voted for this node ({'; '.join(reasons)})", hint=_REFUSED)
-        if step is Step.WAIT or not self._is_fixed(run, late=now - run.moved > FIX_S):
+            raise MembershipError(f"no majority has voted for this node ({not_voted(run.campaign)})", hint=REFUSED)
+        if step is Step.WAIT or not run.place.fix(late=now - run.moved > FIX_S):
             return
         if run.campaign is None:
             run.campaign = Campaign(
@@ -418,7 +352,7 @@ class Promotion:
             )
         run.campaign.tick(self._order(run))
 
-    def _order(self, run: _Run) -> list[int]:
+    def _order(self, run: Run) -> list[int]:
         """Return whom to ask for a vote now: the master last, for it cannot go on when it has voted."""
         voters = run.before.voters - {self._cid}
         answering = voters & self._answering()
@@ -430,85 +364,54 @@ class Promotion:
 
     # -- the epoch ----------------------------------------------------------------------------------------------------
 
-    def _begin_epoch(self, run: _Run, *, late: bool) -> None:
-        self._refuse_late(run)
-        if not self._is_fixed(run, late=late):
+    def _begin_epoch(self, run: Run, *, late: bool) -> None:
+        if not run.place.fix(late=late):
             return
-        when, reason = time.time_ns() // 1000, _reason(run)
+        fork, start = run.place.fork, run.place.start
+        when, reason = time.time_ns() // 1000, reason_of(run)
         if run.plan.way is Way.FORCED:
             held = self._around.document()
             epoch = next_epoch(held, self._voter.record, self._lease.heard_epoch)
             document = new_epoch(
-                held, self._cid, epoch=epoch, fork=run.fork, start=run.start, when=when, reason=reason, forced=True
+                held, self._cid, epoch=epoch, fork=fork, start=start, when=when, reason=reason, forced=True
             )
         else:
             assert run.campaign is not None
-            document = run.campaign.candidacy.document(fork=run.fork, start=run.start, when=when, reason=reason)
-        log.warning("action=epoch-begins epoch=%d fork=%s start=%s", document.epoch, run.fork, run.start)
+            document = run.campaign.candidacy.document(fork=fork, start=start, when=when, reason=reason)
+        log.warning("action=epoch-begins epoch=%d fork=%s start=%s", document.epoch, fork, start)
         self._around.begin_epoch(document)
         self._chains.release()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def _finish(self, run: _Run, document: ClusterDocument) -> None:
+    def _finish(self, run: Run, document: ClusterDocument) -> None:
         self._run = None
-        self._tell(run, {"op": "done", "result": self._result(run, document)})
-        log.warning("action=promoted epoch=%d seconds=%.3f", document.epoch, self._clock() - run.began)
-
-    def _result(self, run: _Run, document: ClusterDocument) -> dict[str, Any]:
-        """Return the map of `pmgcm promote --json`; its contract is in README.md."""
-        entry, loss = document.history[-1], None
-        if run.fork is not None and run.plan.way is not Way.SWITCHOVER:
-            upto = self._survey.newest(run.master, run.fork.incarnation)
-            if upto > run.fork.lsn:
-                loss = {
-                    "after": format_lsn(run.fork.lsn),
-                    "upto": format_lsn(upto),
-                    "bytes": upto - run.fork.lsn,
-                }
-        answering = self._answering()
-        return {
-            "cluster": document.name,
-            "epoch": document.epoch,
-            "master": document.master,
-            "before": run.master if run.master != self._cid else None,
-            "way": run.plan.way.name.lower(),
-            "votes": sorted(vote.cid for vote in entry.votes),
-            "fork": None if entry.fork is None else format_lsn(entry.fork.lsn),
-            "known_loss": loss,
-            "not_reached": sorted(document.cids - {self._cid} - answering | set(self._not_reached(document))),
-            "seconds": round(self._clock() - run.began, 3),
-            "steps": [{"step": one["step"], "seconds": one["seconds"]} for one in run.steps],
-        }
+        seconds, fork = self._clock() - run.began, run.place.fork
+        result = result_of(
+            run,
+            document,
+            newest=self._survey.newest(run.master, fork.incarnation) if fork is not None else 0,
+            not_reached=set(document.cids - {self._cid} - self._answering()) | set(self._not_reached(document)),
+            seconds=seconds,
+        )
+        self._tell(run, {"op": "done", "result": result})
+        log.warning("action=promoted epoch=%d seconds=%.3f", document.epoch, seconds)
 
     def close(self) -> None:
         """End what is under way: this node leaves the cluster, or cannot put its document in force."""
-        if self._run is not None:
-            self._give_up(self._run, UnreachableError("this node's broker has left the cluster meanwhile"))
+        run = self._run
+        if run is not None:
+            run.takeover.cancel()
+            self._end(run, UnreachableError("this node's broker has left the cluster meanwhile"))
 
-    def _give_up(self, run: _Run, error: PmgsyncError) -> None:
+    def _give_up(self, run: Run, error: PmgsyncError) -> None:
+        if self._around.document().history == run.before.history:
+            run.takeover.cancel()
+        self._chains.release()
+        self._end(run, error)
+
+    def _end(self, run: Run, error: PmgsyncError) -> None:
         self._run = None
         log.warning("action=promotion-failed error=%s", error)
-        self._chains.release()
-        if run.asked_at is not None and self._around.document().history == run.before.history:
-            self._around.send(run.master, {"op": "handover.cancel"}, ())
         for send, request in run.listeners:
             send(error_map(request, error), ())
-
-
-_REFUSED = "`pmgcm promote --dry-run` says who answers; --force does it without a majority"
-
-
-def _replaced(document: ClusterDocument) -> str:
-    master = document.member(document.master)
-    name = master.name if master is not None else "another node"
-    return f"{name} ({document.master}) was made master of epoch {document.epoch} meanwhile; this node follows it"
-
-
-def _reason(run: _Run) -> str:
-    member = run.before.member(run.master)
-    name = f"{member.name} ({run.master})" if member is not None else f"node {run.master}"
-    return {
-        Way.SWITCHOVER: f"promoted; {name} handed over",
-        Way.FORCED: f"promoted by force; {name} did not answer",
-    }.get(run.plan.way, f"promoted; {name} did not answer")

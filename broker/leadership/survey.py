@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from pmgsync.core.document import Fork
 from pmgsync.core.membership import ClusterDocument
 from pmgsync.core.positions import ZERO, Position, format_lsn
 from pmgsync.core.promotion import ChainPoint, Plan, Survivor, fork_position, furthest, plan_promotion
+
+SETTLED_S = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class Survey:
         self._chains = chains
         self._voter = voter
         self._document = document
+        self._since = time.monotonic()
 
     def others(self) -> dict[int, Seen]:
         """Return what is known of the other members, by CID."""
@@ -66,7 +70,7 @@ class Survey:
         journal = _journal(chain)
         return Seen(
             cid,
-            link.up and not link.control_problem,
+            link.up and link.can_be_asked,
             link.age_s,
             journal,
             journal if cid == master else applied,
@@ -92,6 +96,11 @@ class Survey:
         if journal is None or applied is None or journal.incarnation != applied.incarnation:
             return applied or journal
         return max(journal, applied, key=lambda point: point.complete_lsn)
+
+    def ahead(self) -> list[int]:
+        """Return the members that can be asked and hold a newer document than this node."""
+        version = self._document().version
+        return [one.cid for one in self.others().values() if one.answers and one.version > version]
 
     def newest(self, origin: int, incarnation: int) -> int:
         """Return the LSN at which the newest end of a chain is that anybody has told of, 0 when nobody has."""
@@ -147,7 +156,14 @@ class Survey:
             others={cid: Survivor(cid, one.answers, one.journal, one.first) for cid, one in seen.items()},
             master_head=max(same, key=lambda head: head.complete_lsn, default=None),
             force=force,
+            leads=self._voter.may_lead,
         )
+
+    @property
+    def is_settled(self) -> bool:
+        """False while this broker has been running so shortly that a member that is well may not have been heard."""
+        heard = all(link.heartbeat is not None and link.can_be_asked for link in self._members)
+        return heard or time.monotonic() - self._since > SETTLED_S
 
     def describe(self, plan: Plan) -> dict[str, Any]:
         """Return the map of `pmgcm promote --dry-run --json`; its contract is in README.md."""
@@ -200,6 +216,7 @@ class Survey:
             },
             "unreadable": list(plan.unreadable),
             "wait_s": round(wait_s, 3),
+            "settled": self.is_settled,
         }
 
 

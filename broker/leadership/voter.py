@@ -201,7 +201,9 @@ class Voter:
         return 0.0
 
     def closed(self) -> None:
-        """Take over that the database of a node that is not the master (any more) has confirmed that it is closed."""
+        """Take over that the database has confirmed that it is closed, of a node that is not the master (any more), or
+        has let go: the promise to itself, above all the one that it must assume after a restart, is over.
+        """
         if self._promise.master == self._cid:
             self._promise = replace(self._promise, until=-math.inf)
 

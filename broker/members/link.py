@@ -83,6 +83,11 @@ class MemberLink:
         return self._control.problem
 
     @property
+    def can_be_asked(self) -> bool:
+        """True while the control connection stands."""
+        return self._control.established
+
+    @property
     def key_refused(self) -> bool:
         """True when the member takes this node's key for that of a stranger."""
         return self._events.refused or self._control.refused

@@ -31,6 +31,9 @@ class Node(Protocol):
     def enter_cluster(self, signed: SignedDocument) -> None:
         """Take the place that a master has given this node."""
 
+    def take_document(self, signed: SignedDocument) -> dict[str, Any]:
+        """Take a document that the administrator has had fetched, if it is newer; return what is in force then."""
+
     def leave_cluster(self) -> None:
         """Forget the cluster; not on a master that others need."""
 
@@ -43,8 +46,13 @@ class Node(Protocol):
     def promotion_plan(self, *, force: bool) -> dict[str, Any]:
         """Return the map of `pmgcm promote --dry-run --json`."""
 
-    def promote(self, send: Send, request: int, *, force: bool) -> None:
-        """Make this node the master; each step is told, and the end."""
+    def promote(self, send: Send, request: int, *, force: bool, agreed: bool) -> None:
+        """Make this node the master; each step is told, and the end.
+
+        Args:
+            force: without a majority.
+            agreed: also when something may be lost.
+        """
 
     def update_member(self, session: Session, send: Send, message: Message) -> bool:
         """Have what this node shows of itself changed in the document; it is answered when that is in force."""
@@ -78,7 +86,8 @@ class AdminRequests:
                 send({"op": "done", "id": number(message, "id"), "result": plan}, ())
                 return True
             case "promote":
-                self._node.promote(send, number(message, "id"), force=message.get("force") is True)
+                force, agreed = message.get("force") is True, message.get("agreed") is True
+                self._node.promote(send, number(message, "id"), force=force, agreed=agreed)
                 return True
             case "cluster.create":
                 cluster = message.get("cluster")
@@ -90,6 +99,12 @@ class AdminRequests:
                 if len(attachments) != 1:
                     raise ProtocolError("the cluster document is missing")
                 self._node.enter_cluster(SignedDocument.unpack(attachments[0]))
+            case "document.offer":
+                if len(attachments) != 1:
+                    raise ProtocolError("the cluster document is missing")
+                result = self._node.take_document(SignedDocument.unpack(attachments[0]))
+                send({"op": "done", "id": number(message, "id"), "result": result}, ())
+                return True
             case "cluster.leave":
                 self._node.leave_cluster()
             case "split.decide":

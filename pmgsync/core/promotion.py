@@ -98,6 +98,7 @@ def plan_promotion(
     others: Mapping[int, Survivor],
     master_head: ChainPoint | None = None,
     force: bool = False,
+    leads: bool = True,
 ) -> Plan:
     """Return what a promotion of this node would do now.
 
@@ -105,13 +106,17 @@ def plan_promotion(
         have: how far this node has applied the master's chain.
         others: by CID; the master among them.
         master_head: the newest end of the master's chain that anybody has heard of.
+        leads: this node acts as master when it is that; one that has voted for another, who did not become it, does
+            not any more, and has to be voted for.
     """
-    if document.master == cid:
+    if document.master == cid and leads:
         return Plan(Way.IS_MASTER, "this node is already master")
     me = document.member(cid)
     if me is None or not me.may_be_master:
         what = "is a witness" if me is not None and me.role == "witness" else "is joining or not a member"
         return Plan(Way.REFUSED, f"this node cannot be master, for it {what}")
+    if document.master == cid:
+        have = None
     master = others.get(document.master)
     answering = {one.cid for one in others.values() if one.answers} | {cid}
     voters = len(answering & document.voters)

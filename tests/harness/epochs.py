@@ -8,10 +8,12 @@ from collections.abc import Iterable
 
 import zmq
 
+from broker.cluster.remote import remote_member
 from broker.cluster.state_directory import StateDirectory
 from pmgsync.core.document import Fork
 from pmgsync.core.membership import SignedDocument, new_epoch, sign
 from pmgsync.core.positions import parse_lsn
+from pmgsync.errors import MembershipError
 from pmgsync.postgres.session import connect
 from pmgsync.postgres.setup.lease import note_reign
 from pmgsync.postgres.setup.sequence_values import pass_rows
@@ -92,6 +94,20 @@ def offer(node: Node, signed: SignedDocument, *, by: Node) -> None:
     finally:
         socket.close()
         context.term()
+
+
+def voted(voter: Node, candidate: Node) -> bool:
+    """Ask a node's broker for a vote in the next epoch, in the name of another member; True when it was given."""
+    base, keys = held(voter), StateDirectory(candidate.state_dir).keys()
+    member = base.document.member(cid_of(voter))
+    assert member is not None
+    ballot = base.ballot(base.document.epoch + 1, cid_of(candidate)).to_map()
+    with remote_member(member, keys) as peer:
+        try:
+            peer.request({"op": "vote", "ballot": ballot})
+        except MembershipError:
+            return False
+    return True
 
 
 def promote(

@@ -13,7 +13,18 @@ from pmgsync.core.epochs import Record
 from pmgsync.core.lease import Lease, Request, fence_due, is_kept
 from pmgsync.core.membership import ClusterDocument, first_document, new_epoch, with_fence, with_member
 from pmgsync.core.positions import LAST, Position
-from pmgsync.core.promotion import ChainPoint, Fetch, Progress, Step, Survivor, Way, next_step, plan_promotion
+from pmgsync.core.promotion import (
+    ChainPoint,
+    Fetch,
+    Progress,
+    Step,
+    Survivor,
+    Way,
+    fork_position,
+    furthest,
+    next_step,
+    plan_promotion,
+)
 from pmgsync.core.votes import Ballot
 from pmgsync.errors import ProtocolError
 from tests.pure.test_membership import grown, member
@@ -64,19 +75,23 @@ class Gateway:
 
     def __init__(self, way: Way, goal: int) -> None:
         self.way, self.end = way, goal
-        self.is_master = self.closed = self.sequences = self.open = self.spread = self.won = False
+        self.is_master = self.closed = self.sequences = self.open = self.spread = self.won = self.ready = False
         self.applied, self.wait_s = 0, 5.0
         self.opened_early = False
 
     def progress(self) -> Progress:
         goal = self.end if self.way is not Way.SWITCHOVER or self.closed else None
         return Progress(
-            self.is_master, self.way, self.applied, goal, self.wait_s, self.won, self.sequences, self.open, self.spread
-        )
+            self.is_master, self.way, self.applied, goal, self.wait_s, self.won, self.sequences, self.open,
+            self.spread, self.ready,
+        )  # fmt: skip
 
     def do(self, step: Step) -> None:
         match step:
+            case Step.READY:
+                self.ready = True
             case Step.CLOSE:
+                assert self.ready
                 self.closed = True
             case Step.DRAIN | Step.FETCH:
                 self.applied += 1
@@ -101,7 +116,7 @@ class Gateway:
 
     def crash(self) -> None:
         """Forget what no disk holds: votes, and who was told; sequences and tables are looked at again."""
-        self.won = self.spread = False
+        self.won = self.spread = self.ready = False
         self.wait_s = 0.0 if self.is_master else 5.0
 
 
@@ -117,6 +132,44 @@ def test_killed_at_any_step_it_ends_well(way: Way, goal: int, crashes: set[int])
             node.crash()
     assert (node.is_master, node.sequences, node.open, node.spread) == (True,) * 4
     assert node.applied >= goal
+
+
+def test_a_master_that_has_voted_for_another_is_voted_for_again() -> None:
+    others = {2: Survivor(2, answers=True), 3: Survivor(3, answers=False)}
+    plan = plan_promotion(grown(3), 1, have=at(5), others=others, leads=False)
+    assert (plan.way, plan.fetch, plan.known_loss) == (Way.FAILOVER, None, None)
+    others[2] = Survivor(2, answers=False)
+    assert plan_promotion(grown(3), 1, have=None, others=others, leads=False).way is Way.REFUSED
+
+
+def test_a_chain_is_followed_only_where_frames_lead() -> None:
+    ranges = [(Position(0), Position(10)), (Position(10), Position(20)), (Position(30), Position(40))]
+    assert furthest(Position(5), ranges) == Position(20)
+    assert furthest(Position(25), ranges) == Position(25)
+    assert furthest(Position(30), ranges) == Position(40)
+
+
+def test_a_copy_beyond_the_newest_frame_is_no_place_to_leave_the_chain() -> None:
+    frames = [(Position(5), Position(10))]
+    assert fork_position(Position(12), [Position(7)], frames) == Position(10), "the other never gets beyond 10"
+    assert fork_position(Position(12), [Position(7), Position(12)], frames) == Position(12)
+    assert fork_position(Position(8), [Position(7)], frames) == Position(8), "the other goes on to 10 by itself"
+    assert fork_position(Position(12), [], []) == Position(12)
+
+
+lsns = st.integers(0, 20).map(Position)
+
+
+@given(lsns, st.lists(lsns, max_size=3), st.lists(st.tuples(lsns, lsns), max_size=5))
+def test_somebody_always_gets_to_the_fork(
+    have: Position, others: list[Position], ranges: list[tuple[Position, Position]]
+) -> None:
+    fork = fork_position(have, others, ranges)
+    assert fork <= have
+    reached = [furthest(one, ranges) for one in others]
+    if others:
+        assert any(one >= fork for one in reached)
+        assert fork == have or all(one <= fork for one in reached), "not before where all of them stop"
 
 
 def fenced(count: int) -> ClusterDocument:

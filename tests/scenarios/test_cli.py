@@ -64,7 +64,7 @@ def test_wrong_usage_is_2(arguments: tuple[str, ...]) -> None:
 def test_help_names_every_command() -> None:
     done = pmgcm("--help")
     assert done.returncode == 0
-    for name in ("create", "join-cmd", "join", "status", "wait", "delete", "update-fingerprints", "demo"):
+    for name in ("create", "join-cmd", "join", "status", "wait", "delete", "promote", "sync", "update-fingerprints"):
         assert f" {name} " in done.stdout
 
 

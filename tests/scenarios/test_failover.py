@@ -316,7 +316,7 @@ def test_both_sides_of_a_split_are_forced(
         links.heal(number)
     eventually(lambda: all("forced" in json.dumps(node.status()) for node in (first, second)), what="both say so")
     links.heal(1)
-    decided = first.pmgcm("promote", "--over", "3", "--yes")
+    decided = first.pmgcm("decide", "--yes")
     print(decided.stdout)
     assert scene.settle().lost == ()
 

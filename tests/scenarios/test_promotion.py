@@ -1,17 +1,77 @@
-"""Promotion on a cluster of real processes: what is said before, and what is done."""
+"""Promotion on clusters of real processes: what is said before, what is done, and what is left when it is killed."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import psycopg2
 import pytest
 
 from tests.harness.cluster import Cluster, Node, eventually
+from tests.harness.command_line import refused
+from tests.harness.epochs import held, voted
 from tests.harness.schema import STANDARD
 
 pytestmark = pytest.mark.cluster
+
+SWITCHOVER_STEPS = ("gets ready", "closes its tables", "members vote", "document is stored", "sequences", "tables open")
+FAILOVER_STEPS = ("promises to the master", "members vote", "document is stored", "sequences", "tables open")
+NO_STEP = 2.0
+"""Some steps may be over before they are seen; then it is killed this many seconds later."""
+
+
+class Writers:
+    """A client on each node that writes what only the master may write, and goes on when it is refused."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self.acknowledged: list[tuple[float, int]] = []
+        self.said: set[str] = set()
+        self._numbers = itertools.count(1_000_000)
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._write, args=(node,), daemon=True) for node in nodes]
+
+    def __enter__(self) -> Writers:
+        for thread in self._threads:
+            thread.start()
+        eventually(lambda: len(self.acknowledged) > 50, what="the master takes writes")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(30)
+
+    def _write(self, node: Node) -> None:
+        connection = psycopg2.connect(node.server.dsn(node.dbname))
+        connection.autocommit = True
+        try:
+            with connection.cursor() as cursor:
+                while not self._over.is_set():
+                    number = next(self._numbers)
+                    try:
+                        cursor.execute("INSERT INTO t VALUES (%s, 'written')", (number,))
+                    except psycopg2.errors.ReadOnlySqlTransaction as error:
+                        self.said.add(str(error).partition("\n")[0])
+                        time.sleep(0.01)
+                    else:
+                        self.acknowledged.append((time.time(), number))
+        finally:
+            connection.close()
+
+    def gap_s(self) -> float:
+        """Return the longest time in which nothing was acknowledged."""
+        return max(later - earlier for (earlier, _), (later, _) in itertools.pairwise(sorted(self.acknowledged)))
+
+    def written(self) -> set[int]:
+        return {number for _, number in self.acknowledged}
 
 
 def plan_of(node: Node, *arguments: str) -> dict[str, Any]:
@@ -20,61 +80,282 @@ def plan_of(node: Node, *arguments: str) -> dict[str, Any]:
     return plan
 
 
-def kill(node: Node) -> None:
-    """End a node's services at once, as a power cut would."""
-    for service in ("agent", "broker"):
-        node.kill(service)
+def kill(*nodes: Node) -> None:
+    """End nodes' services at once, as a power cut would."""
+    for node in nodes:
+        workers = list(node.workers().values())
+        for service in ("agent", "broker"):
+            node.kill(service)
+        for worker in workers:
+            worker.kill()
 
 
-def test_what_a_promotion_would_do_is_said_before(new_cluster: Callable[..., Cluster]) -> None:
+def well(cluster: Cluster) -> None:
+    """Wait until all nodes are well and follow one document."""
+
+    def is_so() -> bool:
+        documents = {held(node).document for node in cluster.nodes}
+        return len(documents) == 1 and all(
+            one["state"] == "A" for node in cluster.nodes for one in node.status()["nodes"]
+        )
+
+    eventually(is_so, what="all nodes are in sync")
+
+
+def in_sync(cluster: Cluster, master: Node) -> None:
+    """Wait until all nodes are well and follow one document, and compare their tables."""
+    well(cluster)
+    cluster.wait(node=master)
+    stale = "SELECT count(*)::int FROM pmgsync.stale_table WHERE kind <> 'none'"
+    eventually(lambda: all(node.sql(stale) == [(0,)] for node in cluster.nodes), what="all is fetched")
+    cluster.wait(node=master)
+    cluster.assert_equal(["t"])
+
+
+def kept(node: Node) -> set[int]:
+    return {number for (number,) in node.sql("SELECT id FROM t WHERE v = 'written'")}
+
+
+def test_a_node_becomes_master(new_cluster: Callable[..., Cluster]) -> None:
+    """Handed over under load; then by votes after the master was killed, which returns as a slave."""
     cluster = new_cluster(nodes=3, schema=STANDARD)
     first, second, third = cluster.nodes
-    done = first.pmgcm("promote", check=False)
-    assert done.returncode == 1
-    assert "error: this node is already master" in done.stderr
+    refused(first.pmgcm("promote", check=False), "error: this node is already master")
+    assert first.pmgcm("sync").stdout == "local node is master - nothing to do\n"
     plan = plan_of(second)
     assert (plan["way"], plan["reached"], plan["majority"]) == ("switchover", 3, 2)
     assert "nothing would be lost" in second.pmgcm("promote", "--dry-run").stdout
 
-    first.sql("INSERT INTO t SELECT n, 'x' FROM generate_series(9000, 9100) AS n")
-    cluster.wait()
-    kill(first)
-    plan = eventually(lambda: (p := plan_of(second))["way"] == "failover" and p, what="the master's silence is noticed")
-    assert plan["master"]["heard_s"] is not None
-    assert plan["known_loss"] is None
-    other = next(one for one in plan["members"] if one["cid"] == 3)
-    assert plan["fork"] == plan["have"] == plan["applied"] == other["applied"]
-    text = second.pmgcm("promote", "--dry-run").stdout
-    assert "2 of 3 members that have a vote can be reached, 2 are needed" in text
-    assert "node3 (3) answers" in text
+    with Writers([first, second]) as writers:
+        done = json.loads(second.pmgcm("promote", "--json").stdout)
+        count = len(writers.acknowledged)
+        eventually(lambda: len(writers.acknowledged) > count + 50, what="the new master takes writes")
+    print(f"PROMOTION switchover: without a master {writers.gap_s():.2f} s; {done['steps']}")
+    assert (done["way"], done["epoch"], done["master"], done["before"]) == ("switchover", 2, 2, 1)
+    assert any("but a majority of the members does not answer" in said for said in writers.said)
+    in_sync(cluster, second)
+    assert kept(third) == writers.written()
+    assert first.pmgcm("divergence", "list").stdout == "nothing has diverged on this node\n"
 
-    kill(third)
-    eventually(lambda: plan_of(second)["way"] == "refused", what="the other's silence is noticed")
-    done = second.pmgcm("promote", check=False)
-    assert done.returncode == 1
-    assert "1 of 3 members that have a vote can be reached, 2 are needed" in done.stderr
-    assert "--force" in done.stderr
-    assert plan_of(second, "--force")["way"] == "forced"
-    history = json.loads(second.pmgcm("history", "--json").stdout)["epochs"]
-    assert [(entry["epoch"], entry["master"], entry["votes"]) for entry in history] == [(1, 1, [])]
-    assert "created" in second.pmgcm("history").stdout
-
-
-def test_it_is_handed_over_and_taken_over(new_cluster: Callable[..., Cluster]) -> None:
-    cluster = new_cluster(nodes=3, schema=STANDARD)
-    first, second, third = cluster.nodes
-    first.sql("INSERT INTO t SELECT n, 'x' FROM generate_series(9000, 9100) AS n")
-    done = second.pmgcm("promote", "--yes")
-    print(done.stdout, done.stderr)
-    second.sql("INSERT INTO t VALUES (9500, 'of the second')")
-    cluster.wait(node=second)
-    cluster.assert_equal(["t"])
     kill(second)
-    eventually(lambda: plan_of(third)["way"] == "failover", what="the master's silence is noticed")
-    done = third.pmgcm("promote", "--yes")
-    print(done.stdout, done.stderr)
+    plan = eventually(lambda: (p := plan_of(third))["way"] == "failover" and p, what="the silence is noticed")
+    assert (plan["known_loss"], plan["fork"]) == (None, plan["have"])
+    refused(third.pmgcm("promote", check=False), "--yes")
+    done = json.loads(third.pmgcm("promote", "--yes", "--json").stdout)
+    print(f"PROMOTION failover: {done['steps']}")
+    assert (done["way"], done["epoch"], done["votes"], done["not_reached"]) == ("failover", 3, [1, 3], [2])
     third.sql("INSERT INTO t VALUES (9501, 'of the third')")
     second.start()
-    eventually(lambda: all(one["state"] == "A" for one in second.status()["nodes"]), what="it has returned")
-    cluster.wait(node=third)
-    cluster.assert_equal(["t"])
+    in_sync(cluster, third)
+
+
+@pytest.mark.campaign
+def test_without_a_majority_only_by_force(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(nodes=3, schema=STANDARD)
+    first, second, third = cluster.nodes
+    kill(first, second)
+    eventually(lambda: plan_of(third)["way"] == "refused", what="the silence of both is noticed")
+    refused(
+        third.pmgcm("promote", check=False), "1 of 3 members that have a vote can be reached, 2 are needed", "--force"
+    )
+    text = third.pmgcm("promote", "--force", "--yes").stdout
+    assert "this node is master of epoch 2" in text and "node 1, 2 does not know it yet" in text
+    third.sql("INSERT INTO t VALUES (9502, 'of the third')")
+    for node in (first, second):
+        node.start()
+    in_sync(cluster, third)
+    history = json.loads(first.pmgcm("history", "--json").stdout)["epochs"]
+    assert [(entry["master"], entry["forced"]) for entry in history] == [(1, False), (3, True)]
+
+
+@pytest.mark.campaign
+def test_two_nodes(new_cluster: Callable[..., Cluster]) -> None:
+    """Handed over without a fence, back by force, and the one who was away follows."""
+    cluster = new_cluster(nodes=2, schema=STANDARD)
+    first, second = cluster.nodes
+    with Writers(cluster.nodes) as writers:
+        print(second.pmgcm("promote").stdout)
+        took_up(writers)
+    print(f"PROMOTION of two: without a master {writers.gap_s():.2f} s")
+    in_sync(cluster, second)
+    assert kept(first) == writers.written()
+    kill(second)
+    refused(first.pmgcm("promote", check=False), "1 of 2 members that have a vote can be reached, 2 are needed")
+    print(first.pmgcm("promote", "--force", "--yes").stdout)
+    first.sql("INSERT INTO t VALUES (9503, 'of the first')")
+    second.start()
+    in_sync(cluster, first)
+
+
+# -- killed, and run again --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def begun(node: Node, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run `pmgcm promote --yes` beside the test."""
+    command = [sys.executable, "-m", "cli.main", "--config", str(node.config), "promote", "--yes", *arguments]
+    process = subprocess.Popen(
+        [*node.within, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def await_step(process: subprocess.Popen[str], step: str) -> str:
+    """Read what the command says until a step is shown; returns it."""
+    assert process.stdout is not None
+    text = ""
+    for line in process.stdout:
+        text += line
+        if step in line:
+            break
+    return text
+
+
+def killed_at(node: Node, step: str, service: str) -> None:
+    """Promote a node, kill one of its services when a step is shown, and start it again."""
+    with begun(node) as process:
+        text = await_step(process, step)
+        workers = list(node.workers().values()) if service == "agent" else []
+        node.kill(service)
+        for worker in workers:
+            worker.kill()
+        node.start()
+        rest, _ = process.communicate(timeout=120)
+        print(f"KILLED {service} at {step!r}: {text}{rest}")
+    eventually(lambda: _answers(node), what="the node is back")
+
+
+def _answers(node: Node) -> Any:
+    try:
+        return node.status()
+    except Exception:  # whatever it is, it is asked again
+        return None
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("service", ["broker", "agent"])
+def test_a_switchover_that_is_killed_at_any_step(new_cluster: Callable[..., Cluster], service: str) -> None:
+    cluster = new_cluster(nodes=3, schema=STANDARD)
+    with Writers(cluster.nodes) as writers:
+        master = cluster.nodes[0]
+        for step in SWITCHOVER_STEPS:
+            heir = cluster.nodes[(cluster.nodes.index(master) + 1) % 3]
+            killed_at(heir, step, service)
+            again_until_master(heir)
+            master = heir
+            took_up(writers)
+            well(cluster)
+    in_sync(cluster, master)
+    assert kept(cluster.nodes[0]) == kept(cluster.nodes[2]) == writers.written()
+
+
+def again_until_master(heir: Node) -> None:
+    """Run the command again, as its hints say, until the node is the master."""
+
+    def is_master() -> bool:
+        done = heir.pmgcm("promote", "--yes", check=False)
+        print(done.stdout, done.stderr)
+        return done.returncode == 0 or "already master" in done.stderr
+
+    eventually(is_master, within_s=120, what="the promotion succeeds when it is run again")
+
+
+def took_up(writers: Writers) -> None:
+    count = len(writers.acknowledged)
+    eventually(lambda: len(writers.acknowledged) > count + 20, what="the new master takes writes")
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("service", ["broker", "agent"])
+def test_a_failover_that_is_killed_at_any_step(new_cluster: Callable[..., Cluster], service: str) -> None:
+    cluster = new_cluster(nodes=3, schema=STANDARD)
+    master = cluster.nodes[0]
+    for number, step in enumerate(FAILOVER_STEPS):
+        heir = cluster.nodes[(cluster.nodes.index(master) + 1) % 3]
+        kill(master)
+        eventually(lambda: plan_of(heir)["way"] == "failover", what="the master's silence is noticed")  # noqa: B023
+        killed_at(heir, step, service)
+        again_until_master(heir)
+        heir.sql(f"INSERT INTO t VALUES ({8000 + number}, 'after it was killed')")
+        master.start()
+        in_sync(cluster, heir)
+        master = heir
+
+
+@pytest.mark.campaign
+def test_two_switchovers_at_once(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(nodes=3, schema=STANDARD)
+    with Writers(cluster.nodes) as writers:
+        for _ in range(3):
+            master = held(cluster.nodes[0]).document.master
+            heirs = [node for number, node in enumerate(cluster.nodes, 1) if number != master]
+            with begun(heirs[0]) as one, begun(heirs[1]) as two:
+                said = [process.communicate(timeout=120)[0] for process in (one, two)]
+                print(*said, sep="\n---\n")
+                assert any(process.returncode == 0 for process in (one, two)), said
+            took_up(writers)
+            well(cluster)
+    in_sync(cluster, cluster.nodes[held(cluster.nodes[0]).document.master - 1])
+    assert kept(cluster.nodes[0]) == writers.written()
+
+
+@pytest.mark.campaign
+def test_a_second_command_joins_the_first(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(nodes=3, schema=STANDARD)
+    first, second, _ = cluster.nodes
+    kill(first)
+    eventually(lambda: plan_of(second)["way"] == "failover", what="the master's silence is noticed")
+    with begun(second) as one:
+        await_step(one, "promises to the master")
+        one.kill()  # the promotion goes on without it
+        done = second.pmgcm("promote", "--yes")
+    assert "promises to the master" in done.stdout and "this node is master of epoch 2" in done.stdout
+    assert [entry.epoch for entry in held(second).document.history] == [1, 2]
+
+
+@pytest.mark.campaign
+def test_a_member_that_has_voted_in_vain_is_fetched_back(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(nodes=3, schema=STANDARD)
+    first, second, third = cluster.nodes
+    kill(first)
+    eventually(lambda: voted(third, second), what="the third node votes for the second, who does not become master")
+    first.start()
+    eventually(lambda: held(first).document.epoch == 3, what="the master begins an epoch beyond that vote")
+    in_sync(cluster, first)
+    first.sql("INSERT INTO t VALUES (8100, 'it goes on')")
+    entry = json.loads(third.pmgcm("history", "--json").stdout)["epochs"][-1]
+    assert (entry["epoch"], entry["master"], entry["fork"], entry["forced"]) == (3, 1, None, False)
+
+
+# -- pmgcm sync -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.campaign
+def test_a_node_is_told_where_the_master_is(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(nodes=3, schema=STANDARD)
+    first, second, third = cluster.nodes
+    other = new_cluster(nodes=1, schema=STANDARD, dbname="other").nodes[0]
+
+    def sync(node: Node, port: int, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return node.pmgcm("sync", "--master_ip", "127.0.0.1", "--port", str(port), check=check)
+
+    assert third.pmgcm("sync").stdout == "this node follows node1 (1), the master of epoch 1\n"
+    assert sync(third, first.control).stdout == "this node follows node1 (1), the master of epoch 1\n"
+    assert sync(first, first.control).stdout == "local node is master - nothing to do\n"
+    refused(sync(third, second.control, check=False), "is not the master", "node1")
+    refused(sync(third, third.control, check=False), "is this node itself")
+    refused(sync(third, other.control, check=False), "error:")
+    stranger = ("--master-ip", "127.0.0.1", "--port", str(other.control), "--key-port", str(other.key))
+    refused(third.pmgcm("sync", *stranger, check=False), "does not know this node")
+    refused(third.pmgcm("sync", "--master-ip", "127.0.0.9", check=False), "error:")
+    third.stop()
+    second.pmgcm("promote")
+    third.start("broker")
+    assert "this node follows node2 (2), the master of epoch 2" in sync(third, second.control).stdout
+    assert held(third).document.epoch == 2
+    third.start()
+    in_sync(cluster, second)

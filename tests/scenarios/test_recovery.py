@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.cluster import Cluster, Node
+from tests.harness.cluster import Cluster, Node, eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.campaign]
 NewCluster = Callable[..., Cluster]
 
 README = Path(__file__).parents[2] / "README.md"
-ASKING = {"delete", "join", "restore"}
+ASKING = {"delete", "join", "promote", "restore"}
 """A test has no terminal to answer at."""
 PROFILE = """
 name = "recovery"
@@ -99,6 +99,35 @@ def test_one_node_is_lost(new_cluster: NewCluster, profile: str, tmp_path: Path)
     new.sql("INSERT INTO owned VALUES (4, 1, 'of the new one')")
     cluster.wait()
     cluster.assert_equal(TABLES)
+
+
+def test_the_master_is_lost(new_cluster: NewCluster, profile: str, tmp_path: Path) -> None:
+    on_heir, on_master, on_new = procedure("The master is lost")
+    cluster = new_cluster(nodes=3, profile=profile, schema=SCHEMA, extra=FILES, seed=configured)
+    lost, heir, other = cluster.nodes
+    (lost.directory / "etc/main.cf").write_text("the configuration")
+    lost.sql("INSERT INTO rule (v) VALUES ('one'), ('two')")
+    for number, node in enumerate(cluster.nodes, 1):
+        node.sql("INSERT INTO owned VALUES (%s, 1, 'written before')", (number,))
+    cluster.wait()
+    eventually((heir.directory / "etc/main.cf").exists, what="the configuration is on the heir")
+    lost.close()
+    cluster.nodes.remove(lost)
+    follow(heir, on_heir, tmp_path, [])
+    heir.sql("INSERT INTO rule (v) VALUES ('of the new master')")
+    (heir.directory / "etc/main.cf").write_text("changed by the new master")
+    printed = follow(heir, on_master, tmp_path, [])
+    new = cluster.add_node("again")
+    configured(new)
+    new.start()
+    follow(new, on_new, tmp_path, printed)
+    cluster.assert_equal(TABLES)
+    assert heir.content("rule", "v") == ['("of the new master")', "(one)", "(two)"]
+    heir.sql("UPDATE owned SET v = 'the new master answers for it' WHERE cid = 1")
+    cluster.wait()
+    cluster.assert_equal(TABLES)
+    for node in (other, new):
+        eventually(lambda: (node.directory / "etc/main.cf").read_text() == "changed by the new master")  # noqa: B023
 
 
 def test_everything_is_lost(new_cluster: NewCluster, profile: str, tmp_path: Path) -> None:

@@ -1,0 +1,152 @@
+"""Promotions among nodes in one process: what is done when the other side behaves in every way that it can."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from pmgsync.core.document import Fork
+from pmgsync.core.epochs import Refused
+from tests.harness.leading_nodes import LEASE_S, LIFE, LeadingNodes
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> LeadingNodes:
+    return LeadingNodes(tmp_path)
+
+
+def test_the_master_hands_over(nodes: LeadingNodes) -> None:
+    nodes.nodes[1].chains.journal[1] = 300
+    asked = nodes.promote(2)
+    nodes.until(lambda: asked.over)
+    assert asked.result is not None, asked.error
+    assert (asked.result["way"], asked.result["votes"], asked.result["not_reached"]) == ("switchover", [2, 3], [])
+    assert [step for step in asked.steps if step not in {"drain", "wait", "ready"}][:3] == ["close", "vote", "begin"]
+    entry = nodes.nodes[3].signed.document.history[-1]
+    assert (entry.master, entry.fork, entry.start) == (2, Fork(LIFE, 300), Fork(LIFE, 110))
+    assert nodes.masters() == {(2, 2)} and nodes.nodes[2].is_open
+    assert not nodes.nodes[2].chains.held_back
+
+
+def test_nobody_takes_over_and_the_master_goes_on(nodes: LeadingNodes) -> None:
+    asked = nodes.promote(2)
+    nodes.until(lambda: "close" in asked.steps)
+    nodes.until(lambda: nodes.nodes[1].leading.lease.is_released)
+    nodes.dead.add(2)
+    nodes.until(lambda: nodes.nodes[1].is_open)
+    assert nodes.masters() == {(1, 1)}
+
+
+def test_a_candidate_that_gives_up_has_the_master_go_on_at_once(
+    nodes: LeadingNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes.dead.add(3)
+    monkeypatch.setattr(nodes.nodes[1].voter, "vote", lambda _: Refused("it does not vote now", epoch=1))
+    asked = nodes.promote(2)
+    nodes.until(lambda: asked.over)
+    assert "took too long" in asked.error and "it does not vote now" in asked.error
+    assert not nodes.nodes[2].chains.held_back
+    nodes.dead.clear()
+    begun = time.monotonic()
+    nodes.until(lambda: nodes.nodes[1].is_open)
+    assert time.monotonic() - begun < LEASE_S / 2, "it does not wait for its own time to be over"
+
+
+def test_a_master_that_dies_is_replaced_by_votes(nodes: LeadingNodes) -> None:
+    nodes.dead.add(1)
+    nodes.nodes[1].chains.journal[1] = 900
+    nodes.nodes[3].chains.journal[1] = 500
+    asked = nodes.promote(2)
+    nodes.until(lambda: asked.over)
+    assert asked.result is not None, asked.error
+    assert (asked.result["way"], asked.result["votes"], asked.result["not_reached"]) == ("failover", [2, 3], [1])
+    assert "wait" in asked.steps
+    assert asked.result["known_loss"] == {"after": "0/1F4", "upto": "0/384", "bytes": 400}
+    assert nodes.nodes[2].signed.document.history[-1].fork == Fork(LIFE, 500), "what the survivor had was fetched"
+    nodes.dead.clear()
+    nodes.until(lambda: nodes.masters() == {(2, 2)})
+
+
+def test_a_master_that_falls_silent_while_it_is_asked(nodes: LeadingNodes) -> None:
+    nodes.nodes[1].agent_up = False  # so that it does not answer the handover at once
+    asked, other = nodes.promote(2), nodes.promote(3, agreed=False)
+    nodes.until(lambda: "close" in asked.steps and "close" in other.steps)
+    nodes.dead.add(1)
+    nodes.until(lambda: asked.over and other.over)
+    assert "does not answer any more" in other.error, "nobody has agreed to lose something"
+    assert asked.result is not None and asked.result["way"] == "failover", asked.error
+
+
+def test_a_master_without_an_agent_says_so(nodes: LeadingNodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.leadership.takeover.REFUSALS_S", 1.0)
+    nodes.nodes[1].agent_up = False
+    asked = nodes.promote(2)
+    nodes.until(lambda: asked.over)
+    assert "is not running" in asked.error
+    assert nodes.masters() == {(1, 1)}
+
+
+def test_without_a_majority_by_force(nodes: LeadingNodes) -> None:
+    nodes.dead |= {1, 3}
+    assert "1 of 3 members" in nodes.promote(2).error
+    asked = nodes.promote(2, force=True)
+    nodes.until(lambda: asked.over)
+    assert asked.result is not None and asked.result["way"] == "forced", asked.error
+    assert asked.steps[-1] == "done" and "wait" not in asked.steps
+    nodes.dead.clear()
+    nodes.until(lambda: nodes.masters() == {(2, 2)})
+
+
+def test_a_node_that_lacks_something_waits(nodes: LeadingNodes) -> None:
+    nodes.nodes[2].incomplete = ["public.rule"]
+    asked = nodes.promote(2)
+    nodes.pass_time(0.5)
+    assert asked.steps == ["ready"] and nodes.nodes[1].is_open
+    nodes.nodes[2].incomplete = []
+    nodes.until(lambda: asked.over)
+    assert asked.result is not None
+
+
+@pytest.mark.parametrize("alive", [True, False])
+@pytest.mark.parametrize("seed", range(2))
+def test_two_at_once(tmp_path: Path, seed: int, alive: bool) -> None:
+    nodes = LeadingNodes(tmp_path)
+    if not alive:
+        nodes.dead.add(1)
+    first = nodes.promote(2)
+    nodes.pass_time(random.Random(seed).uniform(0, 0.1))
+    second = nodes.promote(3)
+    nodes.until(lambda: first.over and second.over, within_s=30)
+    won = [one for one in (first, second) if one.result is not None]
+    assert won, (first.error, second.error)
+    if len(won) == 1:
+        lost = second if won[0] is first else first
+        assert "was made master of epoch" in lost.error
+    nodes.dead.clear()
+    nodes.until(lambda: len(nodes.masters()) == 1)
+    ((_, master),) = nodes.masters()
+    nodes.until(lambda: nodes.nodes[master].is_open)
+
+
+def test_a_vote_in_vain_is_made_good(nodes: LeadingNodes) -> None:
+    nodes.nodes[1].leading.lease.release(lambda _: None)
+    nodes.until(lambda: nodes.nodes[1].leading.lease.is_released)
+    nodes.pass_time(0.1)
+    nodes.nodes[1].voter.vote(nodes.first.ballot(2, 2))
+    nodes.nodes[3].voter.vote(nodes.first.ballot(2, 2))
+    nodes.until(lambda: nodes.masters() == {(3, 1)}, within_s=6 * LEASE_S + 10)
+    nodes.until(lambda: nodes.nodes[1].is_open)
+    assert nodes.nodes[3].signed.document.history[-1].fork is None
+
+
+def test_two_members(tmp_path: Path) -> None:
+    nodes = LeadingNodes(tmp_path, 2)
+    asked = nodes.promote(2)
+    nodes.until(lambda: asked.over)
+    assert asked.result is not None, asked.error
+    assert asked.result["votes"] == [1, 2]
+    nodes.dead.add(2)
+    assert "1 of 2 members" in nodes.promote(1).error
