@@ -39,6 +39,8 @@ PINNED = MappingProxyType(
         "default_transaction_deferrable": "off",
         "row_security": "off",
         "synchronize_seqscans": "off",
+        # No session of pmgsync's waits for what capture confirms; with "local" a commit is on this server's disk.
+        "synchronous_commit": "local",
         # What pmgsync does to the schema is no change that travels.
         "pmgsync.internal": "on",
     }

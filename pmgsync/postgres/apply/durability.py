@@ -15,13 +15,13 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812
 # With a transaction number and a record of its own the commit waits for the disk, and takes with it all that was
 # committed before. The message has a prefix that capture leaves out.
 _FLUSH = b"""
-BEGIN; SET LOCAL synchronous_commit = on;
+BEGIN; SET LOCAL synchronous_commit = local;
 SELECT pg_catalog.pg_current_xact_id(), pg_catalog.pg_logical_emit_message(true, 'pmgsync', 'flush'); COMMIT"""
 
 
 def commit_setting(*, waits: bool) -> bytes:
     """Return the statement that says whether the session's commits wait for the disk."""
-    return b"SET synchronous_commit = on" if waits else b"SET synchronous_commit = off"
+    return b"SET synchronous_commit = local" if waits else b"SET synchronous_commit = off"
 
 
 def make_durable(cursor: Cursor) -> None:
