@@ -32,6 +32,7 @@ from broker.requests.workers import WorkerRequests
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, cuts_off, no_cluster, was_removed
 from pmgsync.core.stretches import stretches_between
+from pmgsync.core.synchronous import Setting
 from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError, SplitBrainError
 from pmgsync.wire.messages import Message
@@ -187,6 +188,7 @@ class Broker:
         self._local.spread_document()
         if part is not None and self._participation is part:
             part.leading.follow_document()
+            part.synchronous.tick()
 
     def _change_document(self, document: ClusterDocument, told: Callable[[SignedDocument], None]) -> SignedDocument:
         """Sign, store and spread a new cluster document; `told` gets it before it is in force.
@@ -329,6 +331,11 @@ class Broker:
         """Make this node the master; each step is told, and the end."""
         self._part().leading.promotion.begin(send, request, force=force, agreed=agreed)
 
+    def set_synchronous(self, setting: Setting) -> None:
+        """Set synchronous mode, on the master only."""
+        self._documents.master_document()
+        self._part().synchronous.change(setting)
+
     def update_member(self, session: Session, send: Send, message: Message) -> bool:
         """Have what this node shows of itself changed in the document; it is answered when that is in force."""
         return self._part().keys.handle_local(session, send, message)
@@ -369,6 +376,7 @@ class Broker:
     def _keep_lease(self) -> None:
         if self._participation is not None:
             self._participation.leading.tick()
+            self._participation.synchronous.tick()
             if self._participation.leading.hurries and not self._hurries:
                 self._hurries = True
                 self._hurry()

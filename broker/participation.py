@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import zmq
 
 from broker.chains.chains import Chains
 from broker.chains.departed import Departed
+from broker.chains.synchronous import SynchronousCommits
 from broker.chains.trimming import Trimming
 from broker.cluster.attempts import Attempts
 from broker.cluster.conf_file import ConfFile
@@ -24,7 +25,7 @@ from broker.cluster.password import PamPassword
 from broker.cluster.rekeying import Rekeying
 from broker.cluster.state_directory import StateDirectory
 from broker.cluster.tokens import Tokens
-from broker.heartbeats.heartbeat import pack_applied
+from broker.heartbeats.heartbeat import Applied, pack_applied
 from broker.inbound import Inbound
 from broker.journal.retention import Limits
 from broker.leadership.asking import Asking
@@ -41,7 +42,14 @@ from broker.requests.keys import KeyRequests
 from broker.requests.sessions import Session, Sessions
 from broker.requests.shared import SharedRequests
 from broker.requests.voting import VotingRequests
-from broker.requests.workers import WorkerRequests, tell_announcement, tell_apply, tell_durable, tell_lease
+from broker.requests.workers import (
+    WorkerRequests,
+    tell_announcement,
+    tell_apply,
+    tell_durable,
+    tell_lease,
+    tell_synchronous,
+)
 from broker.status.health import Health
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, with_confirmed, without_member
@@ -55,6 +63,7 @@ CONFIRM_S = 1.0
 HEAR_MEMBERS_S = 1.5
 """For so long after its start a master waits for the members' heartbeats before its chain is opened."""
 ASKED_AGAIN_S = 0.05
+REPEAT_ACK_S = 0.5
 SUBSCRIBED = b"\x01"
 """What a subscription begins with."""
 SUBSCRIBED_BEAT_S = 0.01
@@ -93,6 +102,7 @@ class Participation:
         cid: this node's number.
         workers: serves the agent's workers.
         leading: what this node does as master, or to become it.
+        synchronous: what the master's commits wait for.
         departed: knows the chains of nodes that were removed.
         keys: serves changes of this node's keys, and of members' on the master.
         health: judges this node.
@@ -129,7 +139,8 @@ class Participation:
         self._calls = Calls(resources.new_id)
         self._change_document = change_document
         self._new_id = resources.new_id
-        self._confirm_at = 0.0
+        self._confirm_at = self._ack_at = 0.0
+        self._voter = resources.voter
         self._since = time.monotonic()
         self._is_closed = False
         self._loop = resources.loop
@@ -203,6 +214,16 @@ class Participation:
                 trees=lambda: [tree for session in sessions.workers() for tree in session.trees],
             ),
         )
+        self.synchronous = SynchronousCommits(
+            self.cid,
+            self._members,
+            self._chains,
+            document=lambda: documents.document,
+            leads=lambda: resources.voter.may_lead and not resources.voter.lease.closing,
+            change_document=self.change_document,
+            tell=partial(tell_synchronous, sessions),
+        )
+        self._members.on_acknowledged = self.synchronous.acknowledged
         self.workers = WorkerRequests(
             self.cid,
             self._chains,
@@ -215,6 +236,8 @@ class Participation:
             later=partial(self._later, resources.loop),
             knows_epoch=self._knows_epoch,
             chain_done=self.departed.done,
+            synchronous=self.synchronous,
+            applied=self._applied,
         )
         self._joiners = Joiners(time.monotonic)
         self._control = ControlRequests(
@@ -263,6 +286,7 @@ class Participation:
             voting_problem=lambda: resources.voter.problem,
             split_problem=resources.splits.problem,
             lease=self.leading.lease.status,
+            synchronous=self.synchronous,
         )
 
     @property
@@ -409,17 +433,26 @@ class Participation:
             self.beat()
 
     def send_acks(self) -> None:
-        """Tell the members how far chains are applied and on disk here, when that has changed."""
-        if not self._chains.acks_due:
-            return
-        self._chains.acks_due = False
-        message: dict[str, Any] = {
-            "op": "ack",
-            "epoch": self._signed.document.epoch,
-            **pack_applied(self._chains.applied),
-            "durable": self._chains.durable(),
-        }
-        self._members.send_all(message)
+        """Tell the members how far chains are applied and on disk here, when that has changed.
+
+        In synchronous mode also when it has not: the master counts an ack only as of the epoch that it names.
+        """
+        now = time.monotonic()
+        if self._chains.acks_due or (self._signed.document.synchronous_wanted.slaves and now >= self._ack_at):
+            self._chains.acks_due, self._ack_at = False, now + REPEAT_ACK_S
+            self._members.send_all(self._ack(self._chains.applied) | {"durable": self._chains.durable()})
+
+    def _applied(self, origin: int) -> None:
+        """Tell the master at once how far its chain is applied here, when its commits wait for that."""
+        document = self._signed.document
+        if document.synchronous and origin == document.master and self.cid in document.slaves:
+            self._members.send(origin, self._ack({origin: self._chains.applied[origin]}))
+
+    def _ack(self, applied: Mapping[int, Applied]) -> dict[str, Any]:
+        document = self._signed.document
+        # Who has voted for another does not follow this master any more: what it applies may be past the fork.
+        epoch = max(document.epoch, self._voter.record.epoch)
+        return {"op": "ack", "epoch": epoch, "master": document.master, **pack_applied(applied)}
 
     def tick(self) -> None:
         """Check all time-outs."""

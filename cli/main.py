@@ -30,6 +30,7 @@ from cli.restore import restore
 from cli.resync import resync
 from cli.status import status
 from cli.sync import sync
+from cli.synchronous import synchronous
 from cli.update_fingerprints import update_fingerprints
 from cli.verify import verify
 from cli.wait import wait
@@ -71,6 +72,7 @@ app.command()(leave)
 app.command()(promote)
 app.command()(sync)
 app.command()(history)
+app.command()(synchronous)
 app.command("update-fingerprints")(update_fingerprints)
 app.command()(doctor)
 app.command()(files)

@@ -124,7 +124,7 @@ def render(status: Mapping[str, Any], *, clocks_matter: bool = False) -> list[st
         lines += [f"{name}: {note}" for note in notes(node)]
         if clocks_matter and (skew := clock_problem(node)):
             lines.append(f"{name}: clock: {skew}; rules that take the latest value compare clocks")
-    return lines + lease_lines(status)
+    return lines + lease_lines(status) + synchronous_lines(status)
 
 
 def lease_lines(status: Mapping[str, Any]) -> list[str]:
@@ -156,6 +156,27 @@ def lease_lines(status: Mapping[str, Any]) -> list[str]:
         if lease["missing"]:
             what += f"; missing {', '.join(map(named, lease['missing']))}"
     return [begin + what]
+
+
+def synchronous_lines(status: Mapping[str, Any]) -> list[str]:
+    """Return what there is to say of synchronous mode: one line, none when it is off."""
+    mode = status.get("synchronous")
+    if mode is None or not mode["slaves"]:
+        return []
+    wanted = f"{mode['slaves']} slave{'s' if mode['slaves'] > 1 else ''}, {mode['level']}"
+    patience = "without end" if mode["patience_s"] is None else f"at most {mode['patience_s']:g} s"
+    begin = f"synchronous: commits on the master wait for {wanted}, {patience}"
+    if mode["state"] is None:
+        return [begin if mode["in_force"] else f"{begin}; not in force yet"]
+    names = {node["cid"]: printable(f"{node['name']}({node['cid']})") for node in status["nodes"]}
+    there = ", ".join(names.get(cid, f"CID {cid}") for cid in mode["in_step"]) or "none"
+    what = {
+        "synchronous": "",
+        "starting": "not yet; ",
+        "waiting": f"WAITING for {mode['waiting_s']:.0f} s; ",
+        "degraded": "DEGRADED, they do not wait now; ",
+    }[mode["state"]]
+    return [f"{begin}; {what}in step: {there}"]
 
 
 def _why_none(lease: Mapping[str, Any]) -> str:

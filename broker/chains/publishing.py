@@ -72,8 +72,12 @@ class Publishing:
         self._told, self._marked = (Position(0), 0), 0
         return head.position
 
-    def take(self, header: bytes, body: bytes) -> None:
+    def take(self, header: bytes, body: bytes, whole: int = 0) -> None:
         """Take a frame from capture.
+
+        Args:
+            whole: LSN below which nothing is to come that is not in the chain up to this frame, 0 when not told. It
+                goes to disk with the frame: in synchronous mode a commit waits for it.
 
         Raises:
             PmgsyncError: when it cannot be taken; capture starts again from the journal's end.
@@ -85,6 +89,8 @@ class Publishing:
         verdict = self._journals.accept(frame)
         if verdict is Verdict.DUPLICATE:
             return
+        if whole and self.chain is not None and verdict in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
+            self._mark(whole)
         if verdict not in {Verdict.FITS, Verdict.BEGIN_AGAIN}:
             raise ProtocolError(f"capture sent a frame that does not follow the journal ({verdict.value})")
         if verdict is Verdict.BEGIN_AGAIN:
@@ -98,12 +104,29 @@ class Publishing:
         """Return how far the chain is on disk, and the LSN up to which it is known to be whole there."""
         return self._journals.durable(self._cid), self._journals.marked(self._cid)
 
-    def watermark(self, lsn: int) -> None:
-        """Note how far capture knows that there is nothing more to send."""
+    def watermark(self, lsn: int, *, soon: bool = False) -> None:
+        """Note how far capture knows that there is nothing more to send.
+
+        Args:
+            soon: commits may wait until it is on disk.
+        """
         chain = self.chain
         if chain is not None and lsn > chain.watermark:
             self.chain = OwnChain(chain.incarnation, chain.start, chain.snapshot, lsn)
-            self.tick()
+            if soon:
+                self._mark(lsn)
+            else:
+                self.tick()
+
+    def _mark(self, lsn: int) -> None:
+        """Have a watermark written to disk, with what else there is to write."""
+        chain = self.chain
+        assert chain is not None
+        if lsn > chain.watermark:
+            self.chain = OwnChain(chain.incarnation, chain.start, chain.snapshot, lsn)
+        if lsn > self._marked:
+            self._marked = lsn
+            self._journals.mark(self._cid, lsn)
 
     def tick(self) -> None:
         """Have the watermark written to disk: it lets the slot advance while nothing is published."""

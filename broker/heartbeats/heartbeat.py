@@ -50,11 +50,13 @@ class Applied:
     Attributes:
         position: up to here no crash takes it back.
         visible: up to here it can be read; not before `position`.
+        whole: False while changes of tables are left out, which are fetched later.
     """
 
     incarnation: int
     position: Position
     visible: Position
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +164,7 @@ class Heartbeat:
                     snapshot=_typed(own["snapshot"], bool),
                     watermark=_number(own["watermark"]),
                 ),
-                applied=parse_applied(raw["applied"], raw.get("visible")),
+                applied=parse_applied(raw["applied"], raw.get("visible"), raw.get("partial")),
                 conflicts=read_counters(raw.get("conflicts")),
                 trees=tuple(read_tree_reports(raw.get("trees"))),
                 over=frozenset(_cid(cid) for cid in raw.get("over", [])),
@@ -212,29 +214,33 @@ def _held(value: Any) -> HeldChain:
 
 
 def pack_applied(applied: Mapping[int, Applied]) -> dict[str, Any]:
-    """Return the keys `applied` and `visible` of a heartbeat or an ack."""
+    """Return the keys `applied`, `visible` and `partial` of a heartbeat or an ack."""
     ahead = {origin: done for origin, done in applied.items() if done.visible != done.position}
     return {
         "applied": {origin: [done.incarnation, *done.position] for origin, done in applied.items()},
         "visible": {origin: [done.incarnation, *done.visible] for origin, done in ahead.items()},
+        "partial": [origin for origin, done in applied.items() if not done.whole],
     }
 
 
-def parse_applied(value: Any, visible: Any) -> dict[int, Applied]:
+def parse_applied(value: Any, visible: Any, partial: Any = None) -> dict[int, Applied]:
     """Return the vector in a heartbeat or an ack.
 
     Args:
         value, visible: the keys `applied` and `visible`; what is missing in the latter is as far as it is applied.
+        partial: the key `partial`; None: nothing is left out.
 
     Raises:
         ProtocolError, TypeError, ValueError, AttributeError: when it is malformed.
     """
     ahead = {key: _place(place) for key, place in (visible or {}).items()}
+    left_out = {_cid(key) for key in partial or ()}
     found = {}
     for key, place in value.items():
         incarnation, position = _place(place)
         of, beyond = ahead.get(key, (incarnation, position))
-        found[_cid(key)] = Applied(incarnation, position, max(position, beyond) if of == incarnation else position)
+        seen = max(position, beyond) if of == incarnation else position
+        found[_cid(key)] = Applied(incarnation, position, seen, key not in left_out)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import zmq
@@ -14,6 +14,7 @@ from broker.members.link import MemberLink, Receiver
 from broker.net.keys import NodeKeys
 from broker.net.loop import Loop, Socket
 from pmgsync.core.membership import ClusterDocument
+from pmgsync.core.synchronous import Said
 from pmgsync.errors import PmgsyncError, UnknownChainError, UnreachableError
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,11 @@ MAX_REMEMBERED = 100
 
 
 class Members:
-    """Links and acks of all members but this node, by CID."""
+    """Links and acks of all members but this node, by CID.
+
+    Attributes:
+        on_acknowledged: called with the CID of a member whose ack has come.
+    """
 
     def __init__(self, context: zmq.Context[Socket], loop: Loop, keys: NodeKeys, cid: int) -> None:
         self._context = context
@@ -32,6 +37,8 @@ class Members:
         self._cid = cid
         self._links: dict[int, MemberLink] = {}
         self._acked: dict[int, dict[int, Applied]] = {}
+        self._words: dict[int, tuple[int, int, Mapping[int, Applied]]] = {}
+        self.on_acknowledged: Callable[[int], None] = lambda cid: None
         self._logged: list[str] = []
         self._cids: frozenset[int] = frozenset()
 
@@ -69,16 +76,26 @@ class Members:
         link.close()
         del self._links[cid]
         self._acked.pop(cid, None)
+        self._words.pop(cid, None)
 
     # -- what they have said ------------------------------------------------------------------------------------------
 
     def heard(self, link: MemberLink, heartbeat: Heartbeat) -> None:
         """Note a heartbeat."""
         link.heard(heartbeat)
-        self.acknowledge(heartbeat.cid, heartbeat.applied)
+        self._note(heartbeat.cid, heartbeat.applied)
 
-    def acknowledge(self, cid: int, applied: Mapping[int, Applied]) -> None:
-        """Note how far a member has applied chains."""
+    def acknowledge(self, cid: int, applied: Mapping[int, Applied], epoch: int, master: int) -> None:
+        """Take an ack.
+
+        Args:
+            epoch, master: whom the member follows; 0 when not told.
+        """
+        self._note(cid, applied)
+        self._words[cid] = (epoch, master, applied)
+        self.on_acknowledged(cid)
+
+    def _note(self, cid: int, applied: Mapping[int, Applied]) -> None:
         known = self._acked.get(cid, {})
         # A broker that has just begun does not say all at once. Of nodes that were removed only the newest word counts.
         kept = {origin: done for origin, done in known.items() if origin in self._cids}
@@ -87,6 +104,14 @@ class Members:
     def acked(self, cid: int) -> Mapping[int, Applied]:
         """Return how far a member has applied chains, by origin."""
         return self._acked.get(cid, {})
+
+    def said(self, cid: int, origin: int) -> Said | None:
+        """Return what a member's newest ack has of a chain, None when nothing."""
+        epoch, master, applied = self._words.get(cid, (0, 0, {}))
+        done = applied.get(origin)
+        if done is None:
+            return None
+        return Said(epoch, master, done.incarnation, done.position, done.visible, done.whole)
 
     def own_chain(self, cid: int) -> OwnChain | None:
         """Return what a member last said of its own chain."""

@@ -10,6 +10,7 @@ from broker.members.calls import Send
 from broker.requests.sessions import Session
 from broker.requests.shared import number
 from pmgsync.core.membership import SignedDocument
+from pmgsync.core.synchronous import Setting
 from pmgsync.errors import ProtocolError
 from pmgsync.wire.messages import Message
 
@@ -53,6 +54,9 @@ class Node(Protocol):
             force: without a majority.
             agreed: also when something may be lost.
         """
+
+    def set_synchronous(self, setting: Setting) -> None:
+        """Set synchronous mode, on the master only."""
 
     def update_member(self, session: Session, send: Send, message: Message) -> bool:
         """Have what this node shows of itself changed in the document; it is answered when that is in force."""
@@ -113,6 +117,8 @@ class AdminRequests:
                 return True
             case "member.delete":
                 self._node.delete_member(number(message, "cid"))
+            case "synchronous.set":
+                self._node.set_synchronous(Setting.from_map(message.get("setting")))
             case "member.update":
                 return self._node.update_member(session, send, message)
             case _:

@@ -102,10 +102,11 @@ class ControlRequests:
         match message["op"]:
             case "ack":
                 try:
-                    applied = parse_applied(message.get("applied"), message.get("visible"))
+                    applied = parse_applied(message.get("applied"), message.get("visible"), message.get("partial"))
                 except (TypeError, ValueError, AttributeError) as error:
                     raise ProtocolError(f"an ack is malformed ({error})") from error
-                self._members.acknowledge(cid, applied)
+                epoch, master = (number(message, key) if key in message else 0 for key in ("epoch", "master"))
+                self._members.acknowledge(cid, applied, epoch, master)
             case "call":
                 self._shared.call(owner, send, message, target=self._cid, caller=cid)
             case "join.progress":

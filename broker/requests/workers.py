@@ -7,6 +7,7 @@ from typing import Any
 
 from broker.chains.chains import Chains
 from broker.chains.streams import Stream
+from broker.chains.synchronous import SynchronousCommits
 from broker.heartbeats.heartbeat import Applied
 from broker.members.calls import Attachments, Calls, Send
 from broker.members.members import Members
@@ -44,6 +45,8 @@ class WorkerRequests:
         later: Callable[[Callable[[], None]], None],
         knows_epoch: Callable[[], bool],
         chain_done: Callable[[int], None],
+        synchronous: SynchronousCommits,
+        applied: Callable[[int], None],
     ) -> None:
         """Begin.
 
@@ -54,6 +57,7 @@ class WorkerRequests:
             knows_epoch: says whether the members have been heard since the start, so that a master that was replaced
                 meanwhile knows it.
             chain_done: takes a node that was removed: this node's database is done with its chain.
+            applied: called with the origin of a chain that was applied further.
         """
         self._cid = cid
         self._chains = chains
@@ -66,6 +70,8 @@ class WorkerRequests:
         self._later = later
         self._knows_epoch = knows_epoch
         self._chain_done = chain_done
+        self._synchronous = synchronous
+        self._applied = applied
 
     def handle(self, session: Session, send: Send, message: Message, attachments: Sequence[bytes]) -> bool:
         """Handle a request; False when it is none of these.
@@ -77,19 +83,27 @@ class WorkerRequests:
             case "frame":
                 if len(attachments) != 2 or session.worker != CAPTURE:
                     raise ProtocolError("a frame is a header and a body, and comes from capture")
-                self._chains.own.take(attachments[0], attachments[1])
+                whole = number(message, "whole") if "whole" in message else 0
+                self._chains.own.take(attachments[0], attachments[1], whole)
             case "applied":
                 position = Position.parse(message.get("position"))
                 visible = Position.parse(message["visible"]) if "visible" in message else position
-                applied = Applied(number(message, "incarnation"), position, max(position, visible))
-                self._chains.applied_moved(number(message, "origin"), applied)
+                whole = message.get("partial") is not True
+                applied = Applied(number(message, "incarnation"), position, max(position, visible), whole)
+                origin = number(message, "origin")
+                self._chains.applied_moved(origin, applied)
+                self._applied(origin)
             case "chain.done":
                 origin = number(message, "origin")
                 if session.worker != apply_worker(origin):
                     raise ProtocolError("only the worker that applies a chain says that it is done")
                 self._chain_done(origin)
             case "watermark":
-                self._chains.own.watermark(number(message, "lsn"))
+                self._chains.own.watermark(number(message, "lsn"), soon=message.get("soon") is True)
+            case "synchronous.told":
+                if session.worker != CAPTURE:
+                    raise ProtocolError("only capture knows what the database waits for")
+                self._synchronous.capture_told(stands=message.get("stands") is True)
             case "done" | "error":
                 self.pass_on(session, message, attachments)
             case "announce":
@@ -127,6 +141,7 @@ class WorkerRequests:
         opened = {"op": "chain.opened", "id": number(message, "id"), "position": list(position)}
         send({**opened, "watermark": watermark}, ())
         tell_durable(self._sessions, durable, watermark)
+        self._synchronous.capture_began()
 
     def _open_chain_later(self, send: Send, message: Message) -> None:
         try:
@@ -138,7 +153,8 @@ class WorkerRequests:
         request, origin = number(message, "id"), number(message, "origin")
         incarnation, position = self._begin_of_apply(origin, message)
         self._chains.follow(origin, incarnation, position)
-        self._chains.applied_moved(origin, Applied(incarnation, position, position))
+        whole = message.get("partial") is not True
+        self._chains.applied_moved(origin, Applied(incarnation, position, position, whole))
 
         def finish(at: Position, error: PmgsyncError | None) -> None:
             send(error_map(request, error or ResyncRequiredError(f"the stream ended at {at}")), ())
@@ -210,6 +226,12 @@ def tell_apply(sessions: Sessions, origin: int, message: Mapping[str, Any]) -> N
     worker = sessions.worker(apply_worker(origin))
     if worker is not None:
         sessions.send(worker.identity, message)
+
+
+def tell_synchronous(sessions: Sessions, message: Mapping[str, Any]) -> bool:
+    """Send capture a message of synchronous mode; False when there is no capture."""
+    capture = sessions.worker(CAPTURE)
+    return capture is not None and sessions.send(capture.identity, message)
 
 
 def tell_lease(sessions: Sessions, message: Message) -> bool:

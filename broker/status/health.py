@@ -8,6 +8,7 @@ from typing import Any
 
 from broker.chains.chains import Chains
 from broker.chains.departed import Departed
+from broker.chains.synchronous import SynchronousCommits
 from broker.chains.trimming import Trimming
 from broker.heartbeats.conflicts import add_up
 from broker.heartbeats.heartbeat import DOWN_AFTER_S, Heartbeat
@@ -46,6 +47,7 @@ class Health:
         voting_problem: Callable[[], str],
         split_problem: Callable[[], str],
         lease: Callable[[], dict[str, Any]],
+        synchronous: SynchronousCommits,
     ) -> None:
         """Begin.
 
@@ -68,6 +70,7 @@ class Health:
         self._voting_problem = voting_problem
         self._split_problem = split_problem
         self._lease = lease
+        self._synchronous = synchronous
         self._divergence = DivergenceFiles(config.state_dir)
         self._since = time.monotonic()
 
@@ -119,7 +122,7 @@ class Health:
             )  # fmt: skip
         now = time.monotonic()
         found = status_map(self._document(), views, self._chains.clocks, now=now, down_after_s=DOWN_AFTER_S)
-        return found | {"lease": self._lease()}
+        return found | {"lease": self._lease(), "synchronous": self._synchronous.status()}
 
     # -- judging ------------------------------------------------------------------------------------------------------
 
@@ -132,6 +135,7 @@ class Health:
         alerts = [*self._trimming.alerts(), *({"kind": "journal", "text": text} for text in self._chains.damage)]
         alerts += self._divergence.alerts()
         alerts += self._departed.alerts()
+        alerts += self._synchronous.alerts()
         if problem := self._conf_problem():
             alerts.append({"kind": "cluster.conf", "text": problem})
         if problem := self._voting_problem():

@@ -206,6 +206,7 @@ class ApplyWorker(Worker):
                         "incarnation": incarnation,
                         "position": list(position),
                         "credit": CREDIT_BYTES,
+                        "partial": bool(self._stale.waiting()),
                     }
                 )
             except ResyncRequiredError as error:
@@ -248,7 +249,7 @@ class ApplyWorker(Worker):
                 newest, used = applied, used + applied.size
             if newest is not None:
                 self.recovered()
-                place = {"position": list(newest.durable), "visible": list(newest.visible)}
+                place = {"position": list(newest.durable), "visible": list(newest.visible), "partial": newest.partial}
                 link.send({"op": "applied", "origin": self.origin, "incarnation": incarnation, **place})
                 link.send({"op": "credit", "id": stream, "bytes": used})
             elif thread.idle:

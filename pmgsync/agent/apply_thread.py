@@ -37,11 +37,13 @@ class Applied:
         visible: the position that is committed and can be read.
         durable: the position that a crash of PostgreSQL cannot take back; with synchronous_commit the same.
         size: bytes of frames that led there.
+        partial: changes of tables are left out, which are fetched later.
     """
 
     visible: Position
     durable: Position
     size: int
+    partial: bool
 
 
 class ApplyThread:
@@ -158,7 +160,8 @@ class ApplyThread:
                 return position
 
     def _report(self, size: int) -> None:
-        self._results.put(Applied(self._applier.position, self._applier.durable, size))
+        partial = bool(self._applier.stale.waiting())
+        self._results.put(Applied(self._applier.position, self._applier.durable, size, partial))
         self._wakeup.wake()
 
     def _next_batch(self, wait_s: float) -> tuple[list[Frame], float] | None:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from pmgsync.agent.commit_hold import CommitHold
 from pmgsync.agent.fence import Fence
 from pmgsync.agent.lease import LeaseWorker
 from pmgsync.agent.upkeep import Upkeep
@@ -19,6 +20,7 @@ from pmgsync.core.frames import Frame
 from pmgsync.core.framing import ChainName, Framer
 from pmgsync.core.membership import ClusterDocument
 from pmgsync.core.positions import Position, format_lsn
+from pmgsync.core.synchronous import Ends, confirmable
 from pmgsync.errors import ChainBrokenError, PmgsyncError, UnreachableError
 from pmgsync.postgres.setup.facts import read_node, renew_chain
 from pmgsync.postgres.setup.node_row import NodeFacts
@@ -36,6 +38,8 @@ WINDOW_BYTES = 16 << 20
 READ_BATCH = 4_000
 CONFIRM_S = 1.0
 WATERMARK_S = 0.1
+WATERMARK_SOON_S = 0.01
+"""The same while commits wait for it."""
 ASK_S = 0.5
 ASK_FAST_S = 0.02
 ASK_FAST_FOR_S = 2.0
@@ -52,9 +56,19 @@ class CaptureWorker(Worker):
     def __init__(self, config: NodeConfig) -> None:
         super().__init__(config, "capture")
         self._facts: NodeFacts | None = None
+        self._ends: tuple[int, Ends] | None = None
         fence = Fence()
         self.upkeep = Upkeep(config.dsn, load_profile(config.profile), self._place, fence)
-        self._lease = LeaseWorker(config, fence)
+        self.hold = CommitHold(config.dsn, self._place, fence)
+        self._lease = LeaseWorker(config, fence, self.hold)
+
+    def ends_of(self, incarnation: int, position: Position, whole: int) -> Ends:
+        """Return where the frames of a chain end; what earlier runs of this process know of it stays known."""
+        known = self._ends
+        if known is None or known[0] != incarnation or known[1].newest < position:
+            known = self._ends = incarnation, Ends(position, whole)
+        known[1].passed(whole)
+        return known[1]
 
     def _place(self) -> tuple[int, ClusterDocument] | None:
         """Return this node's CID and the newest document that one of the two sessions has brought."""
@@ -65,6 +79,7 @@ class CaptureWorker(Worker):
         """Stream from the journal's end until something ends it."""
         self.upkeep.start()
         self._lease.start()
+        self.hold.start()
         facts, state = read_node(self.config.dsn)
         opened, _ = link.request(
             {
@@ -165,6 +180,8 @@ class _Stream:
         self._outstanding: deque[tuple[Position, int]] = deque()
         self._outstanding_bytes = 0
         self._safe = max(safe, position.lsn + 1)
+        self._ends = worker.ends_of(facts.incarnation, position, self._safe)
+        self._told_stands: bool | None = None
         self._watermark = 0
         self._next_confirm = self._next_watermark = self._next_ask = 0.0
         self._next_slot_check = time.monotonic() + SLOT_CHECK_S
@@ -183,6 +200,8 @@ class _Stream:
             drained = True
             if reading:
                 drained = self._read()
+            if self._worker.hold.stands:
+                self._serve_commits(drained and reading)
             waiter.wait(self._pause_s() if drained else 0)
             for received in link.pending():
                 self._take(*received)
@@ -191,7 +210,8 @@ class _Stream:
                 reading = room
                 (waiter.watch if room else waiter.ignore)(reader.fileno())
             self._keep_time(drained and reading)
-            self._worker.alerts = [*self._slot_alerts, *self._forged(), *self._worker.upkeep.alerts]
+            worker = self._worker
+            worker.alerts = [*self._slot_alerts, *self._forged(), *worker.upkeep.alerts, *worker.hold.alerts]
             self._worker.report()
 
     def _forged(self) -> list[dict[str, str]]:
@@ -215,6 +235,8 @@ class _Stream:
     def _pause_s(self) -> float:
         now = time.monotonic()
         pause = ASK_FAST_S if now < self._ask_fast_until else WATERMARK_S
+        if self._worker.hold.stands and now < self._next_watermark:
+            pause = min(pause, self._next_watermark - now)
         company = self._framer.wait_s(now)
         return pause if company is None else min(pause, company)
 
@@ -235,7 +257,11 @@ class _Stream:
 
     def _send(self, frame: Frame) -> None:
         hop("captured", frame.here.lsn)
-        self._link.socket.send_multipart((_FRAME, frame.header_bytes, frame.body))
+        head, end = _FRAME, self._framer.passed
+        if self._worker.hold.stands and frame.here.complete:
+            head = pack({"op": "frame", "whole": end})
+        self._link.socket.send_multipart((head, frame.header_bytes, frame.body))
+        self._ends.sent(frame.here, end)
         self._outstanding.append((frame.here, frame.size))
         self._outstanding_bytes += frame.size
 
@@ -243,6 +269,8 @@ class _Stream:
         match message["op"]:
             case "durable":
                 self._durable(Position.parse(message["position"]), int(message["watermark"]))
+            case "synchronous":
+                self._worker.hold.heard(message)
             case "call" if message.get("method") == "barrier":
                 self._barrier(message)
             case "cancel" | "credit":
@@ -270,22 +298,42 @@ class _Stream:
 
     def _keep_time(self, caught_up: bool) -> None:
         now = time.monotonic()
+        if (stands := self._worker.hold.stands) != self._told_stands:
+            self._told_stands = stands
+            self._link.send({"op": "synchronous.told", "stands": stands})
         if now >= self._next_confirm:
             self._next_confirm = now + CONFIRM_S
             # Feedback goes out even when nothing is new: the server ends connections that are silent for a minute.
-            self._reader.confirm(self._safe)
-        if caught_up and self._framer.empty and now >= self._next_watermark:
-            lsn = max(self._framer.passed, self._reader.caught_up_lsn)
-            if lsn > self._watermark:
-                self._next_watermark = now + WATERMARK_S
-                self._watermark = lsn
-                self._link.send({"op": "watermark", "lsn": lsn})
+            self._reader.confirm(self._confirmable())
+        self._tell_watermark(now, caught_up)
         if caught_up and now >= self._next_ask:
             self._next_ask = now + (ASK_FAST_S if now < self._ask_fast_until else ASK_S)
-            self._reader.confirm(self._safe, ask=True)
+            self._reader.confirm(self._confirmable(), ask=True)
         if now >= self._next_slot_check:
             self._next_slot_check = now + SLOT_CHECK_S
             self._check(read_node(self._worker.config.dsn)[1])
+
+    def _confirmable(self) -> int:
+        position = self._worker.hold.position(self._facts.incarnation)
+        return confirmable(position, self._ends, safe=self._safe, confirmed=self._reader.confirmed)
+
+    def _tell_watermark(self, now: float, caught_up: bool) -> None:
+        if not caught_up or not self._framer.empty or now < self._next_watermark:
+            return
+        lsn = max(self._framer.passed, self._reader.caught_up_lsn)
+        if lsn > self._watermark:
+            soon = self._worker.hold.stands
+            self._next_watermark = now + (WATERMARK_SOON_S if soon else WATERMARK_S)
+            self._watermark = lsn
+            self._ends.passed(lsn)
+            self._link.send({"op": "watermark", "lsn": lsn, "soon": soon})
+
+    def _serve_commits(self, caught_up: bool) -> None:
+        """Let commits return that may, while the server waits for this capture."""
+        self._tell_watermark(time.monotonic(), caught_up)
+        lsn = self._confirmable()
+        if lsn > self._reader.confirmed:
+            self._reader.confirm(lsn, commits_wait=True)
 
     def _check(self, state: SlotState) -> None:
         alerts = []

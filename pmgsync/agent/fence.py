@@ -37,6 +37,10 @@ class Fence:
         """
         self._stands = (epoch, fenced)
 
+    def refuses(self, epoch: int) -> bool:
+        """True when this node is a slave in an epoch, and its guard stands."""
+        return self._stands == (epoch, False)
+
     @property
     def is_as_wanted(self) -> bool:
         """True when the guard stands as the broker wants it."""

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 
+from pmgsync.agent.commit_hold import CommitHold
 from pmgsync.agent.fence import Fence
 from pmgsync.agent.worker import Worker
 from pmgsync.config import NodeConfig
@@ -34,9 +35,10 @@ LONGEST_PAUSE_S = 1.0
 class LeaseWorker(Worker):
     """Follows what the broker says of the lease. Its `run` is the thread's."""
 
-    def __init__(self, config: NodeConfig, fence: Fence) -> None:
+    def __init__(self, config: NodeConfig, fence: Fence, hold: CommitHold) -> None:
         super().__init__(config, NAME, longest_pause_s=LONGEST_PAUSE_S)
         self._fence = fence
+        self._hold = hold
         self._thread = threading.Thread(target=self._run, name=NAME, daemon=True)
         self._database: LeaseSession | None = None
         self._passed = 0
@@ -131,7 +133,7 @@ class LeaseWorker(Worker):
             return False
         if reign > self._passed:
             self._passed = self._session().reign()
-        return reign <= self._passed
+        return reign <= self._passed and self._hold.await_names(self.document)
 
     def _shut(self, link: BrokerLink, request: int) -> None:
         try:

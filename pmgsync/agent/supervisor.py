@@ -13,11 +13,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pmgsync.agent.commit_hold import let_go
 from pmgsync.agent.level import LevelWatch
 from pmgsync.agent.worker import read_departed
 from pmgsync.config import NodeConfig, load_config
 from pmgsync.core.backoff import Backoff
-from pmgsync.core.membership import SignedDocument
+from pmgsync.core.membership import ClusterDocument, SignedDocument
 from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.profile_file import load_profile
@@ -54,6 +55,7 @@ class Supervisor:
         self._children: dict[str, _Child] = {}
         self._running = True
         self._level = LevelWatch(config.subscription)
+        self._followed: tuple[int, ClusterDocument] | None = None
 
     def stop(self) -> None:
         """Make `run` end soon."""
@@ -87,6 +89,9 @@ class Supervisor:
                 self._start_ended()
         finally:
             self._end(list(self._children))
+            if self._followed is not None:
+                cid, document = self._followed
+                let_go(self._config.dsn, document, cid)
             if link is not None:
                 link.close()
 
@@ -97,8 +102,10 @@ class Supervisor:
             departed: nodes that were removed and whose chains are not over here.
         """
         names: set[str] = set()
+        self._followed = None
         if cid and signed:
             document = SignedDocument.unpack(signed[0]).document
+            self._followed = cid, document
             if document.is_witness(cid):
                 self._end(list(self._children))
                 return

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pmgsync.core.members import KEY_BYTES, Member
 from pmgsync.core.positions import MAX_LSN, format_lsn
+from pmgsync.core.synchronous import OFF, Setting
 from pmgsync.core.votes import Vote
 from pmgsync.errors import ProtocolError
 
@@ -145,6 +146,8 @@ class ClusterDocument:
         fence: `lease`: the master writes only while a majority acknowledges it. `none`: it always writes.
         fence_wanted: the setting of the node that created the cluster; `lease` comes in force with the third voter.
         removed: CURVE public keys of nodes that were removed, the newest last: one that was away then is told so.
+        synchronous: commits on the master wait for slaves.
+        synchronous_wanted: the setting; it comes in force when enough slaves are in step.
     """
 
     cluster: bytes
@@ -161,6 +164,8 @@ class ClusterDocument:
     fence_wanted: str = "lease"
     rekeyed: tuple[bytes, ...] = ()
     removed: tuple[bytes, ...] = ()
+    synchronous: bool = False
+    synchronous_wanted: Setting = OFF
 
     @property
     def version(self) -> tuple[int, int]:
@@ -188,6 +193,11 @@ class ClusterDocument:
     def databases(self) -> frozenset[int]:
         """CIDs of the members that have a database whose copy is in place: all but witnesses and who is joining."""
         return frozenset(member.cid for member in self.members if member.votes and member.role != "witness")
+
+    @property
+    def slaves(self) -> frozenset[int]:
+        """CIDs of the members that have a database whose copy is in place, but the master."""
+        return self.databases - {self.master}
 
     def is_witness(self, cid: int) -> bool:
         """True when a member is a witness."""
@@ -229,6 +239,8 @@ class ClusterDocument:
             "lease_ms": self.lease_ms,
             "rekeyed": [one.hex() for one in self.rekeyed],
             "removed": [one.hex() for one in self.removed],
+            "synchronous": self.synchronous,
+            "synchronous_wanted": self.synchronous_wanted.to_map(),
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -249,12 +261,16 @@ class ClusterDocument:
             rekeyed, removed = (tuple(map(bytes.fromhex, data.get(key, []))) for key in ("rekeyed", "removed"))
             fence, lease_ms = data.get("fence", "none"), data.get("lease_ms", LEASE_MS)
             fence_wanted = data.get("fence_wanted", "lease")
+            synchronous = data.get("synchronous", False)
+            synchronous_wanted = Setting.from_map(data.get("synchronous_wanted", OFF.to_map()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ProtocolError(f"a cluster document cannot be read ({type(error).__name__}: {error})") from error
         if not all(_positive(number) for number in numbers):
             raise ProtocolError("a cluster document's epoch, serial, master and max_cid are not positive integers")
         if len(cluster) != 16 or not (isinstance(name, str) and isinstance(profile, str)):
             raise ProtocolError("a cluster document's id, name or profile is malformed")
+        if type(synchronous) is not bool:
+            raise ProtocolError(f"a cluster document's synchronous is {synchronous!r:.40}, expected true or false")
         for one in (fence, fence_wanted):
             if not isinstance(one, str) or one not in FENCES:
                 raise ProtocolError(f"a cluster document's fence is {one!r:.40}, expected one of {sorted(FENCES)}")
@@ -264,7 +280,7 @@ class ClusterDocument:
             )
         document = cls(
             cluster, name, profile, epoch, serial, master, max_cid, members, history, fence, lease_ms, fence_wanted,
-            rekeyed, removed,
+            rekeyed, removed, synchronous, synchronous_wanted,
         )  # fmt: skip
         if any(len(one) != 32 for one in rekeyed):
             raise ProtocolError("a cluster document names another document by something that is no SHA-256")

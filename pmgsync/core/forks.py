@@ -95,6 +95,12 @@ def fork_after(history: Sequence[Epoch], number: int) -> Fork | None:
     return None if left is None else left.fork or NOTHING
 
 
+def last_of_reign(history: Sequence[Epoch], origin: int) -> Fork | None:
+    """Return where the newest time of a node as master was left on its chain, None when it is master, or never was."""
+    numbers = [number for number, _ in _reigns(history, origin)]
+    return fork_after(history, numbers[-1]) if numbers else None
+
+
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """A stretch of one chain whose changes to master-owned tables do not count (any more), though a node has them.

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pmgsync.core.document import LEASE_MS, MAX_MEMBERS, MAX_REASON, ClusterDocument, Epoch, Fork
 from pmgsync.core.members import MAX_CID, Member, format_fingerprint, parse_fingerprint
 from pmgsync.core.signed import MAX_DOCUMENT, SignedDocument, accept_document, sign
+from pmgsync.core.synchronous import Setting
 from pmgsync.core.votes import Vote
 from pmgsync.errors import MembershipError
 
@@ -38,6 +39,7 @@ __all__ = [
     "with_host",
     "with_keys",
     "with_member",
+    "with_synchronous",
     "without_member",
 ]
 
@@ -234,6 +236,15 @@ def with_fence(document: ClusterDocument, fence: str) -> ClusterDocument:
     return replace(document, serial=document.serial + 1, fence=fence)
 
 
+def with_synchronous(document: ClusterDocument, setting: Setting, *, in_force: bool) -> ClusterDocument:
+    """Return the document with another setting of synchronous mode, and whether it is in force; the same one when it
+    says so.
+    """
+    if (document.synchronous_wanted, document.synchronous) == (setting, in_force):
+        return document
+    return replace(document, serial=document.serial + 1, synchronous=in_force, synchronous_wanted=setting)
+
+
 def new_epoch(
     document: ClusterDocument,
     master: int,
@@ -251,7 +262,8 @@ def new_epoch(
 
     When it is forced, CIDs are left out: the side that is not heard may have given out the next ones, and so may
     another member that is forced at the same time. Each has `FORCED_CIDS` to itself. And it is not fenced, for a
-    majority is what it lacks; the fence comes back with `lease.fence_due`.
+    majority is what it lacks; the fence comes back with `lease.fence_due`. Nor do its commits wait for slaves, until
+    enough of them are in step.
 
     Args:
         master: CID of the new master; the one before becomes a slave.
@@ -283,6 +295,7 @@ def new_epoch(
         max_cid=document.max_cid + (FORCED_CIDS * rank if forced else 0),
         members=tuple(replace(one, role=role(one)) for one in document.members),
         fence="none" if forced else document.fence,
+        synchronous=document.synchronous and not forced,
         history=(
             *document.history,
             Epoch(epoch, master, fork, forced, tuple(votes), when, reason[:MAX_REASON], tuple(over), start),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 SLOT = PUBLICATION = "pmgsync"
 ORIGIN_PREFIX = "pmgsync_"
+CAPTURE = "pmgsync capture"
+"""The application_name of capture's replication connection, by which synchronous_standby_names knows it."""
 SET_UP_ORIGIN = "pmgsync_0"
 """Marks what provisioning writes to user tables, so that capture takes it for somebody else's; no node has CID 0."""
 

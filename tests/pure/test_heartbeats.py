@@ -102,15 +102,21 @@ def test_a_clock_that_was_put_right_is_seen_to_be() -> None:
 lsns = st.integers(0, MAX_LSN)
 vectors = st.dictionaries(
     st.integers(1, 2**31 - 1),
-    st.tuples(lsns, lsns, lsns).map(lambda each: Applied(each[0], Position(min(each[1:])), Position(max(each[1:])))),
-)
+    st.builds(
+        lambda incarnation, one, other, whole: Applied(
+            incarnation, Position(min(one, other)), Position(max(one, other)), whole
+        ),
+        lsns, lsns, lsns, st.booleans(),
+    ),
+)  # fmt: skip
 
 
 @given(vectors)
 def test_what_is_visible_travels_beside_what_is_durable(applied: dict[int, Applied]) -> None:
     assert Heartbeat.unpack(heartbeat(applied=applied).pack()).applied == applied
     keys = pack_applied(applied)
-    assert parse_applied(keys["applied"], keys["visible"]) == applied
+    assert parse_applied(keys["applied"], keys["visible"], keys["partial"]) == applied
+    assert all(done.whole for done in parse_applied(keys["applied"], keys["visible"]).values()), "an older version"
 
 
 @given(vectors, vectors)

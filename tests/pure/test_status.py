@@ -14,7 +14,7 @@ from cli.demo.compare import Content, differences
 from cli.demo.latency import Latency, percentile
 from cli.join_cmd import parse_ttl
 from cli.progress import estimate_left_s
-from cli.status import format_uptime, in_sync, notes, render
+from cli.status import format_uptime, in_sync, notes, render, synchronous_lines
 from cli.wait import Behind, Goal
 from pmgsync.core.membership import Member, first_document
 from pmgsync.core.positions import format_lsn
@@ -296,3 +296,31 @@ def test_text_for_people() -> None:
     assert printable("a\tb\x1b[0m") == "a b [0m"
     assert estimate_left_s(0, 100, 1.0) is None
     assert estimate_left_s(25, 100, 5.0) == 15.0
+
+
+def test_synchronous_mode_is_one_line() -> None:
+    mode = {
+        "slaves": 1,
+        "level": "durable",
+        "patience_s": 10.0,
+        "in_force": True,
+        "state": "synchronous",
+        "in_step": [2],
+        "waiting_s": 0.0,
+    }
+
+    def line(**changes: Any) -> str:
+        (found,) = synchronous_lines(status(node(1), node(2)) | {"synchronous": mode | changes})
+        return found
+
+    begin = "synchronous: commits on the master wait for 1 slave, durable, at most 10 s"
+    assert line() == f"{begin}; in step: pmg2(2)"
+    assert line(state="degraded", in_step=[]) == f"{begin}; DEGRADED, they do not wait now; in step: none"
+    assert line(state="waiting", waiting_s=12.3, in_step=[]) == f"{begin}; WAITING for 12 s; in step: none"
+    assert line(state="starting") == f"{begin}; not yet; in step: pmg2(2)"
+    assert line(state=None) == begin, "on any other node"
+    assert line(state=None, in_force=False) == f"{begin}; not in force yet"
+    without_end = "synchronous: commits on the master wait for 2 slaves, visible, without end; in step: pmg2(2)"
+    assert line(slaves=2, level="visible", patience_s=None) == without_end
+    assert synchronous_lines(status(node(1)) | {"synchronous": mode | {"slaves": 0}}) == []
+    assert synchronous_lines(status(node(1))) == []

@@ -19,6 +19,7 @@ from pmgsync.postgres.setup.guard import guarded_by, unguarded
 from pmgsync.postgres.setup.node_row import NodeFacts, node_facts
 from pmgsync.postgres.setup.preflight import check_server
 from pmgsync.postgres.setup.sequence_values import covered
+from pmgsync.postgres.setup.standby_names import Names, read_names
 from pmgsync.postgres.setup.watch import armed
 from pmgsync.postgres.wal.slot_reader import SlotState, read_slot_state
 
@@ -53,6 +54,7 @@ def check_database(dsn: str, profile: Profile, document: ClusterDocument | None,
                 yield from _check_slot(facts, slot)
                 yield from _check_publication(connection)
                 yield from _check_guard(connection, document, cid)
+                yield from _check_standby_names(connection, document, cid)
                 yield from _check_schema(connection)
             yield from _check_sequences(connection, profile)
     except psycopg2.Error as error:
@@ -194,6 +196,44 @@ def _check_guard(connection: Connection, document: ClusterDocument | None, cid: 
     elif open_tables := unguarded(connection):
         problem = f"tables that the master writes can be written here: {_names(open_tables)}"
     yield Finding("guard", not problem, problem, RESTART_AGENT if problem else "")
+
+
+_OTHERS = """
+SELECT datname FROM pg_catalog.pg_database
+WHERE datallowconn AND NOT datistemplate AND datname <> pg_catalog.current_database() AND NOT EXISTS (
+    SELECT FROM pg_catalog.pg_db_role_setting AS s, pg_catalog.unnest(s.setconfig) AS one
+    WHERE s.setdatabase = pg_database.oid AND s.setrole = 0
+      AND one IN ('synchronous_commit=local', 'synchronous_commit=off'))
+ORDER BY 1
+"""
+
+
+def _check_standby_names(connection: Connection, document: ClusterDocument | None, cid: int) -> Iterator[Finding]:
+    """Whether commits on this server wait for slaves as the cluster is set to."""
+    if document is None or not cid:
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_catalog.current_setting('synchronous_standby_names')")
+        ((setting,),) = cursor.fetchall()
+        cursor.execute(_OTHERS)
+        others = [as_text(name) for (name,) in cursor.fetchall()]
+    names, check = read_names(as_text(setting)), "synchronous mode"
+    wanted = document.synchronous and document.master == cid
+    if not wanted and names is Names.OURS:
+        yield Finding(check, False, "commits on this server wait for capture, and need not", RESTART_AGENT)
+    elif wanted and names in {Names.NONE, Names.OTHERS}:
+        yield Finding(
+            check, False, "commits here do not wait for slaves: synchronous_standby_names does not name capture",
+            'add "pmgsync capture" to the names of your own standbys' if names is Names.OTHERS
+            else "see `pmgcm status`: slaves may have been away for too long",
+        )  # fmt: skip
+    elif wanted and others:
+        yield Finding(
+            check, True, f"commits in other databases of this server wait for slaves too: {_names(others)}",
+            "ALTER DATABASE … SET synchronous_commit = local, where they should not",
+        )  # fmt: skip
+    else:
+        yield Finding(check, True)
 
 
 def _check_schema(connection: Connection) -> Iterator[Finding]:

@@ -126,7 +126,9 @@ def note_reign(cursor: Cursor, epoch: int) -> None:
 _RUNNING = """
 SELECT count(*) FROM pg_catalog.pg_locks AS l JOIN pg_catalog.pg_stat_activity AS a ON a.pid = l.pid
 WHERE l.relation = 'pmgsync.writer'::regclass AND l.mode = 'RowExclusiveLock' AND a.state = 'active'
+  AND a.wait_event IS DISTINCT FROM 'SyncRep'
 """
+"""Whoever waits for slaves has its commit in the WAL already, before anything that is read there from now on."""
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from pmgsync.postgres.names import ORIGIN_PREFIX, PUBLICATION, SET_UP_ORIGIN, SL
 from pmgsync.postgres.session import connect, quote_ident
 from pmgsync.postgres.setup import watch
 from pmgsync.postgres.setup.node_row import NodeFacts, node_facts
+from pmgsync.postgres.setup.standby_names import forget_names
 from pmgsync.postgres.wal.slot import Progress, create_slot, wait_for_older
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ def deprovision(dsn: str) -> None:
     """
     with _session(dsn, "pmgsync deprovision") as connection:
         _remove(connection, drop_schema=True)
+    forget_names(dsn)
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------

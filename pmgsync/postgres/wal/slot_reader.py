@@ -12,6 +12,7 @@ from psycopg2.extras import LogicalReplicationConnection
 
 from pmgsync.core.positions import format_lsn, parse_lsn
 from pmgsync.errors import ChainBrokenError, PmgsyncError, UnreachableError
+from pmgsync.postgres.names import CAPTURE
 from pmgsync.postgres.session import PINNED, connect
 
 STATUS_INTERVAL_S = 86_400
@@ -129,7 +130,7 @@ class SlotReader:
         options = " ".join(f"-c {name}={value}" for name, value in PINNED.items() if name != "client_encoding")
         parameters = psycopg2.extensions.parse_dsn(dsn)
         parameters["options"] = f"{parameters.get('options', '')} {options} -c wal_sender_timeout=60s".strip()
-        parameters |= {"client_encoding": PINNED["client_encoding"], "application_name": "pmgsync capture"}
+        parameters |= {"client_encoding": PINNED["client_encoding"], "application_name": CAPTURE}
         try:
             self._connection = psycopg2.connect(**parameters, connection_factory=LogicalReplicationConnection)
         except psycopg2.OperationalError as error:
@@ -193,7 +194,12 @@ class SlotReader:
         self._newest_start = message.data_start
         return payload
 
-    def confirm(self, lsn: int, *, ask: bool = False) -> None:
+    @property
+    def confirmed(self) -> int:
+        """The newest LSN that was confirmed."""
+        return self._told
+
+    def confirm(self, lsn: int, *, ask: bool = False, commits_wait: bool = False) -> None:
         """Tell the server that everything below an LSN is on disk here, and optionally ask how far it has come.
 
         Nothing is sent when more would be confirmed than that. Once the newest message was confirmed, psycopg2 moves
@@ -203,10 +209,18 @@ class SlotReader:
         keepalive's LSN with whatever is confirmed next, also when messages have come since; for that reason feedback is
         held back for `PATIENCE_S` only.
 
+        In synchronous mode the server lets commits return up to that LSN. Then the newest message is confirmed at once,
+        without waiting for the watermark of what was read behind it, whose keepalives psycopg2 has passed over by then.
+        Whatever psycopg2 adds to a confirmation is the LSN of a keepalive after the newest message, and only when that
+        message was confirmed: no commit that a slave lacks lies below.
+
+        Args:
+            commits_wait: for this.
+
         Raises:
             UnreachableError: when the connection is lost.
         """
-        if lsn >= self._newest_start and self.caught_up_lsn > lsn:
+        if lsn >= self._newest_start and self.caught_up_lsn > lsn and not commits_wait:
             return
         if self._moved > lsn and time.monotonic() - self._told_at < PATIENCE_S:
             return

@@ -1,0 +1,235 @@
+"""Synchronous mode in the agent: which commits capture may let return, and the thread that has the server wait for it.
+
+Three say something: the broker, what slaves have; the cluster document, whether this node is the master; and the
+server, whether it waits for capture at all. Commits of a master that was replaced must not be told to be done when they
+are past the fork. So its sessions that still wait are ended before the server's setting is taken back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+from pmgsync.agent.fence import Fence
+from pmgsync.core.backoff import Backoff
+from pmgsync.core.forks import last_of_reign
+from pmgsync.core.membership import ClusterDocument
+from pmgsync.core.positions import ZERO, Position
+from pmgsync.core.synchronous import EVERYTHING
+from pmgsync.errors import PmgsyncError, UnreachableError
+from pmgsync.postgres.setup.standby_names import OURS, Names, StandbyNames, forget_names
+from pmgsync.wire.messages import Message
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.5
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 5.0
+CONFIRM_S = 1.0
+"""So long a master that was replaced lets commits return that are before the fork."""
+AWAIT_S = 0.5
+POLL_S = 0.02
+GUARD_S = 10.0
+"""So long it waits for its guard: what is refused need not wait for slaves."""
+
+Document = Callable[[], tuple[int, ClusterDocument] | None]
+
+
+class CommitHold:
+    """What capture's stream and the thread know of each other. For several threads.
+
+    Attributes:
+        alerts: what is wrong with the server's setting, for the worker's report; replaced as a whole.
+    """
+
+    def __init__(self, dsn: str, document: Document, fence: Fence) -> None:
+        """Prepare.
+
+        Args:
+            document: returns this node's CID and the cluster document, None while they are not known.
+            fence: tells when a master that was replaced refuses writes.
+        """
+        self.alerts: list[dict[str, str]] = []
+        self._dsn = dsn
+        self._document = document
+        self._fence = fence
+        self._changed = threading.Event()
+        self._holds: tuple[int, bool] | None = None
+        self._position = ZERO
+        self._heard_at = time.monotonic()
+        self._names: Names | None = None
+        self._replaced_at: float | None = None
+        self._let_go_in = 0
+        self._problem = ""
+        self._thread = threading.Thread(target=self._run, name="synchronous", daemon=True)
+
+    def start(self) -> None:
+        """Begin, unless it has begun."""
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    # -- for capture --------------------------------------------------------------------------------------------------
+
+    def heard(self, message: Message) -> None:
+        """Take over what the broker says."""
+        holds, self._position = message.get("holds") is True, Position.parse(message.get("position"))
+        self._heard_at = time.monotonic()
+        self._set((int(message.get("epoch", 0)), holds))
+
+    def _set(self, holds: tuple[int, bool]) -> None:
+        if holds != self._holds:
+            self._holds = holds
+            self._changed.set()
+
+    def _holds_in(self, document: ClusterDocument) -> bool:
+        """Say whether commits are held in the document's epoch, as the broker said last; before, as the document."""
+        holds = self._holds
+        return holds[1] if holds is not None and holds[0] == document.epoch else document.synchronous
+
+    @property
+    def stands(self) -> bool:
+        """True when the server lets commits wait for capture, or may."""
+        return self._names not in {Names.NONE, Names.OTHERS}
+
+    def position(self, incarnation: int) -> Position:
+        """Return up to where commits may return, on an incarnation of the own chain; `EVERYTHING`: none is held."""
+        known = self._document()
+        if not self.stands or known is None:
+            return EVERYTHING
+        cid, document = known
+        if document.master != cid:
+            never = self._names is None and not document.synchronous_wanted.slaves
+            if never or self._let_go_in == document.epoch:
+                return EVERYTHING
+            fork = last_of_reign(document.history, cid)
+            return Position(fork.lsn) if fork is not None and fork.incarnation == incarnation else ZERO
+        if not self._holds_in(document):
+            return EVERYTHING
+        return self._position if self._holds is not None and self._holds[0] == document.epoch else ZERO
+
+    def await_names(self, document: ClusterDocument) -> bool:
+        """Wait a moment until the server waits for capture, when this master's document says so; False: not yet.
+
+        A new master opens its tables after that. When the server cannot be made to wait, status says so instead.
+        """
+        deadline = time.monotonic() + AWAIT_S
+        while document.synchronous and self._names is Names.NONE and self._holds_in(document) and not self._problem:
+            if time.monotonic() > deadline:
+                return False
+            self._changed.set()
+            time.sleep(POLL_S)
+        return True
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._keep()
+        except BaseException:
+            # The supervisor starts the process anew; without this thread commits might wait for good.
+            log.exception("action=synchronous-thread-died")
+            os._exit(1)
+
+    def _keep(self) -> None:
+        backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
+        while True:
+            try:
+                with closing(StandbyNames(self._dsn)) as session:
+                    while True:
+                        self._look(session)
+                        backoff.succeeded()
+                        self._changed.wait(LOOK_S)
+                        self._changed.clear()
+            except UnreachableError as error:
+                if self._names is None:
+                    self._note(str(error))  # nothing is confirmed before; else capture reports that the server is away
+                log.info("action=synchronous-later error=%s", error)
+            except PmgsyncError as error:
+                self._note(str(error))
+            time.sleep(backoff.failed())
+
+    def _look(self, session: StandbyNames) -> None:
+        names = self._names = session.now()
+        wanted = self._wanted()
+        if wanted and names is Names.NONE:
+            session.put()
+            log.info("action=synchronous-names set=%s", OURS)
+            names = session.now()
+        elif wanted is False and names in {Names.OURS, Names.BY_HAND}:
+            lets_go = self._let_go(session)
+            if lets_go and names is Names.OURS:
+                session.take_back()
+                log.info("action=synchronous-names reset")
+                names = session.now()
+        self._names = names
+        self._note(_problem(names) if wanted else "")
+
+    def _wanted(self) -> bool | None:
+        """Say whether the server is to wait for capture; None: as it is, for nothing is known yet."""
+        known = self._document()
+        if known is None:
+            return None
+        cid, document = known
+        if document.master != cid:
+            return False
+        self._replaced_at = None
+        patience_s = document.synchronous_wanted.patience_s
+        silent_s = time.monotonic() - self._heard_at
+        if patience_s is not None and silent_s > patience_s:
+            if self._holds_in(document):
+                log.warning("action=synchronous-degraded reason=nothing-heard-of-the-broker silent_s=%.0f", silent_s)
+            self._holds = (document.epoch, False)
+        return self._holds_in(document)
+
+    def _let_go(self, session: StandbyNames) -> bool:
+        """Let commits return that wait; False: not yet. On a master that was replaced: what is before the fork, then
+        end the sessions that still wait.
+        """
+        known = self._document()
+        if known is None or known[1].master == known[0] or known[1].epoch == self._let_go_in:
+            return True
+        cid, document = known
+        if last_of_reign(document.history, cid) is None:  # nothing of its own is past a fork
+            self._let_go_in = document.epoch
+            return True
+        now = time.monotonic()
+        if self._replaced_at is None:
+            self._replaced_at = now
+        waited_s = now - self._replaced_at
+        if waited_s < CONFIRM_S or (waited_s < GUARD_S and not self._fence.refuses(document.epoch)):
+            return False
+        if ended := session.break_waits():
+            log.warning("action=synchronous-waits-ended sessions=%d reason=another-node-is-the-master", ended)
+        self._let_go_in = document.epoch
+        return True
+
+    def _note(self, problem: str) -> None:
+        if problem != self._problem:
+            self._problem = problem
+            if problem:
+                log.warning("action=synchronous-names error=%s", problem)
+        self.alerts = [{"kind": "synchronous", "text": problem}] if problem else []
+
+
+def let_go(dsn: str, document: ClusterDocument, cid: int) -> None:
+    """See that commits do not wait for an agent that is being stopped, when they are not to wait without end."""
+    if document.master != cid or not document.synchronous or document.synchronous_wanted.patience_s is None:
+        return
+    try:
+        if forget_names(dsn, waits_return=True):
+            log.warning("action=synchronous-degraded reason=the-agent-is-being-stopped")
+    except PmgsyncError as error:
+        log.warning("action=synchronous-names error=%s", error)
+
+
+def _problem(names: Names) -> str:
+    if names is Names.OTHERS:
+        return (
+            "commits do not wait for slaves: synchronous_standby_names has others' names; "
+            f"add capture by hand, for example ANY 2 (…, {OURS.partition('(')[2]}"
+        )
+    return ""
