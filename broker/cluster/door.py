@@ -171,9 +171,15 @@ class Door:
                     "members": [[member.cid, member.name, member.address] for member in document.members],
                 }
                 return self._send(caller, facts)
+            if reply["op"] == "error" and reply.get("error") == UnreachableError.code and time.monotonic() < deadline:
+                # The worker that was asked ended, or was given up for being silent.
+                self._loop.once(AGENT_AGAIN_S, lambda: self._ask_facts(caller, end, deadline))
+                return True
             return self._send(caller, reply) if reply["op"] == "error" else True
 
-        self._ask_facts(caller, End(("door", caller.identity), answer, caller.request), time.monotonic() + AGENT_S)
+        deadline = time.monotonic() + AGENT_S
+        end = End(("door", caller.identity), answer, caller.request)
+        self._ask_facts(caller, end, deadline)
 
     def _ask_facts(self, caller: _Caller, end: End, deadline: float) -> None:
         """Ask the agent, which a master that was made or started just now may not have yet."""

@@ -130,6 +130,12 @@ def paused(cluster: Cluster, node: Node) -> None:
 WAYS: tuple[Callable[[Cluster, Node], None], ...] = (removed, lost, left, paused)
 
 
+def join(cluster: Cluster, node: Node) -> None:
+    """Have a node join. On a machine that is very busy something may take too long; the same line ends well."""
+    line = cluster.join_arguments()
+    eventually(lambda: node.pmgcm(*line, check=False).returncode == 0, within_s=120, what="it joins")
+
+
 def written(cluster: Cluster, node: Node, turn: int) -> None:
     """Write what the node owns, and wait until it is on all that stay."""
     cid = cid_of(node)
@@ -156,7 +162,7 @@ def test_nothing_stays_of_nodes_that_came_and_went(churn: tuple[Cluster, Node], 
     with Ledger(cluster, pause_s=0.1) as ledger:
         for turn, way in zip(range(ROUNDS + 1), itertools.cycle(WAYS), strict=False):
             begun = time.monotonic()
-            guest.pmgcm(*cluster.join_arguments())
+            join(cluster, guest)
             joined = time.monotonic()
             written(cluster, guest, turn)
             way(cluster, guest)
