@@ -98,11 +98,19 @@ class Tokens:
         now = self._clock()
         self._tokens = {digest: token for digest, token in self._tokens.items() if token.expiry > now}
         if len(self._tokens) >= MAX_TOKENS:
+            self._forget_used()
+        if len(self._tokens) >= MAX_TOKENS:
             raise MembershipError(f"{MAX_TOKENS} tokens are open already", hint="wait until some have expired")
         token = base64.b32encode(secrets.token_bytes(TOKEN_BYTES)).decode().rstrip("=")
         self._tokens[_digest(token)] = _Token(now + ttl_s, key)
         self._store()
         return token
+
+    def _forget_used(self) -> None:
+        """Forget the token that somebody has used and that expires first: whoever has, mostly has joined by now."""
+        used = [(token.expiry, digest) for digest, token in self._tokens.items() if token.used_by is not None]
+        if used:
+            del self._tokens[min(used)[1]]
 
     def problem(self, token: str, key: bytes) -> str:
         """Return what is wrong with a token that a node presents, "" when it is good. For the log only."""

@@ -48,6 +48,15 @@ def test_so_many_tokens_are_open_at_once() -> None:
     with pytest.raises(MembershipError, match="open already"):
         tokens.issue(60)
     clock.now += 61
+    first = tokens.issue(50)
+    tokens.use(first, ONE)
+    for _ in range(MAX_TOKENS - 1):
+        tokens.issue(60)
+    tokens.issue(60)  # in the place of the one that was used
+    assert "unknown" in tokens.problem(first, ONE)
+    with pytest.raises(MembershipError, match="open already"):
+        tokens.issue(60)
+    clock.now += 61
     tokens.issue(60)
 
 
