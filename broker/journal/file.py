@@ -31,6 +31,9 @@ SPARE_BYTES = 64 << 20
 """A file keeps this much unused space, and as much as it uses, before it is made smaller."""
 _PIECE_BITS = 3
 _PAGE_BYTES = 8192
+_CACHE_KIB = 256
+"""Of each connection, and there are two for each chain. Frames are written once and mostly read once: a larger cache
+only fills up over hours."""
 _WAL_BYTES = 16 << 20
 _BUSY_S = 5.0
 
@@ -94,6 +97,7 @@ def connect(path: Path, *, synchronous: str) -> sqlite3.Connection:
     )
     connection.execute(f"PRAGMA synchronous = {synchronous}")
     connection.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
+    connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cell_size_check = ON")
     return connection

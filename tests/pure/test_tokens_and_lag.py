@@ -130,7 +130,7 @@ def test_a_head_that_never_rests_takes_little_memory_and_old_lags_are_told_nearl
     for lag_s in (1, 10, 60, 600, 6_000, 80_000):
         told = clock.lag_s(day_s, 10 * (day_s - lag_s))
         assert lag_s - 2 * SAMPLE_S <= told <= lag_s * (1 + 3 * EXACT) + 2 * SAMPLE_S
-    assert len(clock._samples) <= THIN_AT
+    assert len(clock._times) <= THIN_AT
 
 
 class Disk:
