@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psycopg2
 import pytest
 
 from tests.harness.cluster import Cluster, Node, eventually
+from tests.harness.network import Network
 
 pytestmark = pytest.mark.cluster
 NewCluster = Callable[..., Cluster]
@@ -45,10 +46,16 @@ CREATE TABLE rule (id int PRIMARY KEY);
 EXTRA = '[files]\nspool_root = "{directory}/spool"\nrow_wait_s = {wait_s}'
 
 
-def mails(new_cluster: NewCluster, tmp_path: Path, wait_s: int) -> Cluster:
+def mails(new_cluster: NewCluster, tmp_path: Path, wait_s: int, namespaces: Sequence[str] = ()) -> Cluster:
     profile = tmp_path / "mails.toml"
     profile.write_text(PROFILE)
-    cluster = new_cluster(nodes=2, profile=str(profile), extra=EXTRA.replace("{wait_s}", str(wait_s)), schema=SCHEMA)
+    cluster = new_cluster(
+        nodes=2,
+        profile=str(profile),
+        extra=EXTRA.replace("{wait_s}", str(wait_s)),
+        schema=SCHEMA,
+        namespaces=namespaces,
+    )
     # Both have the spool's directory before the first mail.
     for number, node in enumerate(cluster.nodes, 1):
         write(node, number, 0)
@@ -86,6 +93,10 @@ class Reader(threading.Thread):
         self.seen: dict[int, float] = {}
         self.over = threading.Event()
         self._node, self._owner = node, owner
+
+    def reach(self, rid: int) -> None:
+        """Wait until a row was read."""
+        eventually(lambda: rid in self.seen)
 
     def finish(self, count: int) -> None:
         """End when so many rows were read."""
@@ -137,6 +148,32 @@ def test_a_row_is_never_read_before_its_file(new_cluster: NewCluster, tmp_path: 
     write(master, 1, 200)
     eventually(lambda: "(200)" in other.content("mail", "rid"))
     eventually(lambda: other.content("rule") == ["(1)"])
+
+
+@pytest.mark.campaign
+def test_after_a_cut_rows_do_not_overtake_their_files(
+    new_cluster: NewCluster, new_network: Callable[[int], Network], tmp_path: Path
+) -> None:
+    links = new_network(2)
+    cluster = mails(new_cluster, tmp_path, 30, namespaces=links.names)
+    master, other = cluster.nodes
+    reader = Reader(other, 1)
+    reader.start()
+    rid = 0
+    for cut_s in (1, 12):
+        links.cut(2)
+        until = time.monotonic() + cut_s
+        while time.monotonic() < until:
+            rid += 1
+            write(master, 1, rid)
+            insert(master, 1, rid)
+            time.sleep(0.05)
+        links.heal(2)
+        healed = time.monotonic()
+        reader.reach(rid)
+        print(f"{rid} mails are readable {time.monotonic() - healed:.1f} s after a cut of {cut_s} s")
+    reader.finish(rid)
+    assert reader.without == []
 
 
 @pytest.mark.campaign
