@@ -113,7 +113,8 @@ class Intake:
         self.owner = self.held.copy()
         self.contents = Contents(self.root, self._staging)
         self.contents.learn(self.held.items())
-        # What was heard of last comes first: a new mail is not behind all those of a first sync.
+        # What was heard of last comes first: a new mail is not behind all those of a first sync. These come in their
+        # order, which is that of the rows that wait for them.
         self._pending: dict[bytes, None] = {}
         self._unnoted: list[Row] = []
         self._remaining_at = (b"", 0)
@@ -171,6 +172,12 @@ class Intake:
             if not self.tree.gone:
                 self._pending |= dict.fromkeys(name for name in self.held if name not in self.owner)
         self.known = True
+        if len(self._pending) > BATCH_NAMES:
+            self._pending = dict.fromkeys(sorted(self._pending, key=self._made, reverse=True))
+
+    def _made(self, name: bytes) -> int:
+        entry = self.owner.get(name)
+        return entry.mtime_ns if entry is not None else 0
 
     def refetch(self, names: Iterable[bytes]) -> None:
         """Forget that names are in place: they are compared with the disk and fetched again when they differ."""
