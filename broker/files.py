@@ -1,11 +1,16 @@
-"""The state directory is this user's alone: what other users can get at is refused."""
+"""The state directory is this user's alone: what other users can get at is refused. And how many files may be open."""
 
 from __future__ import annotations
 
+import logging
+import resource
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from pmgsync.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 FOR_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 PRIVATE_UMASK = 0o077
@@ -45,3 +50,21 @@ def is_open(path: Path) -> bool:
     except FileNotFoundError:
         return False  # the journal's files come and go
     return not stat.S_ISLNK(mode) and bool(mode & FOR_OTHERS)
+
+
+ENOUGH_DESCRIPTORS = 4096
+"""For 64 members, their chains, and as many connections of strangers as `broker.net.incoming` lets stand."""
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the limit of file descriptors to what the system allows: each connection is one, a stranger's too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and (hard == resource.RLIM_INFINITY or soft < hard):
+        wanted = ENOUGH_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+        with suppress(ValueError, OSError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and limit < ENOUGH_DESCRIPTORS:
+        log.warning(
+            "action=few-descriptors limit=%d hint=give the broker at least %d open files", limit, ENOUGH_DESCRIPTORS
+        )

@@ -24,12 +24,13 @@ def run() -> None:
     arguments = parser.parse_args()
     set_up_logging(verbose=arguments.verbose)
     try:
-        from broker.files import PRIVATE_UMASK, refuse_open_files
+        from broker.files import PRIVATE_UMASK, raise_descriptor_limit, refuse_open_files
         from broker.node import Broker
 
         os.umask(PRIVATE_UMASK)
         config = load_config(arguments.config)
         refuse_open_files(config.state_dir)
+        raise_descriptor_limit()
         broker = Broker(config)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: broker.stop())

@@ -23,7 +23,8 @@ from broker.members.calls import Send
 from broker.net import sockets
 from broker.net.loop import Loop, Socket
 from broker.net.port import Port, Ports
-from broker.net.zap import CONTROL_DOMAIN, DOOR_DOMAIN, KEY_DOMAIN, MEMBERS_DOMAIN, ZapHandler
+from broker.net.refusals import Refusals
+from broker.net.zap import ZapHandler
 from broker.participation import Participation, Resources
 from broker.requests.admin import AdminRequests
 from broker.requests.local import LocalRequests
@@ -69,7 +70,10 @@ class Broker:
         self._divergence = DivergenceFiles(config.state_dir)
         self._documents = Documents(self._state, keys, self._voter, leave=self._leave_behind)
         self._splits = Splits(self._held_document, self._spread_split)
-        self._zap = ZapHandler(self._context, self._loop, self._documents.cid_of_key, self._documents.was_removed)
+        refusals = Refusals(time.monotonic)
+        self._zap = ZapHandler(
+            self._context, self._loop, self._documents.cid_of_key, refusals, self._documents.was_removed
+        )
         socket = sockets.bind_local(self._context, config.broker_socket)
         tokens = Tokens(time.monotonic, self._state)
         self._sessions = Sessions(socket, self._session_over)
@@ -80,7 +84,8 @@ class Broker:
             keys=keys,
             context=self._context,
             loop=self._loop,
-            ports=_ports(self._context, self._loop, config),
+            ports=_ports(self._context, self._loop, config, refusals),
+            refusals=refusals,
             sessions=self._sessions,
             tokens=tokens,
             attempts=Attempts(time.monotonic),
@@ -403,15 +408,15 @@ class Broker:
                 self._stand_aside()
 
 
-def _ports(context: zmq.Context[Socket], loop: Loop, config: NodeConfig) -> Ports:
-    control = {"max_bytes": sockets.CONTROL_MAX_BYTES, "hwm": sockets.CONTROL_HWM}
+def _ports(context: zmq.Context[Socket], loop: Loop, config: NodeConfig, refusals: Refusals) -> Ports:
+    def port(kind: int, number: int, purpose: str, **limits: int) -> Port:
+        return Port(context, loop, kind, config.address, number, purpose, refusals, **limits)
+
     return Ports(
-        events=Port(context, loop, zmq.XPUB, MEMBERS_DOMAIN, config.address, config.events_port, "events"),
-        control=Port(
-            context, loop, zmq.ROUTER, CONTROL_DOMAIN, config.address, config.control_port, "control", **control
+        events=port(zmq.XPUB, config.events_port, "events"),
+        control=port(
+            zmq.ROUTER, config.control_port, "control", max_bytes=sockets.CONTROL_MAX_BYTES, hwm=sockets.CONTROL_HWM
         ),
-        join=Port(
-            context, loop, zmq.ROUTER, DOOR_DOMAIN, config.address, config.join_port, "join", hwm=sockets.JOIN_HWM
-        ),
-        key=Port(context, loop, zmq.ROUTER, KEY_DOMAIN, config.address, config.key_port, "key", hwm=sockets.JOIN_HWM),
+        join=port(zmq.ROUTER, config.join_port, "join", hwm=sockets.JOIN_HWM),
+        key=port(zmq.ROUTER, config.key_port, "key", hwm=sockets.JOIN_HWM),
     )

@@ -37,6 +37,7 @@ from broker.members.members import Members
 from broker.net.keys import NodeKeys
 from broker.net.loop import Loop, Socket
 from broker.net.port import Ports
+from broker.net.refusals import Refusals
 from broker.requests.control import ControlRequests
 from broker.requests.keys import KeyRequests
 from broker.requests.sessions import Session, Sessions
@@ -91,6 +92,7 @@ class Resources:
     voter: Voter
     splits: Splits
     conf_file: ConfFile
+    refusals: Refusals
     new_id: Callable[[], int]
 
 
@@ -259,7 +261,13 @@ class Participation:
             give_up=self._give_up,
         )
         self._door = Door(
-            self._ports.join, resources.loop, resources.tokens, resources.attempts, resources.passwords, self
+            self._ports.join,
+            resources.loop,
+            resources.tokens,
+            resources.attempts,
+            resources.passwords,
+            resources.refusals,
+            self,
         )
         self._key_port = KeyPort(self._ports.key, resources.keys)
         self._inbound = Inbound(
@@ -287,6 +295,7 @@ class Participation:
             split_problem=resources.splits.problem,
             lease=self.leading.lease.status,
             synchronous=self.synchronous,
+            refusals=resources.refusals.recent,
         )
 
     @property

@@ -17,7 +17,7 @@ WATCH_S = 1.0
 IN_SYNC = "A"
 NAME_WIDTH, ADDRESS_WIDTH, ROLE_WIDTH = 18, 15, 6
 SHOWN = 5
-"""Counters of conflicts that the table shows; JSON has more."""
+"""Counters of conflicts, and refusals, that the table shows; JSON has more."""
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -124,7 +124,23 @@ def render(status: Mapping[str, Any], *, clocks_matter: bool = False) -> list[st
         lines += [f"{name}: {note}" for note in notes(node)]
         if clocks_matter and (skew := clock_problem(node)):
             lines.append(f"{name}: clock: {skew}; rules that take the latest value compare clocks")
-    return lines + lease_lines(status) + synchronous_lines(status)
+    return lines + lease_lines(status) + synchronous_lines(status) + refused_lines(status)
+
+
+def refused_lines(status: Mapping[str, Any]) -> list[str]:
+    """Return what this node has refused to others lately, a line an address and reason, the newest first."""
+    refused = status.get("refused") or []
+    names = {node["ip"]: f"{node['name']}({node['cid']}) at " for node in status["nodes"]}
+    lines = []
+    for one in refused[:SHOWN]:
+        who = names.get(one["address"], "") + (one["address"] or "an address that is not known")
+        times = f"{one['count']} times, last " if one["count"] > 1 else ""
+        lines.append(
+            printable(f"refused on port {one['port']}: {who}: {one['reason']} ({times}{one['last_s']:.0f} s ago)")
+        )
+    if len(refused) > SHOWN:
+        lines.append(f"refused: {len(refused) - SHOWN} more, see --json")
+    return lines
 
 
 def lease_lines(status: Mapping[str, Any]) -> list[str]:

@@ -14,8 +14,10 @@ from broker.cluster.attempts import Attempts
 from broker.cluster.password import PasswordCheck
 from broker.cluster.tokens import Tokens
 from broker.members.calls import Attachments, End
+from broker.net.incoming import plain_address
 from broker.net.loop import Loop
 from broker.net.port import Port
+from broker.net.refusals import Refusals
 from pmgsync.core.membership import ClusterDocument, Member, SignedDocument, with_member, without_member
 from pmgsync.errors import (
     MembershipError,
@@ -67,19 +69,29 @@ class Door:
     """Answers on the join port, a ROUTER under CURVE that takes any client key."""
 
     def __init__(
-        self, port: Port, loop: Loop, tokens: Tokens, attempts: Attempts, passwords: PasswordCheck, cluster: Cluster
+        self,
+        port: Port,
+        loop: Loop,
+        tokens: Tokens,
+        attempts: Attempts,
+        passwords: PasswordCheck,
+        refusals: Refusals,
+        cluster: Cluster,
     ) -> None:
         self._port = port
         self._loop = loop
         self._tokens = tokens
         self._attempts = attempts
         self._passwords = passwords
+        self._refusals = refusals
         self._cluster = cluster
 
     def receive(self, parts: list[zmq.Frame]) -> None:
         """Take a message with the sender's identity in front."""
         last = parts[-1]
-        caller = _Caller(parts[0].bytes, bytes.fromhex(str(last.get("User-Id"))), str(last.get("Peer-Address")), 0)
+        caller = _Caller(
+            parts[0].bytes, bytes.fromhex(str(last.get("User-Id"))), plain_address(str(last.get("Peer-Address"))), 0
+        )
         try:
             if len(parts) != 2:
                 raise ProtocolError("a join request is one map")
@@ -99,7 +111,7 @@ class Door:
                 raise UnknownOperationError(f"the join door does not know {other!r:.40}")
 
     def _refuse(self, caller: _Caller, error: PmgsyncError) -> None:
-        log.warning("action=join-refused address=%s reason=%s", caller.address, error.message)
+        self._refusals.note("join", caller.address, error.message)
         self._send(caller, error_map(caller.request, error))
 
     # -- who may come in ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from broker.cluster.door import PROTOCOL_VERSION
 from broker.cluster.key_port import KNOWN_PUBLIC
-from broker.net import sockets
+from broker.net import handshakes, sockets
 from broker.net.keys import NodeKeys
 from broker.net.loop import Socket
 from pmgsync.core.members import KEY_BYTES
@@ -25,14 +25,6 @@ REFUSED_S = 2.0
 """For so long a port that refuses connections counts as about to be bound, after that as closed."""
 ANSWER_S = 15.0
 """The master asks its database before it answers."""
-HANDSHAKE_FAILED = frozenset(
-    {
-        zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
-        zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
-        zmq.EVENT_HANDSHAKE_FAILED_AUTH,
-        zmq.EVENT_DISCONNECTED,
-    }
-)
 
 
 class Handshake:
@@ -66,7 +58,12 @@ class Handshake:
                 connected = True
             elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and told["value"] == errno.EAGAIN:
                 break
-            elif event in HANDSHAKE_FAILED and connected:
+            elif event == zmq.EVENT_DISCONNECTED or handshakes.is_without_curve(event, told["value"]):
+                raise UnreachableError(
+                    f"what answers at {self._where} is not a pmgsync master, or of an incompatible version",
+                    hint="check address and port",
+                )
+            elif event & handshakes.FAILED:
                 raise MembershipError(
                     f"the fingerprint does not match the key of the node at {self._where}",
                     hint="copy the whole line that `pmgcm join-cmd` prints on the master; if it is the same, "

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from broker.net import sockets
+from broker.net import handshakes, sockets
 from broker.net.keys import KeyPair
 from broker.net.loop import Loop, Socket
 from pmgsync.core.frames import MAX_BODY
@@ -19,21 +19,10 @@ log = logging.getLogger(__name__)
 
 _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | handshakes.FAILED
     | zmq.EVENT_CONNECTED
     | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CONNECT_RETRIED
-)
-
-
-_FAILED = frozenset(
-    {
-        zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
-        zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
-        zmq.EVENT_HANDSHAKE_FAILED_AUTH,
-    }
 )
 
 
@@ -95,17 +84,11 @@ class Connection:
         self.socket.close(linger=0)
 
     def _watch(self, parts: list[zmq.Frame]) -> None:
-        event = parse_monitor_message([part.bytes for part in parts])["event"]
-        greeted = self.established
+        told = parse_monitor_message([part.bytes for part in parts])
+        event, greeted = told["event"], self.established
         match event:
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 problem = ""
-            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                problem = f"{self._where} refuses this node's key"
-            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if not greeted:
-                problem = f"the handshake with {self._where} failed: its key may not be the one in the cluster document"
-            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                problem = f"what came from {self._where} was damaged on the way"
             case zmq.EVENT_CONNECTED:
                 self._explained = False
                 return
@@ -114,13 +97,15 @@ class Connection:
             case zmq.EVENT_DISCONNECTED if greeted:
                 problem = f"{self._where} closed the connection"
             case zmq.EVENT_DISCONNECTED:
-                problem = f"{self._where} closed the connection before the handshake: its key may have changed"
+                problem = handshakes.no_zmtp(self._where)
             case zmq.EVENT_CONNECT_RETRIED:
                 problem = self.problem or f"{self._where} does not accept connections"
+            case _ if greeted:
+                problem = f"what came from {self._where} was damaged on the way"
             case _:
-                return
+                problem = handshakes.failure(event, told["value"], self._where)
         # The disconnect that follows says less than the reason that came before it.
-        self._explained = event in _FAILED
+        self._explained = bool(event & handshakes.FAILED)
         self.established = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
         self.refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH or (self.refused and not self.established)
         if self.established != greeted:

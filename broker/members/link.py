@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import zmq
@@ -161,9 +160,13 @@ class MemberLink:
         """Return False when the control connection has been gone, or has not answered, for too long."""
         if not self._control.established:
             return now - self._control.changed <= REBUILD_AFTER_S
-        if self._asked is None and now - self._answered >= PING_S and self.send({"op": "ping", "id": 0}):
-            self._asked = now
+        if self._asked is None and now - self._answered >= PING_S:
+            self._ping(now)
         return self._asked is None or now - self._asked <= REBUILD_AFTER_S
+
+    def _ping(self, now: float) -> None:
+        if self.send({"op": "ping", "id": 0}):
+            self._asked = now
 
     def rebuild(self) -> None:
         """Close both connections and make new ones."""
@@ -193,7 +196,11 @@ class MemberLink:
             self._asked, self._answered = None, time.monotonic()
             self._receiver.answer(self, parts)
 
-        begun = partial(self._receiver.connected, self)
+        def begun() -> None:
+            # At once: whoever has said nothing yet counts as a stranger there.
+            self._ping(time.monotonic())
+            self._receiver.connected(self)
+
         return self._open(zmq.DEALER, self.member.control, receive, begun, self._control_ended)
 
     def _open(

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import zmq
 
 from broker.net import sockets
+from broker.net.incoming import Incoming
 from broker.net.loop import Loop, Socket
+from broker.net.refusals import Refusals
+from broker.net.zap import MEMBERS
 from pmgsync.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -29,10 +32,10 @@ class Port:
         context: zmq.Context[Socket],
         loop: Loop,
         kind: int,
-        domain: bytes,
         address: str,
         number: int,
         purpose: str,
+        refusals: Refusals,
         *,
         max_bytes: int = sockets.JOIN_MAX_BYTES,
         hwm: int = sockets.EVENTS_HWM,
@@ -40,13 +43,14 @@ class Port:
         self._context = context
         self._loop = loop
         self._kind = kind
-        self._domain = domain
         self._address = address
         self._number = number
         self._purpose = purpose
+        self._refusals = refusals
         self._max_bytes = max_bytes
         self._hwm = hwm
         self._socket: Socket | None = None
+        self._incoming: Incoming | None = None
         self._closed_at = -PATIENCE_S
         self._problem = ""
 
@@ -67,14 +71,22 @@ class Port:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         elif self._kind == zmq.XPUB:
             socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # tells of every subscriber, not only of the first
+        incoming = Incoming(self._context, self._loop, socket, self._number, self._purpose, self._refusals)
         try:
-            sockets.serve(socket, secret_key, self._domain, self._address, self._number, self._purpose)
-        except sockets.PortInUseError:
-            if time.monotonic() - self._closed_at >= PATIENCE_S:
-                raise
-            return
-        self._loop.add_socket(socket, receive)
-        self._socket = socket
+            sockets.serve(socket, secret_key, self._address, self._number, self._purpose)
+        except ConfigError as error:
+            incoming.close()
+            socket.close(linger=0)
+            if isinstance(error, sockets.PortInUseError) and time.monotonic() - self._closed_at < PATIENCE_S:
+                return
+            raise
+
+        def heard(parts: list[zmq.Frame]) -> None:
+            incoming.heard(parts[-1])
+            receive(parts)
+
+        self._loop.add_socket(socket, heard if self._purpose.encode() in MEMBERS else receive)
+        self._socket, self._incoming = socket, incoming
 
     def try_open(self, secret_key: bytes, receive: Receive) -> None:
         """Bind a port that the node can do without, unless it is bound; why it cannot be is logged once."""
@@ -95,8 +107,10 @@ class Port:
         if self._socket is not None:
             self._closed_at = time.monotonic()
             self._loop.remove(self._socket)
+            if self._incoming is not None:
+                self._incoming.close()
             self._socket.close(linger=linger_ms)
-            self._socket = None
+            self._socket = self._incoming = None
 
     def lose_patience(self) -> None:
         """Make a port that is taken an error at the next `open`."""

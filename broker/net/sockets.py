@@ -60,8 +60,8 @@ def endpoint(address: str, port: int) -> str:
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
-def serve(socket: Socket, secret_key: bytes, domain: bytes, address: str, port: int, purpose: str) -> None:
-    """Make a socket a CURVE server and bind it; it is closed when that fails.
+def serve(socket: Socket, secret_key: bytes, address: str, port: int, purpose: str) -> None:
+    """Make a socket a CURVE server and bind it; `purpose` is the ZAP domain.
 
     Raises:
         PortInUseError: when the port is in use.
@@ -69,11 +69,10 @@ def serve(socket: Socket, secret_key: bytes, domain: bytes, address: str, port: 
     """
     socket.curve_server = True
     socket.curve_secretkey = secret_key
-    socket.setsockopt(zmq.ZAP_DOMAIN, domain)
+    socket.setsockopt(zmq.ZAP_DOMAIN, purpose.encode())
     try:
         socket.bind(endpoint(address, port))
     except zmq.ZMQError as error:
-        socket.close(linger=0)
         kind = PortInUseError if error.errno == errno.EADDRINUSE else ConfigError
         raise kind(
             f"the {purpose} port {port} on {address} cannot be bound ({error.strerror})",

@@ -6,14 +6,17 @@ from collections.abc import Callable
 
 import zmq
 
+from broker.net.handshakes import NO_MEMBER, NOT_A_MEMBER
+from broker.net.incoming import plain_address
 from broker.net.loop import Loop, Socket
+from broker.net.refusals import Refusals
 
-MEMBERS_DOMAIN = b"members"
-CONTROL_DOMAIN = b"control"
-"""Like MEMBERS_DOMAIN, but that removed nodes are let through under the name `REMOVED`, to be told what they are."""
+ANYBODYS = frozenset({b"join", b"key"})
+"""The domains that any key passes. A domain is what its port is for, as in the section [ports] of node.toml."""
+MEMBERS = frozenset({b"events", b"control"})
+CONTROL = b"control"
+"""Here removed nodes are let through, too, under the name `REMOVED`, to be told what they are."""
 REMOVED = "removed"
-DOOR_DOMAIN = b"door"
-KEY_DOMAIN = b"key"
 
 
 class ZapHandler:
@@ -24,17 +27,20 @@ class ZapHandler:
         context: zmq.Context[Socket],
         loop: Loop,
         cid_of: Callable[[bytes], int],
+        refusals: Refusals,
         was_removed: Callable[[bytes], bool] = lambda key: False,
     ) -> None:
         """Begin.
 
         Args:
             cid_of: returns the CID of the member with a CURVE public key, 0 for a stranger.
+            refusals: is told of those who are not let through.
             was_removed: says whether a key is that of a node that was a member.
         """
         self._cid_of = cid_of
         self._was_removed = was_removed
         self._loop = loop
+        self._refusals = refusals
         self._socket = context.socket(zmq.REP)
         self._socket.linger = 0
         self._socket.bind("inproc://zeromq.zap.01")
@@ -42,15 +48,17 @@ class ZapHandler:
 
     def _answer(self, parts: list[zmq.Frame]) -> None:
         request = [part.bytes for part in parts]
-        status, text, user = b"400", b"not a member", b""
+        status, text, user = str(NOT_A_MEMBER).encode(), b"not a member", b""
         if len(request) == 7 and request[0] == b"1.0" and request[5] == b"CURVE":
-            domain, key = request[2], request[6]
-            if domain in {DOOR_DOMAIN, KEY_DOMAIN}:
+            domain, address, key = request[2], request[3].decode(errors="replace"), request[6]
+            if domain in ANYBODYS:
                 status, text, user = b"200", b"OK", key.hex().encode()
-            elif domain in {MEMBERS_DOMAIN, CONTROL_DOMAIN} and (cid := self._cid_of(key)):
+            elif domain in MEMBERS and (cid := self._cid_of(key)):
                 status, text, user = b"200", b"OK", str(cid).encode()
-            elif domain == CONTROL_DOMAIN and self._was_removed(key):
+            elif domain == CONTROL and self._was_removed(key):
                 status, text, user = b"200", b"OK", REMOVED.encode()
+            else:
+                self._refusals.note(domain.decode(errors="replace"), plain_address(address), NO_MEMBER)
         request_id = request[1] if len(request) > 1 else b""
         self._socket.send_multipart([b"1.0", request_id, status, text, user, b""])
 

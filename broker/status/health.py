@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from broker.chains.synchronous import SynchronousCommits
 from broker.chains.trimming import Trimming
 from broker.heartbeats.conflicts import add_up
 from broker.heartbeats.heartbeat import DOWN_AFTER_S, Heartbeat
-from broker.heartbeats.machine import measure_machine
+from broker.heartbeats.machine import Machine, measure_machine
 from broker.members.link import MemberLink
 from broker.members.members import Members
 from broker.requests.sessions import Sessions
@@ -21,9 +22,12 @@ from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument
 from pmgsync.divergence_files import DivergenceFiles
 
+log = logging.getLogger(__name__)
+
 GRACE_S = 5.0
 """For so long after its start a broker does not report missing workers: they need time to connect."""
 DISK_ALERT_PCT = 90.0
+REFUSALS_SHOWN = 50
 
 Alerts = list[dict[str, str]]
 
@@ -48,12 +52,14 @@ class Health:
         split_problem: Callable[[], str],
         lease: Callable[[], dict[str, Any]],
         synchronous: SynchronousCommits,
+        refusals: Callable[[], list[dict[str, Any]]],
     ) -> None:
         """Begin.
 
         Args:
             document: returns the cluster document in force.
             lease: returns what there is to say of the master's lease.
+            refusals: returns what was refused to others at this node's ports lately.
             conf_problem, voting_problem: return what is wrong with cluster.conf, and with the record of votes.
             split_problem: returns a sentence while another side of the cluster has a master of its own.
         """
@@ -71,12 +77,14 @@ class Health:
         self._split_problem = split_problem
         self._lease = lease
         self._synchronous = synchronous
+        self._refusals = refusals
         self._divergence = DivergenceFiles(config.state_dir)
+        self._machine = Machine(0, 0.0, 0.0, 0.0)
         self._since = time.monotonic()
 
     def heartbeat(self) -> Heartbeat:
         """Return this node's heartbeat as of now."""
-        document, machine = self._document(), measure_machine(self._config.state_dir)
+        document, machine = self._document(), self._measure()
         state, error, alerts = self._judge(document)
         if machine.disk_pct >= DISK_ALERT_PCT:
             text = f"the disk of {self._config.state_dir} is {machine.disk_pct:.0f} % full"
@@ -109,6 +117,14 @@ class Health:
         """Return the level of the subscription as the agent has read it last, "" when it has not."""
         return next((session.level for session in self._sessions.workers() if session.level), "")
 
+    def _measure(self) -> Machine:
+        try:
+            self._machine = measure_machine(self._config.state_dir)
+        except OSError as error:
+            # Every file descriptor may be taken for an instant. The last figures stand then.
+            log.warning("action=machine-not-measured error=%s", error)
+        return self._machine
+
     def status(self) -> dict[str, Any]:
         """Return the map of `pmgcm status --json`."""
         views = {self._cid: View(self.heartbeat(), 0.0, self._chains.applied, "", 0.0)}
@@ -122,7 +138,7 @@ class Health:
             )  # fmt: skip
         now = time.monotonic()
         found = status_map(self._document(), views, self._chains.clocks, now=now, down_after_s=DOWN_AFTER_S)
-        return found | {"lease": self._lease(), "synchronous": self._synchronous.status()}
+        return found | {"lease": self._lease(), "synchronous": self._synchronous.status(), "refused": self._refusals()[:REFUSALS_SHOWN]}
 
     # -- judging ------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ import secrets
 import socket
 import struct
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import zmq
 
 from broker.cluster.state_directory import StateDirectory
 from broker.net.loop import Socket
-from pmgsync.core.membership import sign
 from pmgsync.core.positions import LAST
 from pmgsync.errors import PmgsyncError
 from pmgsync.wire.messages import pack
@@ -30,13 +28,11 @@ from tests.harness.brokers import (
     FaultyBroker,
     Receiver,
     Source,
-    document_of,
     make_transactions,
     running_brokers,
     until,
 )
-from tests.harness.cluster import eventually
-from tests.harness.strangers import answers_status, connected, nonsense, stranger, unharmed
+from tests.harness.strangers import connected, greeting, nonsense, stranger, unharmed
 
 pytestmark = pytest.mark.cluster
 
@@ -45,14 +41,6 @@ ROUNDS = int(os.environ.get("PMGSYNC_ROUNDS", "1"))
 
 
 PORTS = ["events", "control", "join"]
-
-
-GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
-
-
-def greeting(mechanism: bytes) -> bytes:
-    """Return the 64 bytes that a ZMTP 3 connection begins with."""
-    return GREETING + mechanism.ljust(20, b"\0") + bytes(32)
 
 
 # -- bytes from strangers ---------------------------------------------------------------------------------------------
@@ -154,26 +142,6 @@ def test_a_stranger_on_events_and_control_gets_nothing(one: FaultyBroker, tmp_pa
         assert not events.poll(1500)
         assert not control.poll(200)
         assert not other.poll(0)
-
-
-def test_another_key_than_the_documents_is_a_named_problem(tmp_path: Path) -> None:
-    brokers = [FaultyBroker(tmp_path, name) for name in ("node1", "node2")]
-    try:
-        right = document_of(brokers).document
-        wrong = replace(
-            right, members=(right.members[0], replace(right.members[1], curve_key=stranger(tmp_path).curve_public))
-        )
-        state = StateDirectory(brokers[0].state_dir)
-        state.store_document(sign(wrong, 1, state.keys().sign_private))
-        StateDirectory(brokers[1].state_dir).store_document(sign(right, 1, state.keys().sign_private))
-        for broker in brokers:
-            broker.start()
-        eventually(lambda: answers_status(brokers[0]) and answers_status(brokers[1]))
-        eventually(lambda: "key" in brokers[0].status()[2]["error"], within_s=10, what="the wrong key is named")
-        eventually(lambda: "refuses this node's key" in brokers[1].status()[1]["error"], within_s=10)
-    finally:
-        for broker in brokers:
-            broker.close()
 
 
 def test_nonsense_from_a_member_harms_nobody(tmp_path: Path) -> None:

@@ -72,10 +72,19 @@ class FaultyBroker(Broker):
 
     def status(self) -> dict[int, dict[str, Any]]:
         """Return the nodes of the status map by CID."""
+        return {node["cid"]: node for node in self.status_map()["nodes"]}
+
+    def refused(self) -> set[tuple[str, str]]:
+        """Return what the broker has refused lately: port and reason."""
+        return {(one["port"], one["reason"]) for one in self.status_map()["refused"]}
+
+    def status_map(self) -> dict[str, Any]:
+        """Return the whole status map."""
         link = self.link("cli")
         try:
             answer, _ = link.request({"op": "status"}, timeout_s=20)
-            return {node["cid"]: node for node in answer["status"]["nodes"]}
+            found: dict[str, Any] = answer["status"]
+            return found
         finally:
             self.links.remove(link)
             link.close()

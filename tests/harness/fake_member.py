@@ -17,7 +17,8 @@ from broker.cluster.state_directory import StateDirectory
 from broker.heartbeats.heartbeat import Heartbeat, HeldChain, OwnChain
 from broker.net import sockets
 from broker.net.loop import Loop, Socket
-from broker.net.zap import MEMBERS_DOMAIN, ZapHandler
+from broker.net.refusals import Refusals
+from broker.net.zap import ZapHandler
 from pmgsync.core.frames import Frame
 from pmgsync.core.membership import Member
 from pmgsync.core.positions import Position
@@ -145,11 +146,11 @@ class FakeMember:
 
     def _run(self) -> None:
         loop = self._loop = Loop()
-        zap = ZapHandler(self.context, loop, self._cid_of)
+        zap = ZapHandler(self.context, loop, self._cid_of, Refusals(time.monotonic))
         self._publisher = sockets.open_socket(self.context, zmq.PUB)
-        sockets.serve(self._publisher, self.keys.curve_secret, MEMBERS_DOMAIN, "127.0.0.1", self.ports[0], "events")
+        sockets.serve(self._publisher, self.keys.curve_secret, "127.0.0.1", self.ports[0], "events")
         self._router = sockets.open_socket(self.context, zmq.ROUTER, hwm=10_000)
-        sockets.serve(self._router, self.keys.curve_secret, MEMBERS_DOMAIN, "127.0.0.1", self.ports[1], "control")
+        sockets.serve(self._router, self.keys.curve_secret, "127.0.0.1", self.ports[1], "control")
         loop.add_socket(self._router, self._receive)
         loop.every(0.005, self._do_work)
         loop.every(BEAT_S, self._beat)

@@ -22,6 +22,13 @@ from tests.harness.brokers import (
     FaultyBroker,
 )
 
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
+
+
+def greeting(mechanism: bytes) -> bytes:
+    """Return the 64 bytes that a ZMTP 3 connection begins with."""
+    return GREETING + mechanism.ljust(20, b"\0") + bytes(32)
+
 
 def answers_status(broker: FaultyBroker) -> bool:
     try:
