@@ -326,7 +326,10 @@ class Broker:
 
     def delete_member(self, cid: int) -> None:
         """Remove a member, on the master only."""
+        member = self._documents.master_document().member(cid)
         self._put_in_force(self._documents.delete(cid))
+        if member is not None:
+            self._resources.tokens.forget(member.curve_key)
 
     def promotion_plan(self, *, force: bool) -> dict[str, Any]:
         """Return the map of `pmgcm promote --dry-run --json`."""

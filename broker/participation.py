@@ -141,6 +141,7 @@ class Participation:
         self._calls = Calls(resources.new_id)
         self._change_document = change_document
         self._new_id = resources.new_id
+        self._tokens = resources.tokens
         self._confirm_at = self._ack_at = 0.0
         self._voter = resources.voter
         self._since = time.monotonic()
@@ -485,7 +486,10 @@ class Participation:
 
     def _confirm(self, cid: int) -> None:
         """Make a joining node a full member; its copy is in place."""
-        self.change_document(with_confirmed(self.master_document(), cid))
+        document = self.master_document()
+        self.change_document(with_confirmed(document, cid))
+        if (member := document.member(cid)) is not None:
+            self._tokens.forget(member.curve_key)
 
     def _give_up(self, cid: int) -> None:
         """Remove a node that has not come as far as to be a member; one that has is left alone."""

@@ -1,7 +1,7 @@
 """Join tokens: one-time, short-lived. Their digests are on disk, so that a restart of the broker makes none void.
 
-A used token stays good for the key that has used it, until it expires: the same line takes up a join that was
-interrupted. A node with a wrong token is not told what is wrong with it; the log says that.
+A used token stays good for the key that has used it, until its node is a member or it expires: the same line takes up
+a join that was interrupted. A node with a wrong token is not told what is wrong with it; the log says that.
 """
 
 from __future__ import annotations
@@ -130,6 +130,16 @@ class Tokens:
         """
         self._tokens[_digest(token)].used_by = key
         self._store()
+
+    def forget(self, key: bytes) -> None:
+        """End the tokens that a node has used: it is a member now, or is to be one no more."""
+        kept = {digest: token for digest, token in self._tokens.items() if token.used_by != key}
+        if len(kept) < len(self._tokens):
+            self._tokens = kept
+            try:
+                self._store()
+            except PmgsyncError as error:
+                log.warning("action=tokens-not-stored error=%s", error)  # they are void until the broker is restarted
 
 
 def _digest(token: str) -> bytes:

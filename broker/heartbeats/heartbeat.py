@@ -10,6 +10,7 @@ from typing import Any
 import msgpack
 
 from broker.heartbeats.conflicts import read_counters
+from pmgsync.core.nesting import check_nesting
 from pmgsync.core.positions import MAX_LSN, Position
 from pmgsync.core.trees import read_action_reports, read_tree_reports
 from pmgsync.errors import ProtocolError
@@ -132,6 +133,7 @@ class Heartbeat:
             raise ProtocolError(f"a heartbeat has {len(data)} bytes, expected at most {MAX_BYTES}")
         try:
             raw = msgpack.unpackb(data, raw=False, strict_map_key=False, max_ext_len=0)
+            check_nesting(raw)
             if raw["v"] != VERSION:
                 raise ProtocolError(
                     f"a heartbeat has version {raw['v']!r:.20}, this node reads version {VERSION}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from broker.heartbeats.heartbeat import Applied, Heartbeat, HeldChain, OwnChain
 from broker.members.calls import Attachments
 from broker.members.link import MemberLink, Receiver
 from broker.net.keys import NodeKeys
+from broker.net.log_limit import LogLimit
 from broker.net.loop import Loop, Socket
 from pmgsync.core.membership import ClusterDocument
 from pmgsync.core.synchronous import Said
@@ -40,6 +42,7 @@ class Members:
         self._words: dict[int, tuple[int, int, Mapping[int, Applied]]] = {}
         self.on_acknowledged: Callable[[int], None] = lambda cid: None
         self._logged: list[str] = []
+        self._limit = LogLimit(time.monotonic)
         self._cids: frozenset[int] = frozenset()
 
     def __iter__(self) -> Iterator[MemberLink]:
@@ -141,7 +144,9 @@ class Members:
         if link is not None and not isinstance(error, UnreachableError | UnknownChainError):
             link.refuse(str(error))
         text = f"node {cid}: {error}"
-        if text not in self._logged:
+        if text not in self._logged and self._limit.take():
+            if count := self._limit.left_out():
+                log.warning("action=refused-more count=%d", count)
             log.warning("action=refused %s", text)
             self._logged = [*self._logged[-MAX_REMEMBERED + 1 :], text]
 

@@ -30,12 +30,15 @@ WAITING_OF_ADDRESS = 100
 """Connections from one address to one port that have sent no message. Members send one at once."""
 WAITING_IN_ALL = 512
 """The same, from all addresses."""
-OF_MEMBER = 16
+OF_MEMBER = 8
 """Connections of one member to one port. It has one, and old ones whose end has not been noticed yet."""
+SUBSCRIPTIONS, TOPIC_BYTES = 16, 16
+"""Of one connection, and the length of each. A member subscribes once, to everything; libzmq keeps what it is sent."""
 DESCRIPTORS = 1024
 """What the broker needs for itself, with room to spare: what is left of the limit is for strangers."""
 PORTS = 4
 TOO_MANY = "too many connections"
+TOO_MUCH = "it subscribes to too many topics, or too long ones"
 
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | handshakes.FAILED
 _numbers = itertools.count(1)
@@ -50,6 +53,7 @@ class _Peer:
         place: address and port of the other end, which nobody else has while this connection lasts.
         group: what is counted as one address.
         member: whom its first message came from, "" before that.
+        messages: how many came from it, counted for events, where they are subscriptions.
         ended: True when it was ended here.
     """
 
@@ -57,6 +61,7 @@ class _Peer:
     place: tuple[str, int]
     group: str
     member: str = ""
+    messages: int = 0
     ended: bool = False
 
 
@@ -144,11 +149,20 @@ class Incoming:
             descriptor, member = int(str(part.get("__fd"))), str(part.get("User-Id"))
         except zmq.ZMQError:
             return  # libzmq itself unsubscribes whoever has gone away
+        if not member.isdecimal():
+            return  # a node that was removed
         peer = self._peers.get(descriptor)
         if peer is None:
             self._catch_up()
             peer = self._peers.get(descriptor)
-        if peer is None or peer.member:
+        if peer is None or peer.ended:
+            return
+        if self._purpose == "events":
+            peer.messages += 1
+            if peer.messages > SUBSCRIPTIONS or len(part) > 1 + TOPIC_BYTES:
+                self._end(descriptor, TOO_MUCH)
+                return
+        if peer.member:
             return
         peer.member = member
         self._accounted -= 1
@@ -175,12 +189,12 @@ class Incoming:
             if not of_address:
                 del self._groups[peer.group]
 
-    def _end(self, descriptor: int) -> None:
+    def _end(self, descriptor: int, reason: str = TOO_MANY) -> None:
         """End a connection; libzmq takes it for an end by the other side."""
         peer = self._peers[descriptor]
         self._forget_waiting(descriptor, peer)
         peer.ended = True
-        self._refusals.note(self._purpose, peer.address, TOO_MANY)
+        self._refusals.note(self._purpose, peer.address, reason)
         with suppress(OSError), _duplicate(descriptor) as same:
             if same.getpeername()[:2] == peer.place:
                 same.shutdown(tcp.SHUT_RDWR)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from broker.net.log_limit import LogLimit
+
 log = logging.getLogger(__name__)
 
 RECENT_S = 300.0
@@ -18,9 +20,6 @@ MAX_KNOWN = 200
 """Ports, addresses and reasons that are remembered together; the one refused last longest ago is forgotten first."""
 AGAIN_S = 600.0
 """Seconds between two log lines on the same port, address and reason."""
-LOGGED_A_MINUTE = 20
-"""Log lines on all of them in a minute."""
-WINDOW_S = 60.0
 
 
 @dataclass(slots=True)
@@ -41,9 +40,7 @@ class Refusals:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._known: dict[tuple[str, str, str], Refusal] = {}
-        self._window = float("-inf")
-        self._logged = 0
-        self._silent = 0
+        self._limit = LogLimit(clock)
 
     def note(self, port: str, address: str, reason: str) -> None:
         """Count a refusal.
@@ -65,16 +62,10 @@ class Refusals:
         self._log(refusal, now)
 
     def _log(self, refusal: Refusal, now: float) -> None:
-        if now - self._window >= WINDOW_S:
-            if self._silent:
-                log.warning("action=refused-more count=%d", self._silent)
-            self._window, self._logged, self._silent = now, 0, 0
-        if now - refusal.logged < AGAIN_S:
+        if now - refusal.logged < AGAIN_S or not self._limit.take():
             return
-        if self._logged >= LOGGED_A_MINUTE:
-            self._silent += 1
-            return
-        self._logged += 1
+        if count := self._limit.left_out():
+            log.warning("action=refused-more count=%d", count)
         refusal.logged = now
         log.warning(
             "action=connection-refused port=%s address=%s count=%d reason=%s",

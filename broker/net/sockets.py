@@ -18,7 +18,9 @@ libzmq 4.3.5 aborts the process ("Assertion failed: !_io_error", its issues 4364
 connection that has ended while its receive queue was full. `broker.members.link` notices silence above TCP."""
 EVENTS_HWM = 1_000
 """Frames of at most 64 KiB (larger only for single huge rows): 64 MiB for a subscriber that stalls."""
-CONTROL_HWM = 10_000
+CONTROL_HWM = 256
+"""Messages, of at most 256 KiB in a replay and 1 MiB else: what waits for a peer that asks and does not read. Credit of
+4 MiB a stream keeps those that read far below it."""
 CONTROL_MAX_BYTES = 1 << 20
 JOIN_MAX_BYTES = 64 << 10
 JOIN_HWM = 100

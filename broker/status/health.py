@@ -138,7 +138,11 @@ class Health:
             )  # fmt: skip
         now = time.monotonic()
         found = status_map(self._document(), views, self._chains.clocks, now=now, down_after_s=DOWN_AFTER_S)
-        return found | {"lease": self._lease(), "synchronous": self._synchronous.status(), "refused": self._refusals()[:REFUSALS_SHOWN]}
+        return found | {
+            "lease": self._lease(),
+            "synchronous": self._synchronous.status(),
+            "refused": self._refusals()[:REFUSALS_SHOWN],
+        }
 
     # -- judging ------------------------------------------------------------------------------------------------------
 

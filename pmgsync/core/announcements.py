@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgpack
 
 from pmgsync.core.manifests import SUM_BYTES, Change, pack_changes, unpack_changes
+from pmgsync.core.nesting import check_nesting
 from pmgsync.core.positions import MAX_LSN
 from pmgsync.errors import ProtocolError
 
@@ -68,8 +69,11 @@ class Announcement:
         """
         try:
             raw = msgpack.unpackb(data, raw=False, strict_map_key=False, max_ext_len=0)
+            check_nesting(raw)
             tree, digest, base, lsn = raw["tree"], raw["digest"], raw["base"], raw["lsn"]
             changes = raw["changes"]
+        except ProtocolError:
+            raise
         except Exception as error:  # any shape may come
             raise ProtocolError(f"an announcement is malformed ({type(error).__name__}: {error})") from error
         if not isinstance(tree, str) or len(tree) > MAX_TREE_NAME or type(lsn) is not int or not 0 <= lsn <= MAX_LSN:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pmgsync.core.members import KEY_BYTES, Member
+from pmgsync.core.nesting import check_nesting
 from pmgsync.core.positions import MAX_LSN, format_lsn
 from pmgsync.core.synchronous import OFF, Setting
 from pmgsync.core.votes import Vote
@@ -253,6 +254,7 @@ class ClusterDocument:
         """
         try:
             data = json.loads(body)
+            check_nesting(data)
             cluster = bytes.fromhex(data["cluster"])
             members = tuple(Member.from_map(entry) for entry in data["members"])
             history = tuple(Epoch.from_map(entry) for entry in data["history"])

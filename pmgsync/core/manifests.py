@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import msgpack
 
 from pmgsync.core.filenames import check_name, show
+from pmgsync.core.nesting import check_nesting
 from pmgsync.errors import ProtocolError
 
 DIGEST_BYTES = 32
@@ -202,6 +203,7 @@ def unpack_changes(data: bytes) -> list[Change]:
         rows = msgpack.unpackb(data, raw=False, strict_map_key=False, max_ext_len=0)
     except Exception as error:  # msgpack raises ValueError and its own types
         raise ProtocolError(f"entries of a tree are malformed ({error})") from error
+    check_nesting(rows)
     if not isinstance(rows, list):
         raise ProtocolError("entries of a tree are not a list")
     return [_change(row) for row in rows]

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgpack
 
+from pmgsync.core.nesting import check_nesting
 from pmgsync.errors import (
     MembershipError,
     PmgsyncError,
@@ -56,12 +57,13 @@ def unpack(data: bytes) -> Message:
     """Return a control message's first part.
 
     Raises:
-        ProtocolError: when it is not a map with a text `op`.
+        ProtocolError: when it is not a map with a text `op`, or nested too deep.
     """
     try:
         message = msgpack.unpackb(data, raw=False, strict_map_key=False, max_ext_len=0)
     except Exception as error:  # msgpack raises ValueError and its own types
         raise ProtocolError(f"a control message is malformed ({error})") from error
+    check_nesting(message)
     if not isinstance(message, dict) or not isinstance(message.get("op"), str):
         raise ProtocolError("a control message is not a map with an op")
     return message

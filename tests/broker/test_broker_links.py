@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
@@ -13,55 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from pmgsync.core.frames import Frame, Header, make_frame
 from pmgsync.core.positions import Position
 from pmgsync.errors import ResyncRequiredError
 from tests.harness.brokers import (
-    CLUSTER,
     INCARNATION,
     MEMORY_MIB,
     START,
     FaultyBroker,
     Receiver,
     Source,
-    Transaction,
     make_transactions,
-    message_of,
     running_brokers,
     until,
 )
 from tests.harness.cluster import eventually
-from tests.harness.played import ROUNDS, alerts_of, new_rng
+from tests.harness.played import BLOCK, ROUNDS, BlockSource, alerts_of, blocks, new_rng
 from tests.harness.proxy import Link, Proxy, Way
 
 pytestmark = pytest.mark.cluster
-
-
-BLOCK = 64 << 10
-
-
-def blocks(count: int, *, start: int = START) -> list[Transaction]:
-    """Return transactions of one row of nearly 64 KiB each."""
-    return [Transaction(start + n + 1, (os.urandom(BLOCK - 200),)) for n in range(count)]
-
-
-class BlockSource(Source):
-    """A capture whose every transaction is a frame of its own."""
-
-    def _open(self) -> None:
-        super()._open()
-        position = self.told[-1]
-
-        def frames() -> Iterator[Frame]:
-            prev = position
-            for transaction in self.transactions:
-                here = Position(transaction.lsn)
-                if here > prev:
-                    header = Header(CLUSTER, 1, 1, INCARNATION, prev, here, 1, 1, 1)
-                    yield make_frame(header, [message_of(transaction.lsn, transaction.rows[0])])
-                    prev = here
-
-        self._frames = frames()
 
 
 # -- links ------------------------------------------------------------------------------------------------------------

@@ -82,7 +82,9 @@ def flooded(ports: Sequence[int], *, hold: int) -> Iterator[list[int]]:
         thread.join(20)
 
 
-@pytest.mark.parametrize("data", [b"", greeting(b"CURVE")], ids=["silent", "half a handshake"])
+@pytest.mark.parametrize(
+    "data", [pytest.param(b"", marks=pytest.mark.campaign), greeting(b"CURVE")], ids=["silent", "half"]
+)
 def test_one_address_has_so_many_connections_and_the_newest_stay(one: FaultyBroker, data: bytes) -> None:
     with unharmed(one):
         for name, port in zip(("events", "control", "join", "key"), all_ports(one), strict=True):

@@ -16,11 +16,11 @@ from broker.cluster.state_directory import StateDirectory
 from broker.net import sockets
 from broker.net.keys import NodeKeys
 from broker.net.loop import Socket
+from pmgsync.core.membership import Member
 from pmgsync.errors import PmgsyncError
 from pmgsync.wire.messages import pack
-from tests.harness.brokers import (
-    FaultyBroker,
-)
+from tests.harness.brokers import FaultyBroker, document_of
+from tests.harness.cluster import eventually, free_ports
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
 
@@ -74,6 +74,25 @@ def connected(
         yield opened
     finally:
         context.destroy(linger=0)
+
+
+@contextmanager
+def brokers_and_a_key(directory: Path, count: int) -> Iterator[tuple[list[FaultyBroker], NodeKeys]]:
+    """Run a cluster of brokers with one more member, called `bad`, of which there are only the keys."""
+    brokers = [FaultyBroker(directory, f"node{n}") for n in range(1, count + 1)]
+    keys = stranger(directory)
+    events, control, join = free_ports(3)
+    bad = Member(1, "bad", "127.0.0.1", events, control, join, keys.curve_public, keys.sign_public)
+    try:
+        signed = document_of(brokers, bad)
+        for broker in brokers:
+            StateDirectory(broker.state_dir).store_document(signed)
+            broker.start()
+        eventually(lambda: all(answers_status(broker) for broker in brokers))
+        yield brokers, keys
+    finally:
+        for broker in brokers:
+            broker.close()
 
 
 # -- members and local processes that send nonsense -------------------------------------------------------------------

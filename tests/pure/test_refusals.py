@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from broker.net.handshakes import GONE, NO_CURVE, TOO_SLOW, WRONG_SERVER_KEY, failure, refusal
 from broker.net.incoming import plain_address
-from broker.net.refusals import AGAIN_S, LOGGED_A_MINUTE, MAX_KNOWN, RECENT_S, Refusals
+from broker.net.log_limit import A_MINUTE
+from broker.net.refusals import AGAIN_S, MAX_KNOWN, RECENT_S, Refusals
 from cli.status import refused_lines
 
 
@@ -55,7 +56,7 @@ def test_neither_log_nor_memory_grow_with_a_flood(caplog: pytest.LogCaptureFixtu
             refusals.note("join", "192.0.2.1", "the same again and again")
     assert len(refusals.recent()) <= MAX_KNOWN
     # Beside the lines themselves, one a minute says how many there were not.
-    assert len(caplog.records) <= (minutes + 1) * (LOGGED_A_MINUTE + 1)
+    assert len(caplog.records) <= (minutes + 1) * (A_MINUTE + 1)
     assert any("action=refused-more" in record.getMessage() for record in caplog.records)
 
 
