@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ipaddress
 import itertools
-import os
 import resource
 import socket as tcp
 import struct
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 import zmq
 
 from broker.net import handshakes
+from broker.net.backlog import Backlog, duplicate
 from broker.net.loop import Loop, Socket
 from broker.net.refusals import Refusals
 
@@ -53,6 +53,7 @@ class _Peer:
         place: address and port of the other end, which nobody else has while this connection lasts.
         group: what is counted as one address.
         member: whom its first message came from, "" before that.
+        identity: what libzmq calls it, on control.
         messages: how many came from it, counted for events, where they are subscriptions.
         ended: True when it was ended here.
     """
@@ -61,6 +62,7 @@ class _Peer:
     place: tuple[str, int]
     group: str
     member: str = ""
+    identity: bytes = b""
     messages: int = 0
     ended: bool = False
 
@@ -81,6 +83,7 @@ class Incoming:
         self._waiting: dict[int, None] = {}
         self._groups: dict[str, dict[int, None]] = {}
         self._members: dict[str, dict[int, None]] = {}
+        self._backlogs: dict[bytes, Backlog] = {}
         self._failed: tuple[int, int] | None = None
         self._accounted = 0
         endpoint = f"inproc://incoming-{next(_numbers)}"
@@ -130,6 +133,7 @@ class Incoming:
         if peer is None:
             return
         self._forget_waiting(descriptor, peer)
+        self._backlogs.pop(peer.identity, None)
         if peer.member:
             mine = self._members.get(peer.member, {})
             mine.pop(descriptor, None)
@@ -143,8 +147,14 @@ class Incoming:
         elif not peer.ended:
             self._refusals.note(self._purpose, peer.address, handshakes.NO_ZMTP)
 
-    def heard(self, part: zmq.Frame) -> None:
-        """Note that a message came, by one of its parts: its sender is a member, and not counted as a stranger."""
+    def takes(self, identity: bytes, parts: int, size: int) -> bool:
+        """Say whether a peer may be sent a message; False while too much waits for it."""
+        backlog = self._backlogs.get(identity)
+        return backlog is None or backlog.takes(parts, size)
+
+    def heard(self, parts: list[zmq.Frame]) -> None:
+        """Note that a message came: its sender is a member, and not counted as a stranger."""
+        part = parts[-1]
         try:
             descriptor, member = int(str(part.get("__fd"))), str(part.get("User-Id"))
         except zmq.ZMQError:
@@ -165,6 +175,9 @@ class Incoming:
         if peer.member:
             return
         peer.member = member
+        if self._purpose != "events":
+            peer.identity = parts[0].bytes
+            self._backlogs[peer.identity] = Backlog(descriptor, peer.place)
         self._accounted -= 1
         self._forget_waiting(descriptor, peer)
         mine = self._members.setdefault(member, {})
@@ -195,7 +208,7 @@ class Incoming:
         self._forget_waiting(descriptor, peer)
         peer.ended = True
         self._refusals.note(self._purpose, peer.address, reason)
-        with suppress(OSError), _duplicate(descriptor) as same:
+        with suppress(OSError), duplicate(descriptor) as same:
             if same.getpeername()[:2] == peer.place:
                 same.shutdown(tcp.SHUT_RDWR)
 
@@ -211,16 +224,10 @@ def plain_address(address: str) -> str:
     return address.removeprefix("::ffff:")
 
 
-def _duplicate(descriptor: int) -> tcp.socket:
-    """Return a connection under a descriptor of its own: libzmq may close its own at any instant, and the number may
-    be another connection's then."""
-    return tcp.socket(fileno=os.dup(descriptor))
-
-
 def _look_at(descriptor: int, port: int) -> _Peer:
     """Return whose connection it is; nobody's when it is gone already."""
     try:
-        with _duplicate(descriptor) as same:
+        with duplicate(descriptor) as same:
             if same.getsockname()[1] == port:
                 host, number = same.getpeername()[:2]
                 address = plain_address(host)

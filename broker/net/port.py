@@ -66,7 +66,13 @@ class Port:
         """
         if self._socket is not None:
             return
-        socket = sockets.open_socket(self._context, self._kind, max_bytes=self._max_bytes, hwm=self._hwm)
+        socket = sockets.open_socket(
+            self._context,
+            self._kind,
+            max_bytes=self._max_bytes,
+            hwm=self._hwm,
+            rcvhwm=min(self._hwm, sockets.TAKEN_HWM),
+        )
         if self._kind == zmq.ROUTER:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         elif self._kind == zmq.XPUB:
@@ -82,7 +88,7 @@ class Port:
             raise
 
         def heard(parts: list[zmq.Frame]) -> None:
-            incoming.heard(parts[-1])
+            incoming.heard(parts)
             receive(parts)
 
         self._loop.add_socket(socket, heard if self._purpose.encode() in MEMBERS else receive)
@@ -122,8 +128,14 @@ class Port:
             self._socket.send_multipart(parts)
 
     def send(self, parts: Sequence[bytes | zmq.Frame]) -> bool:
-        """Send to one peer, by its identity in the first part; False when it is gone or takes no more."""
-        if self._socket is None:
+        """Send to one peer, by its identity in the first part; False when it is gone or takes no more.
+
+        What has attachments is refused first: answers must get through to whoever waits for something large.
+        """
+        if self._socket is None or self._incoming is None:
+            return False
+        to, size = parts[0], sum(map(len, parts))
+        if len(parts) > 2 and isinstance(to, bytes) and not self._incoming.takes(to, len(parts), size):
             return False
         try:
             self._socket.send_multipart(parts, zmq.NOBLOCK)

@@ -18,9 +18,10 @@ libzmq 4.3.5 aborts the process ("Assertion failed: !_io_error", its issues 4364
 connection that has ended while its receive queue was full. `broker.members.link` notices silence above TCP."""
 EVENTS_HWM = 1_000
 """Frames of at most 64 KiB (larger only for single huge rows): 64 MiB for a subscriber that stalls."""
-CONTROL_HWM = 256
-"""Messages, of at most 256 KiB in a replay and 1 MiB else: what waits for a peer that asks and does not read. Credit of
-4 MiB a stream keeps those that read far below it."""
+CONTROL_HWM = 10_000
+"""Messages, most of them small; `broker.net.backlog` bounds the large ones."""
+TAKEN_HWM = 200
+"""Messages from one peer, of at most 1 MiB, that wait for the broker's loop; more wait at the sender's."""
 CONTROL_MAX_BYTES = 1 << 20
 JOIN_MAX_BYTES = 64 << 10
 JOIN_HWM = 100
@@ -31,18 +32,24 @@ class PortInUseError(ConfigError):
 
 
 def open_socket(
-    context: zmq.Context[Socket], kind: int, *, max_bytes: int = JOIN_MAX_BYTES, hwm: int = EVENTS_HWM
+    context: zmq.Context[Socket],
+    kind: int,
+    *,
+    max_bytes: int = JOIN_MAX_BYTES,
+    hwm: int = EVENTS_HWM,
+    rcvhwm: int = 0,
 ) -> Socket:
     """Return a socket with the options that all TCP sockets share.
 
     `max_bytes` bounds what comes in, also what a stranger sends instead of a handshake: it must be set for whatever
-    binds, even for a PUB that receives nothing but subscriptions.
+    binds, even for a PUB that receives nothing but subscriptions. `hwm` and `rcvhwm` are
+    messages for and from each peer.
     """
     socket = context.socket(kind)
     socket.linger = 0
     socket.ipv6 = True
     socket.setsockopt(zmq.SNDHWM, hwm)
-    socket.setsockopt(zmq.RCVHWM, hwm)
+    socket.setsockopt(zmq.RCVHWM, rcvhwm or hwm)
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     socket.setsockopt(zmq.TCP_MAXRT, DEAD_MS)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
