@@ -131,9 +131,12 @@ class FollowedTree(TreeThread):
 
     def _rest(self, seconds: float, *, for_owner: bool) -> None:
         """Wait before the next try; `for_owner`: an owner that was out of reach and is heard again ends it."""
+        if not for_owner:
+            self._pause(seconds)
+            return
         deadline = time.monotonic() + seconds
-        while not (self.stopping or (for_owner and not self._news.empty())) and time.monotonic() < deadline:
-            self._pause(min(REST_STEP_S, seconds))
+        while self._news.empty() and not self._accepted.is_set() and time.monotonic() < deadline and not self.stopping:
+            self._pause(REST_STEP_S)
 
     def _rest_s(self, intake: Intake) -> float:
         rest = REST_S if intake.local is None else min(REST_S, intake.local.due_s())
