@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from broker.heartbeats.heartbeat import Applied
 from pmgsync.core.document import Fork
 from pmgsync.core.epochs import Refused
+from pmgsync.core.positions import Position
+from pmgsync.core.stretches import Stretch
 from tests.harness.leading_nodes import LEASE_S, LIFE, LeadingNodes
 
 
@@ -150,3 +154,16 @@ def test_two_members(tmp_path: Path) -> None:
     assert asked.result["votes"] == [1, 2]
     nodes.dead.add(2)
     assert "1 of 2 members" in nodes.promote(1).error
+
+
+def test_what_is_known_to_be_empty_has_not_diverged(nodes: LeadingNodes) -> None:
+    """The master's chain has nothing between its newest frame, at 100, and its watermark, 150."""
+    node = nodes.nodes[2]
+    stretch = Stretch(2, 2, 1, LIFE, 100)
+    assert node.leading.trimmed(stretch, leads=False).after == 150
+    assert node.leading.trimmed(replace(stretch, after=90), leads=False).after == 90, "a frame follows that"
+    node.chains.applied[1] = Applied(LIFE, Position(140), Position(140))
+    assert node.leading.trimmed(stretch, leads=True).upto is None, "the worker of the chain looks at its tables"
+    node.chains.applied[1] = Applied(LIFE, Position(170), Position(170))
+    kept = node.leading.trimmed(stretch, leads=True)
+    assert (kept.after, kept.upto, kept.exported, kept.lost) == (150, 170, True, True), "the others fetch it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from pmgsync.core.positions import parse_lsn
 from tests.harness.cluster import Cluster, Node, eventually
+from tests.harness.command_line import refused
 from tests.harness.schema import STANDARD
 
 pytestmark = pytest.mark.cluster
@@ -84,3 +86,27 @@ def test_a_witness_makes_a_third_voter(cluster: Cluster, witness: Node) -> None:
     with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
         slave.sql("INSERT INTO t VALUES (9998, 'x')")
     cluster.wait()
+
+
+@pytest.mark.campaign
+def test_a_slave_and_a_witness_are_a_majority(cluster: Cluster, witness: Node) -> None:
+    """What the slave has not received yet it takes from the witness before it becomes the master."""
+    master, slave = cluster.nodes
+    witness.pmgcm(*cluster.join_arguments(), "--witness")
+    eventually(lambda: fence(cluster) == "lease", what="the fence comes in force")
+    cluster.wait()
+    refused(witness.pmgcm("promote", check=False), "is a witness")
+    slave.stop()
+    master.sql("INSERT INTO t SELECT g, 'while away' FROM generate_series(9001, 9100) AS g")
+    head = eventually(lambda: master.node_status(1)["head"], what="the master tells its head")
+    eventually(lambda: witness.node_status(3)["held"].get("1") == head == master.node_status(1)["head"])
+    master.stop()
+    slave.start()
+    done = json.loads(slave.pmgcm("promote", "--yes", "--json").stdout)
+    assert (done["way"], done["votes"], done["known_loss"]) == ("failover", [2, 3], None), done
+    assert slave.sql("SELECT count(*) FROM t WHERE id > 9000") == [(100,)]
+    slave.sql("INSERT INTO t VALUES (9500, 'of the new master')")
+    master.start()
+    eventually(lambda: all(node["state"] == "A" for node in slave.status()["nodes"]), what="the old master is a slave")
+    cluster.wait(node=slave)
+    cluster.assert_equal(["t"])
