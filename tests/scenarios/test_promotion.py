@@ -15,6 +15,7 @@ from typing import Any
 import psycopg2
 import pytest
 
+from pmgsync.divergence_files import DivergenceFiles
 from tests.harness.cluster import Cluster, Node, eventually
 from tests.harness.command_line import refused
 from tests.harness.epochs import held, voted
@@ -95,9 +96,9 @@ def well(cluster: Cluster) -> None:
 
     def is_so() -> bool:
         documents = {held(node).document for node in cluster.nodes}
-        return len(documents) == 1 and all(
-            one["state"] == "A" for node in cluster.nodes for one in node.status()["nodes"]
-        )
+        exported = not any(DivergenceFiles(node.state_dir).pending() for node in cluster.nodes)
+        states = [one["state"] for node in cluster.nodes for one in node.status()["nodes"]]
+        return len(documents) == 1 and exported and set(states) == {"A"}
 
     eventually(is_so, what="all nodes are in sync")
 
