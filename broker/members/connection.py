@@ -49,13 +49,22 @@ class Connection:
         receive: Callable[[list[zmq.Frame]], None],
         begun: Callable[[], None],
         ended: Callable[[], None],
+        told: str = "",
     ) -> None:
+        """Connect.
+
+        Args:
+            receive: takes each message.
+            begun, ended: are called when the connection is established, and when that is over.
+            told: the problem of the connection that this one replaces: it is in the log already.
+        """
         self.problem = ""
         self.refused = False
         self.established = False
         self.changed = time.monotonic()
         self.lasted_s = 0.0
         self._explained = False
+        self._told = told
         self._member = member
         self._where = f"{member.name} ({member.cid}) at {member.address}:{port}"
         self._loop = loop
@@ -118,6 +127,8 @@ class Connection:
             self._begun()
 
     def _note(self, problem: str) -> None:
-        if problem and problem != self.problem:
+        if problem and problem not in {self.problem, self._told}:
             log.warning("action=link-problem cid=%d problem=%s", self._member.cid, problem)
+        if problem != self._told:
+            self._told = ""
         self.problem = problem

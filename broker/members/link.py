@@ -153,7 +153,7 @@ class MemberLink:
     def _renew_control(self) -> None:
         """Replace the control connection: what is queued in the old socket must not reach the member any more."""
         self._control.close()
-        self._control = self._open_control()
+        self._control = self._open_control(self._control.problem)
         self._receiver.connection_lost(self)
 
     def _control_lives(self, now: float) -> bool:
@@ -173,8 +173,8 @@ class MemberLink:
         self.close()
         self.reconnects += 1
         self._heard = time.monotonic()
-        self._events = self._open_events()
-        self._control = self._open_control()
+        self._events = self._open_events(self._events.problem)
+        self._control = self._open_control(self._control.problem)
         self._receiver.connection_lost(self)
 
     def close(self) -> None:
@@ -182,14 +182,14 @@ class MemberLink:
         self._events.close()
         self._control.close()
 
-    def _open_events(self) -> Connection:
+    def _open_events(self, told: str = "") -> Connection:
         def receive(parts: list[zmq.Frame]) -> None:
             self._heard = time.monotonic()
             self._receiver.event(self, parts)
 
-        return self._open(zmq.SUB, self.member.events, receive, lambda: None, lambda: None)
+        return self._open(zmq.SUB, self.member.events, receive, lambda: None, lambda: None, told)
 
-    def _open_control(self) -> Connection:
+    def _open_control(self, told: str = "") -> Connection:
         self._asked, self._answered = None, time.monotonic()
 
         def receive(parts: list[zmq.Frame]) -> None:
@@ -201,13 +201,13 @@ class MemberLink:
             self._ping(time.monotonic())
             self._receiver.connected(self)
 
-        return self._open(zmq.DEALER, self.member.control, receive, begun, self._control_ended)
+        return self._open(zmq.DEALER, self.member.control, receive, begun, self._control_ended, told)
 
     def _open(
         self, kind: int, port: int, receive: Callable[[list[zmq.Frame]], None], begun: Callable[[], None],
-        ended: Callable[[], None],
+        ended: Callable[[], None], told: str,
     ) -> Connection:  # fmt: skip
         return Connection(
             self._context, self._loop, self._keys.current, self.member, kind, port,
-            receive=receive, begun=begun, ended=ended,
+            receive=receive, begun=begun, ended=ended, told=told,
         )  # fmt: skip

@@ -167,6 +167,16 @@ def test_another_program_where_a_member_should_be_is_named(tmp_path: Path, serve
             assert sentence in one.log()
 
 
+@pytest.mark.campaign
+def test_what_lasts_is_logged_once_though_connections_are_made_again_and_again(tmp_path: Path) -> None:
+    one, keys = FaultyBroker(tmp_path, "node1"), stranger(tmp_path)
+    events, control, join = free_ports(3)
+    away = Member(2, "node2", "127.0.0.1", events, control, join, keys.curve_public, keys.sign_public)
+    with started(tmp_path, [document_of([one], away)], [one]):
+        eventually(lambda: one.status()[2]["received"]["reconnects"] >= 2, within_s=40)
+        assert one.log().count("action=link-problem") == 2, "one line for events, one for control"
+
+
 @pytest.mark.parametrize("port", ["events", "control", "join", "key"])
 def test_other_programs_at_a_nodes_ports_are_named(one: FaultyBroker, port: str) -> None:
     number = dict(zip(("events", "control", "join", "key"), (*one.ports, one.key_port), strict=True))[port]
