@@ -15,7 +15,7 @@ from broker.chains.chains import Chains
 from broker.members.members import Members
 from pmgsync.core.membership import ClusterDocument, with_synchronous
 from pmgsync.core.positions import ZERO, Position
-from pmgsync.core.synchronous import EVERYTHING, Patience, Setting, counted, in_step, is_due, reached
+from pmgsync.core.synchronous import EVERYTHING, Patience, Setting, acknowledged, counted, in_step, is_due
 from pmgsync.errors import MembershipError, PmgsyncError
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,12 @@ class SynchronousCommits:
 
     def _reached(self, document: ClusterDocument) -> Position:
         slaves = document.synchronous_wanted.slaves
-        return reached(self._counted(document).values(), slaves) if slaves else ZERO
+        return acknowledged(self._counted(document), self._whole(document), slaves) if slaves else ZERO
+
+    def _whole(self, document: ClusterDocument) -> frozenset[int]:
+        """Return the slaves that are reached and leave out no changes of tables."""
+        said = {cid: self._members.said(cid, self._cid) for cid in document.slaves if self._members.up(cid)}
+        return frozenset(cid for cid, word in said.items() if word is not None and word.whole)
 
     def _waiting_s(self, position: Position) -> float:
         clock = self._chains.clocks.get(self._cid)
@@ -228,6 +233,10 @@ class SynchronousCommits:
         if self._waits:
             waiting_s = self._oldest_s(document)
             return f"commits have been waiting for slaves for {waiting_s:.0f} s: {have} of {want} are in step"
+        whole = self._whole(document)
+        if len(whole) < want and (stale := self._in_step(document) - whole):
+            nodes = ", ".join(map(str, sorted(stale)))
+            return f"changes of some tables are left out on node {nodes}, and commits do not wait for these"
         return ""
 
     def status(self) -> dict[str, Any]:

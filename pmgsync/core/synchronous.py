@@ -11,7 +11,7 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ class Said:
 
 def counted(said: Said, level: str, *, epoch: int, master: int, incarnation: int) -> Position | None:
     """Return up to where a member's word counts; None: not at all."""
-    if (said.epoch, said.master, said.incarnation) != (epoch, master, incarnation) or not said.whole:
+    if (said.epoch, said.master, said.incarnation) != (epoch, master, incarnation):
         return None
     return said.visible if level == "visible" else said.durable
 
@@ -103,6 +103,20 @@ def reached(positions: Iterable[Position], slaves: int) -> Position:
         raise ValueError("nobody is asked for")
     ranked = sorted(positions, reverse=True)
     return ranked[slaves - 1] if len(ranked) >= slaves else ZERO
+
+
+def acknowledged(found: Mapping[int, Position], whole: Collection[int], slaves: int) -> Position:
+    """Return the greatest position that as many slaves have acknowledged.
+
+    One that leaves out changes of a stale table counts only while there are not enough others. Then it must: to fetch
+    the table it needs a snapshot of the master, which is not to be had before every commit that waits has ended.
+
+    Args:
+        found: up to where each slave's word counts.
+        whole: those that are reached and leave out nothing.
+    """
+    firm = [position for cid, position in found.items() if cid in whole]
+    return reached(firm if len(firm) >= slaves else found.values(), slaves)
 
 
 def is_due(setting: Setting, *, in_force: bool, named: int, in_step: int) -> bool | None:

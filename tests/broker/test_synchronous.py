@@ -163,7 +163,7 @@ def test_it_comes_in_force_only_when_slaves_are_in_step() -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"epoch": 2}, {"master": 2}, {"incarnation": 8}, {"whole": False}],
-    ids=["it has voted for another", "it follows another", "another life of the chain", "a table is stale there"],
+    ids=["it has voted for another", "it follows another", "another life of the chain", "others leave nothing out"],
 )
 def test_whose_word_does_not_count(changes: dict[str, Any]) -> None:
     master = Master()
@@ -173,6 +173,22 @@ def test_whose_word_does_not_count(changes: dict[str, Any]) -> None:
     assert master.newest == (True, Position(100))
     master.hear(3, 200)
     assert master.newest == (True, Position(200))
+
+
+def test_who_leaves_out_a_table_counts_when_there_are_no_others() -> None:
+    """It could not fetch the table otherwise: that needs every commit that waits to have ended."""
+    master = Master()
+    master.begin(Setting(1, patience_ms=None))
+    master.hear(2, 100, whole=False)
+    assert master.commits.alerts() == [], "there is another"
+    master.away.add(3)
+    master.commit(200)
+    master.hear(2, 200, whole=False)
+    assert master.newest == (True, Position(200))
+    assert "left out on node 2, and commits do not wait for these" in master.commits.alerts()[0]["text"]
+    master.away.clear()
+    master.hear(3, 200)
+    assert master.commits.alerts() == []
 
 
 def test_visible_is_enough_when_it_is_set_so() -> None:

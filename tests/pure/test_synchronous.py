@@ -23,6 +23,7 @@ from pmgsync.core.synchronous import (
     Patience,
     Said,
     Setting,
+    acknowledged,
     confirmable,
     counted,
     in_step,
@@ -128,7 +129,17 @@ def test_only_what_was_said_of_this_life_in_this_epoch_counts() -> None:
     assert counted(said, "visible", **here) == Position(20)
     for other in ({"epoch": 2}, {"epoch": 4}, {"master": 2}, {"incarnation": 78}):
         assert counted(said, "durable", **(here | other)) is None
-    assert counted(replace(said, whole=False), "durable", **here) is None
+
+
+@given(st.dictionaries(st.integers(2, 8), positions), st.sets(st.integers(2, 8)), st.integers(1, 4))
+def test_who_leaves_something_out_counts_only_while_others_are_missing(
+    found: dict[int, Position], whole: set[int], slaves: int
+) -> None:
+    at = acknowledged(found, whole, slaves)
+    firm = [position for cid, position in found.items() if cid in whole]
+    assert at == reached(firm if len(firm) >= slaves else list(found.values()), slaves)
+    if len(firm) >= slaves:
+        assert sum(one >= at for one in firm) >= slaves
 
 
 def test_it_comes_in_force_with_enough_in_step_and_goes_with_the_members() -> None:
