@@ -52,12 +52,23 @@ def measure(node: Node) -> dict[str, int]:
     for name, process in sorted(processes(node).items()):
         with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # one that ends just now
             found |= {
-                f"{name}: descriptors": process.num_fds(),
+                **descriptors(name, process.pid),
                 f"{name}: threads": process.num_threads(),
                 f"{name}: sockets": len(process.net_connections(kind="inet")),
                 f"{name}: KiB": process.memory_full_info().uss >> 10,
             }
     return found
+
+
+def descriptors(name: str, pid: int) -> dict[str, int]:
+    """Return how many descriptors a process has, without those of journals: one is opened when it is first read."""
+    names = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            names.append(str(path.readlink()))
+    journals = [one for one in names if "/journal/" in one]
+    removed = sum(one.endswith("(deleted)") for one in journals)
+    return {f"{name}: descriptors": len(names) - len(journals), f"{name}: removed journals still open": removed}
 
 
 def counts(found: Mapping[str, int]) -> dict[str, int]:
