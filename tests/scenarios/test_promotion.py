@@ -15,7 +15,9 @@ from typing import Any
 import psycopg2
 import pytest
 
+from cli.promote import read_plan
 from pmgsync.divergence_files import DivergenceFiles
+from pmgsync.wire.link import BrokerLink
 from tests.harness.cluster import Cluster, Node, eventually
 from tests.harness.command_line import refused
 from tests.harness.epochs import held, voted
@@ -75,10 +77,11 @@ class Writers:
         return {number for _, number in self.acknowledged}
 
 
-def plan_of(node: Node, *arguments: str) -> dict[str, Any]:
-    """Return what a promotion of a node would do."""
-    plan: dict[str, Any] = json.loads(node.pmgcm("promote", "--dry-run", "--json", *arguments).stdout)
-    return plan
+def plan_of(node: Node) -> dict[str, Any]:
+    """Return what a promotion of a node would do, from the broker itself: it is asked many times."""
+    with BrokerLink(node.run_dir / "broker.sock", "cli") as link:
+        link.hello()
+        return read_plan(link, force=False)
 
 
 def kill(*nodes: Node) -> None:
@@ -97,8 +100,9 @@ def well(cluster: Cluster) -> None:
     def is_so() -> bool:
         documents = {held(node).document for node in cluster.nodes}
         exported = not any(DivergenceFiles(node.state_dir).pending() for node in cluster.nodes)
-        states = [one["state"] for node in cluster.nodes for one in node.status()["nodes"]]
-        return len(documents) == 1 and exported and set(states) == {"A"}
+        if len(documents) > 1 or not exported:
+            return False
+        return all(one["state"] == "A" for node in cluster.nodes for one in node.status()["nodes"])
 
     eventually(is_so, what="all nodes are in sync")
 
@@ -125,6 +129,7 @@ def test_a_node_becomes_master(new_cluster: Callable[..., Cluster]) -> None:
     assert first.pmgcm("sync").stdout == "local node is master - nothing to do\n"
     plan = plan_of(second)
     assert (plan["way"], plan["reached"], plan["majority"]) == ("switchover", 3, 2)
+    assert json.loads(second.pmgcm("promote", "--dry-run", "--json").stdout).keys() == plan.keys()
     assert "nothing would be lost" in second.pmgcm("promote", "--dry-run").stdout
 
     with Writers([first, second]) as writers:
