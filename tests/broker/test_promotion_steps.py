@@ -167,3 +167,59 @@ def test_what_is_known_to_be_empty_has_not_diverged(nodes: LeadingNodes) -> None
     node.chains.applied[1] = Applied(LIFE, Position(170), Position(170))
     kept = node.leading.trimmed(stretch, leads=True)
     assert (kept.after, kept.upto, kept.exported, kept.lost) == (150, 170, True, True), "the others fetch it"
+
+
+class Story:
+    """Promotions, deaths and cuts in any order; now and then all is well again, and then there is one master."""
+
+    def __init__(self, nodes: LeadingNodes, seed: int) -> None:
+        self.nodes = nodes
+        self.random = random.Random(seed)
+        self.told: list[str] = []
+        self.promoted = 0
+
+    def event(self) -> None:
+        nodes, pick = self.nodes, self.random
+        cid, other = pick.sample(list(nodes.cids), 2)
+        match pick.choice(["promote", "promote", "promote", "die", "live", "cut", "heal"]):
+            case "promote" if cid not in nodes.dead:
+                error = nodes.promote(cid).error
+                self.promoted += not error
+                self.told.append(f"{cid} is promoted {error}")
+            case "die" if not nodes.dead:
+                nodes.dead.add(cid)
+                self.told.append(f"{cid} dies")
+            case "live":
+                nodes.dead.clear()
+                self.told.append("all live")
+            case "cut":
+                nodes.cut.add(frozenset((cid, other)))
+                self.told.append(f"{cid} and {other} are cut")
+            case "heal":
+                nodes.cut.clear()
+                self.told.append("all are connected")
+        nodes.pass_time(pick.choice([0.02, 0.1, 0.5, 1.5]))
+
+    def settle(self) -> None:
+        self.nodes.dead.clear()
+        self.nodes.cut.clear()
+        self.told.append("all is well")
+        self.nodes.until(self.is_settled, within_s=40)
+
+    def is_settled(self) -> bool:
+        return len(self.nodes.masters()) == 1 and any(node.is_open for node in self.nodes.nodes.values())
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_happens_one_leads_in_the_end_and_never_two(tmp_path: Path, seed: int, count: int) -> None:
+    story = Story(LeadingNodes(tmp_path, count), seed)
+    try:
+        for _ in range(6):
+            for _ in range(story.random.randrange(3, 10)):
+                story.event()
+            story.settle()
+    except AssertionError as error:
+        raise AssertionError("\n".join([str(error), *story.told])) from error
+    assert story.promoted > 0
