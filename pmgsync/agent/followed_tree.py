@@ -127,6 +127,9 @@ class FollowedTree(TreeThread):
             self._take_in(intake, batch)
             self._note(intake)
             self._hear(intake)
+            if self._compare_due:
+                # A first sync takes minutes; what is new since is to come before the rest of it.
+                self._compare(intake)
         self._note(intake)
 
     def _rest(self, seconds: float, *, for_owner: bool) -> None:

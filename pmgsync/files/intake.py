@@ -113,9 +113,10 @@ class Intake:
         self.owner = self.held.copy()
         self.contents = Contents(self.root, self._staging)
         self.contents.learn(self.held.items())
-        # What was heard of last comes first: a new mail is not behind all those of a first sync. These come in their
-        # order, which is that of the rows that wait for them.
+        # What was heard of last comes first: a new mail is not behind all those of a first sync. What one comparison
+        # finds comes in the order in which it was made, which is that of the rows that wait for it.
         self._pending: dict[bytes, None] = {}
+        self._found: set[bytes] = set()
         self._unnoted: list[Row] = []
         self._remaining_at = (b"", 0)
         self.postponed: set[bytes] = set()
@@ -161,7 +162,9 @@ class Intake:
         Raises:
             ProtocolError: as `offer`.
         """
-        self.offer(self.owner.with_buckets(buckets, entries))
+        changes = list(self.owner.with_buckets(buckets, entries))
+        self.offer(changes)
+        self._found.update(name for name, _ in changes)
 
     def compared(self) -> None:
         """Note that `owner` is complete now: what differs from it is to be brought in line."""
@@ -171,9 +174,12 @@ class Intake:
             self._pending |= dict.fromkeys(name for name in different if selects(name))
             if not self.tree.gone:
                 self._pending |= dict.fromkeys(name for name in self.held if name not in self.owner)
+            self._found.update(self._pending)
         self.known = True
-        if len(self._pending) > BATCH_NAMES:
-            self._pending = dict.fromkeys(sorted(self._pending, key=self._made, reverse=True))
+        for name in sorted(self._found.intersection(self._pending), key=self._made, reverse=True):
+            del self._pending[name]
+            self._pending[name] = None
+        self._found.clear()
 
     def _made(self, name: bytes) -> int:
         entry = self.owner.get(name)

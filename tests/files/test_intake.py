@@ -243,6 +243,12 @@ def test_what_is_new_does_not_wait_for_all_that_was_there(
     batch = pair.intake.batch()
     assert batch is not None
     assert b"spam/new" in batch.names
+    # The same when an announcement was missed.
+    (pair.here / "spam/newer").write_text("newer")
+    pair.compare()
+    batch = pair.intake.batch()
+    assert batch is not None
+    assert b"spam/newer" in batch.names
 
 
 def test_nothing_goes_from_the_spool_of_a_node_that_is_gone(new_pair: Callable[[Tree], Pair]) -> None:
