@@ -117,6 +117,7 @@ class Incoming:
             self._failed = event, value
 
     def _begun(self, descriptor: int) -> None:
+        self._drop(descriptor)
         peer = _look_at(descriptor, self._port)
         self._peers[descriptor] = peer
         self._waiting[descriptor] = None
@@ -129,23 +130,28 @@ class Incoming:
 
     def _over(self, descriptor: int) -> None:
         failed, self._failed = self._failed, None
-        peer = self._peers.pop(descriptor, None)
-        if peer is None:
+        peer = self._drop(descriptor)
+        if peer is None or peer.member:
             return
-        self._forget_waiting(descriptor, peer)
-        self._backlogs.pop(peer.identity, None)
-        if peer.member:
-            mine = self._members.get(peer.member, {})
-            mine.pop(descriptor, None)
-            if not mine:
-                self._members.pop(peer.member, None)
-        elif failed is not None:
+        if failed is not None:
             if not peer.ended:
                 self._refusals.note(self._purpose, peer.address, handshakes.refusal(*failed))
         elif self._accounted > 0:
             self._accounted -= 1
         elif not peer.ended:
             self._refusals.note(self._purpose, peer.address, handshakes.NO_ZMTP)
+
+    def _drop(self, descriptor: int) -> _Peer | None:
+        """Forget a connection; libzmq ends some without telling, and their descriptors are used again."""
+        peer = self._peers.pop(descriptor, None)
+        if peer is not None:
+            self._forget_waiting(descriptor, peer)
+            self._backlogs.pop(peer.identity, None)
+            mine = self._members.get(peer.member, {})
+            mine.pop(descriptor, None)
+            if not mine:
+                self._members.pop(peer.member, None)
+        return peer
 
     def takes(self, identity: bytes, parts: int, size: int) -> bool:
         """Say whether a peer may be sent a message; False while too much waits for it."""

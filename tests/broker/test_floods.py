@@ -25,7 +25,7 @@ from tests.harness.brokers import (
     until,
 )
 from tests.harness.cluster import eventually
-from tests.harness.strangers import connected, greeting, stranger, unharmed
+from tests.harness.strangers import answers_status, connected, greeting, stranger, unharmed
 
 pytestmark = pytest.mark.cluster
 
@@ -126,6 +126,7 @@ def test_members_get_through_while_an_address_floods_every_port(tmp_path: Path) 
 def test_a_broker_with_few_descriptors_never_runs_out_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FaultyBroker, "program", ("-c", WITH_FEW_DESCRIPTORS))
     with running_brokers(tmp_path, 2) as (one, two):
+        eventually(lambda: answers_status(one) and answers_status(two), what="they serve")
         eventually(lambda: one.status()[2]["heartbeat_age_s"] is not None)
         assert f"action=few-descriptors limit={FEW_DESCRIPTORS}" in one.log()
         with unharmed(one), ExitStack() as held:
@@ -154,6 +155,7 @@ def changed_keys(broker: FaultyBroker) -> bool:
 def test_ports_are_closed_and_opened_in_a_flood(tmp_path: Path, changes: int) -> None:
     """libzmq's thread tells of each connection under a lock that closing the port needs, too."""
     with running_brokers(tmp_path, 2) as (one, two):
+        eventually(lambda: answers_status(one) and answers_status(two), what="they serve")
         eventually(lambda: one.status()[2]["heartbeat_age_s"] is not None)
         with flooded([*all_ports(one), *all_ports(two)], hold=100) as count:
             for _ in range(changes):
