@@ -25,11 +25,10 @@ from pmgsync.trace import hop
 
 log = logging.getLogger(__name__)
 
-WRITE_AFTER_S = 0.002
-"""Seconds after which the journal's thread begins to write: by then the frame is on its way to whoever applies it. The
-thread asks for the interpreter lock with every statement. When it began at once, the loop lost the lock to it at each
-send; what waiting brings lies within the spread of the runs that were made. Only the slot's confirmation waits for the
-journal."""
+WRITE_AFTER_S = 0.02
+"""Seconds after which the journal's thread begins to write: by then the frame is on its way to whoever applies it, and
+lone transactions that follow each other share one transaction of the journal and one fsync, on the disk that the
+database writes its WAL to. Only the slot's confirmation, once a second, waits for the journal."""
 MAX_DAMAGE = 10
 """Sentences about damage that status goes on showing."""
 

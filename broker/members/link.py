@@ -17,6 +17,7 @@ from broker.net.keys import NodeKeys
 from broker.net.loop import Loop, Socket
 from pmgsync.core.membership import Member
 from pmgsync.wire.messages import pack
+from pmgsync.wire.parts import send_parts
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class MemberLink:
         if not self._control.established:
             return False
         try:
-            self._control.socket.send_multipart([pack(message), *attachments], zmq.NOBLOCK)
+            send_parts(self._control.socket, [pack(message), *attachments])
         except zmq.Again:
             return False
         return True

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import zmq
 
+from pmgsync.wire.parts import has_message, receive_parts
+
 Socket = zmq.Socket[bytes]
 MAX_BATCH = 200
 """Messages taken from one socket before the others get their turn."""
@@ -29,8 +31,10 @@ class Loop:
 
         def drain() -> None:
             for _ in range(MAX_BATCH):
+                if not has_message(socket):
+                    return
                 try:
-                    parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                    parts = receive_parts(socket)
                 except zmq.Again:
                     return
                 receive(parts)

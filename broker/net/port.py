@@ -15,6 +15,7 @@ from broker.net.loop import Loop, Socket
 from broker.net.refusals import Refusals
 from broker.net.zap import MEMBERS
 from pmgsync.errors import ConfigError
+from pmgsync.wire.parts import send_parts
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Port:
     def publish(self, parts: Sequence[bytes]) -> None:
         """Send to whoever has subscribed; nothing happens while the port is closed."""
         if self._socket is not None:
-            self._socket.send_multipart(parts)
+            send_parts(self._socket, parts, wait=True)
 
     def send(self, parts: Sequence[bytes | zmq.Frame]) -> bool:
         """Send to one peer, by its identity in the first part; False when it is gone or takes no more.
@@ -138,7 +139,7 @@ class Port:
         if len(parts) > 2 and isinstance(to, bytes) and not self._incoming.takes(to, len(parts), size):
             return False
         try:
-            self._socket.send_multipart(parts, zmq.NOBLOCK)
+            send_parts(self._socket, parts)
         except zmq.ZMQError:
             return False
         return True

@@ -10,6 +10,7 @@ from broker.net.handshakes import NO_MEMBER, NOT_A_MEMBER
 from broker.net.incoming import plain_address
 from broker.net.loop import Loop, Socket
 from broker.net.refusals import Refusals
+from pmgsync.wire.parts import send_parts
 
 ANYBODYS = frozenset({b"join", b"key"})
 """The domains that any key passes. A domain is what its port is for, as in the section [ports] of node.toml."""
@@ -60,7 +61,7 @@ class ZapHandler:
             else:
                 self._refusals.note(domain.decode(errors="replace"), plain_address(address), NO_MEMBER)
         request_id = request[1] if len(request) > 1 else b""
-        self._socket.send_multipart([b"1.0", request_id, status, text, user, b""])
+        send_parts(self._socket, [b"1.0", request_id, status, text, user, b""], wait=True)
 
     def close(self) -> None:
         """Stop answering; handshakes fail from now on."""

@@ -15,6 +15,7 @@ from broker.requests.shared import answer_error, check_id, number
 from pmgsync.core.membership import SignedDocument
 from pmgsync.errors import PmgsyncError, ProtocolError, UnknownOperationError, UnreachableError
 from pmgsync.wire.messages import Message, error_map, pack, unpack
+from pmgsync.wire.parts import send_parts
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class LocalRequests:
             elif session is None:
                 # The broker was restarted: the client must introduce itself again.
                 parts_out = [identity, pack(error_map(0, UnreachableError("the broker was restarted")))]
-                self._socket.send_multipart(parts_out, zmq.NOBLOCK)
+                send_parts(self._socket, parts_out)
             else:
                 self._handle(session, send, message, parts[2:])
         except PmgsyncError as error:

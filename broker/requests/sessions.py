@@ -17,6 +17,7 @@ from pmgsync.core.trees import read_action_reports, read_tree_reports
 from pmgsync.errors import MembershipError
 from pmgsync.subscription import MAX_LEVEL
 from pmgsync.wire.messages import pack
+from pmgsync.wire.parts import send_parts
 
 WORKER_GONE_S = 3.0
 """A worker says something at least once a second."""
@@ -122,7 +123,7 @@ class Sessions:
     def send(self, identity: bytes, message: Mapping[str, Any], attachments: Attachments = ()) -> bool:
         """Send to a session; one that is gone is ended. Returns False then."""
         try:
-            self._socket.send_multipart([identity, pack(message), *attachments], zmq.NOBLOCK)
+            send_parts(self._socket, [identity, pack(message), *attachments])
         except zmq.ZMQError:
             session = self._by_identity.get(identity)
             if session is not None:

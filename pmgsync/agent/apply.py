@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 CREDIT_BYTES = 8 << 20
 """Bytes of frames that may wait here to be applied."""
+CREDIT_STEP = CREDIT_BYTES // 8
+"""Credit is given back when it comes to so much: a lone transaction needs no message for it."""
 ALERT_COUNT = 20
 
 
@@ -240,18 +242,21 @@ class ApplyWorker(Worker):
         self, link: BrokerLink, thread: ApplyThread, stream: int, incarnation: int, describe: Callable[[], None]
     ) -> None:
         waiter = Waiter(link.socket, wakeup=self.wakeup)
+        used = 0
         while True:
             waiter.wait(REPORT_S)
             for received in link.pending():
                 self._take(thread, stream, *received)
-            newest, used = None, 0
+            newest = None
             while (applied := thread.next_result()) is not None:
                 newest, used = applied, used + applied.size
             if newest is not None:
                 self.recovered()
                 place = {"position": list(newest.durable), "visible": list(newest.visible), "partial": newest.partial}
                 link.send({"op": "applied", "origin": self.origin, "incarnation": incarnation, **place})
-                link.send({"op": "credit", "id": stream, "bytes": used})
+                if used >= CREDIT_STEP:
+                    link.send({"op": "credit", "id": stream, "bytes": used})
+                    used = 0
             elif thread.idle:
                 # An error is over when something was applied, or there is nothing to apply; not because time passes.
                 self.recovered()

@@ -25,6 +25,9 @@ FLUSH_IDLE_S = 0.05
 FLUSH_BUSY_S = 0.2
 AWAIT_S = 0.1
 """Seconds between two looks at whether what a transaction waits for is there."""
+REPORT_GAP_S = 0.02
+"""Seconds between two reports of what was applied: one for each lone transaction would cost as much as applying it. The
+broker tells the members every 50 ms."""
 MAINTAIN_S = 2.0
 """Seconds between two looks at which stale tables can be fetched again."""
 
@@ -59,9 +62,10 @@ class ApplyThread:
         self._frames: queue.SimpleQueue[tuple[Frame, float] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Applied | PmgsyncError] = queue.SimpleQueue()
         self._pending_bytes = 0
+        self._unreported = 0
         self._stopping = threading.Event()
         self.awaits = ""
-        applier.on_wait = lambda: self._report(0)
+        applier.on_wait = self._report
         self._thread = threading.Thread(target=self._run, name="apply", daemon=True)
         self._thread.start()
 
@@ -108,26 +112,33 @@ class ApplyThread:
             failed = PmgsyncError(f"applying failed unexpectedly ({type(error).__name__}: {error})")
         else:
             return
+        if self._unreported:
+            self._report()
         self._results.put(failed)
         self._wakeup.wake()
 
     def _apply(self) -> None:
         """Apply what is submitted until told to stop; raises whatever ends it early."""
         now = time.monotonic()
-        maintain_at, flush_at, flush_latest = now + MAINTAIN_S, math.inf, math.inf
+        maintain_at, flush_at, flush_latest, report_at = now + MAINTAIN_S, math.inf, math.inf, math.inf
+        reported = -math.inf
         while True:
             now = time.monotonic()
             if now >= min(flush_at, flush_latest):
                 self._applier.flush()
                 flush_at = flush_latest = math.inf
-                self._report(0)
+                report_at = now
+            if now >= report_at:
+                self._report()
+                reported, report_at = now, math.inf
             if now >= maintain_at:
                 maintain_at = now + MAINTAIN_S
                 if tables := self._applier.maintain():
                     reason = f"tables of node {self._applier.origin} can be kept in step again"
                     raise ResyncRequiredError(reason, tables=tables)
             try:
-                batch = self._next_batch(max(0.0, min(maintain_at, flush_at, flush_latest) - time.monotonic()))
+                due = min(maintain_at, flush_at, flush_latest, report_at)
+                batch = self._next_batch(max(0.0, due - time.monotonic()))
             except queue.Empty:
                 continue
             if batch is None:
@@ -138,10 +149,11 @@ class ApplyThread:
             if position is None:
                 return
             hop("committed", position.lsn)
+            self._unreported += sum(frame.size for frame in frames)
+            now = time.monotonic()
             if position != self._applier.durable:
-                now = time.monotonic()
                 flush_at, flush_latest = now + FLUSH_IDLE_S, min(flush_latest, now + FLUSH_BUSY_S)
-            self._report(sum(frame.size for frame in frames))
+            report_at = max(now, reported + REPORT_GAP_S)
 
     def _applied(self, batch: list[Frame], received: float) -> Position | None:
         """Apply a batch, which may have to wait for something else on this node; None when told to stop meanwhile."""
@@ -152,16 +164,17 @@ class ApplyThread:
                 if error.message != self.awaits:
                     log.info("action=await origin=%d reason=%s", self._applier.origin, error.message)
                 self.awaits = error.message
-                self._report(0)
+                self._report()
                 if self._stopping.wait(AWAIT_S):
                     return None
             else:
                 self.awaits = ""
                 return position
 
-    def _report(self, size: int) -> None:
+    def _report(self) -> None:
         partial = bool(self._applier.stale.waiting())
-        self._results.put(Applied(self._applier.position, self._applier.durable, size, partial))
+        self._results.put(Applied(self._applier.position, self._applier.durable, self._unreported, partial))
+        self._unreported = 0
         self._wakeup.wake()
 
     def _next_batch(self, wait_s: float) -> tuple[list[Frame], float] | None:

@@ -29,6 +29,7 @@ from pmgsync.profile_file import load_profile
 from pmgsync.trace import hop
 from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message, error_map, pack
+from pmgsync.wire.parts import send_parts
 from pmgsync.wire.waiting import Waiter
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,10 @@ log = logging.getLogger(__name__)
 WINDOW_BYTES = 16 << 20
 """Bytes of frames that may be on their way to the journal's disk; beyond it the WAL is left unread."""
 READ_BATCH = 4_000
+REST_MS = 1
+"""For so long the rest of a transaction is waited for before anything else is looked at: the server sends each of its
+messages by itself, and one round of the loop takes longer than reading all of them."""
+RESTS = 10
 CONFIRM_S = 1.0
 WATERMARK_S = 0.1
 WATERMARK_SOON_S = 0.01
@@ -242,10 +247,13 @@ class _Stream:
 
     def _read(self) -> bool:
         """Read what is there, at most a batch; True when the server has sent no more."""
-        framer, read = self._framer, self._reader.read
+        framer, read, rests = self._framer, self._reader.read, RESTS
         for _ in range(READ_BATCH):
             message = read()
             if message is None:
+                if rests and framer.in_one and self._reader.wait(REST_MS):
+                    rests -= 1
+                    continue
                 if (frame := framer.flush(time.monotonic())) is not None:
                     self._send(frame)
                 return True
@@ -260,7 +268,7 @@ class _Stream:
         head, end = _FRAME, self._framer.passed
         if self._worker.hold.stands and frame.here.complete:
             head = pack({"op": "frame", "whole": end})
-        self._link.socket.send_multipart((head, frame.header_bytes, frame.body))
+        send_parts(self._link.socket, (head, frame.header_bytes, frame.body), wait=True)
         self._ends.sent(frame.here, end)
         self._outstanding.append((frame.here, frame.size))
         self._outstanding_bytes += frame.size

@@ -99,6 +99,11 @@ class Framer:
         """True when nothing is collected that is not in a closed frame."""
         return not self._messages and not self._in_transaction
 
+    @property
+    def in_one(self) -> bool:
+        """True between a transaction's Begin and its Commit, when no whole transaction is collected before it."""
+        return self._in_transaction and not self._mark
+
     def feed(self, message: bytes) -> list[Frame]:
         """Take the server's next message and return the frames that it closes, mostly none.
 

@@ -14,6 +14,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from pmgsync.errors import UnreachableError
 from pmgsync.wire.messages import Message, error_from, pack, unpack
+from pmgsync.wire.parts import has_message, receive_parts, send_parts
 
 REPLY_TIMEOUT_S = 10.0
 CALL_CREDIT = 4 << 20
@@ -41,7 +42,7 @@ class Peer:
             UnreachableError: when the peer takes no more.
         """
         try:
-            self.socket.send_multipart([pack(message), *attachments], zmq.NOBLOCK)
+            send_parts(self.socket, [pack(message), *attachments])
         except zmq.Again:
             raise UnreachableError(f"{self.name} takes no messages") from None
 
@@ -49,13 +50,16 @@ class Peer:
         """Return the next message and its attachments, None when there was none in time."""
         if not self.socket.poll(max(0, round(timeout_s * 1000))):
             return None
-        first, *attachments = self.socket.recv_multipart()
-        return unpack(first), attachments
+        return self._next()
+
+    def _next(self) -> tuple[Message, Sequence[bytes]]:
+        first, *attachments = receive_parts(self.socket)
+        return unpack(first.bytes), [part.bytes for part in attachments]
 
     def pending(self) -> Iterator[tuple[Message, Sequence[bytes]]]:
         """Yield the messages that have arrived, without waiting for more."""
-        while (received := self.receive(0)) is not None:
-            yield received
+        while has_message(self.socket):
+            yield self._next()
 
     def request(
         self, message: Mapping[str, Any], *attachments: bytes, timeout_s: float = REPLY_TIMEOUT_S
@@ -144,7 +148,8 @@ class BrokerLink(Peer):
             UnreachableError: when the connection has ended: libzmq would keep the message for the next one, in which
                 the broker knows nothing of this session.
         """
-        self._watch(0)
+        if has_message(self._monitor):
+            self._watch(0)
         if self._ended:
             raise UnreachableError(f"{self.name} has closed the connection")
         super().send(message, *attachments)

@@ -15,7 +15,13 @@ MAX_PREPARED = 1000
 class PreparedStatements:
     """Names statements and drops them; what is known of them stands in their targets."""
 
-    def __init__(self) -> None:
+    def __init__(self, always: bytes = b"") -> None:
+        """Begin with none.
+
+        Args:
+            always: the PREPARE of a statement that the session has from its start, and keeps.
+        """
+        self._always = always
         self._count = 0
         self._targets: list[Target] = []
 
@@ -50,7 +56,7 @@ class PreparedStatements:
 
     def forget(self, cursor: Cursor) -> None:
         """Drop the statements."""
-        cursor.execute(b"DEALLOCATE ALL")
+        cursor.execute(b"DEALLOCATE ALL;" + self._always)
         for target in self._targets:
             target.prepared.clear()
         self._targets.clear()

@@ -18,6 +18,7 @@ from pmgsync.core.positions import format_lsn
 from pmgsync.core.profile import Policy
 from pmgsync.errors import ApplyError, ProtocolError
 from pmgsync.postgres.apply import statements
+from pmgsync.postgres.apply.chain_session import PREPARE_MOVE
 from pmgsync.postgres.apply.merge_sql import merge_row
 from pmgsync.postgres.apply.plan import (
     ApplyStats,
@@ -67,7 +68,7 @@ class RowExecutor:
         self._origin = origin
         self._stale = stale
         self._stats = stats
-        self.prepared = PreparedStatements()
+        self.prepared = PreparedStatements(PREPARE_MOVE)
         self._locked: set[int] = set()
         self._labels: dict[int, str] = {}
 

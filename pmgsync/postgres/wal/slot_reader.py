@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,8 @@ class SlotReader:
                 decode=False,
                 status_interval=STATUS_INTERVAL_S,
             )
+            self._poll = select.poll()
+            self._poll.register(self._connection.fileno(), select.POLLIN)
         except psycopg2.Error as error:
             self.close()
             if error.pgcode == "55006":
@@ -163,6 +166,10 @@ class SlotReader:
     def fileno(self) -> int:
         """Return the connection's descriptor; readable means that `read` may return something."""
         return int(self._connection.fileno())
+
+    def wait(self, timeout_ms: int) -> bool:
+        """Wait until something may be there; False when time is over."""
+        return bool(self._poll.poll(timeout_ms))
 
     @property
     def caught_up_lsn(self) -> int:
