@@ -217,6 +217,28 @@ def test_a_clock_that_was_set_back_does_not_open_what_is_closed(master: Database
         run(client, "DELETE FROM plain")
 
 
+def test_operators_of_a_user_do_not_open_it(master: Database, lease: LeaseSession) -> None:
+    master.sql(
+        "CREATE SCHEMA theirs; SET search_path = theirs, pg_catalog;"
+        "CREATE FUNCTION yes(float8, bigint) RETURNS boolean LANGUAGE sql AS 'SELECT true';"
+        "CREATE OPERATOR < (FUNCTION = yes, LEFTARG = float8, RIGHTARG = bigint);"
+        "CREATE OPERATOR >= (FUNCTION = yes, LEFTARG = float8, RIGHTARG = bigint);"
+        "CREATE FUNCTION pg_sequence_last_value(regclass) RETURNS bigint LANGUAGE sql AS 'SELECT 9223372036854775807';"
+        "CREATE DOMAIN text AS pg_catalog.text CHECK (false)"
+    )
+    with session(master) as client:
+        run(client, "SET search_path = theirs, pg_catalog, public")
+        with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction, match=CLOSED):
+            run(client, "INSERT INTO plain VALUES (5)")
+        client.rollback()
+        lease.renew(until(LONG_S))
+        run(client, "SET search_path = theirs, pg_catalog, public")
+        run(client, "INSERT INTO plain VALUES (5)")
+        lease.shut()
+        with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction, match="cannot be committed any more"):
+            client.commit()
+
+
 def test_a_new_table_is_closed_too(master: Database, lease: LeaseSession) -> None:
     with session(master) as client:
         run(client, "CREATE TABLE later (id int)")

@@ -28,16 +28,21 @@ CREATE TABLE IF NOT EXISTS pmgsync.reign (
 -- that waits for the commit is one for each row, which nobody wants on tables that take millions of them.
 CREATE UNLOGGED TABLE IF NOT EXISTS pmgsync.writer (xid xid8 NOT NULL);
 
+-- What follows up to refuse_commit is called for every statement that writes. SET search_path would cost microseconds there,
+-- and so would a query. So names and operators are written with their schema, and the sequence is read by a function.
 -- A clock that was set back to before the lease was written closes, one set back less than that cannot make the lease last
 -- twice as long. A second is let pass: clocks are corrected by that much all the time.
--- Takes the sequence's value. No SECURITY DEFINER and no SET, each of which costs microseconds a statement: it is called by
--- functions that have them.
+-- NULL, like what pg_sequence_last_value returns after a crash, is no lease.
 CREATE OR REPLACE FUNCTION pmgsync.lease_holds(value bigint) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
-    now_ms bigint := floor(extract(epoch FROM clock_timestamp()) * 1000);
+    now_ms double precision := pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()) OPERATOR(pg_catalog.*) 1000;
+    until_ms bigint := value OPERATOR(pg_catalog.>>) 20;
+    left_ms bigint := value OPERATOR(pg_catalog.&) 1048575;
 BEGIN
-    RETURN now_ms < value >> 20 AND now_ms >= (value >> 20) - (value & 1048575) - 1000;
+    RETURN (now_ms OPERATOR(pg_catalog.<) until_ms
+            AND now_ms OPERATOR(pg_catalog.>=) (until_ms OPERATOR(pg_catalog.-) left_ms OPERATOR(pg_catalog.-) 1000))
+           IS TRUE;
 END
 $$;
 
@@ -74,50 +79,56 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION pmgsync.refuse() RETURNS trigger
+CREATE OR REPLACE FUNCTION pmgsync.refuse_table(schema text, name text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     fenced boolean;
-    lease bigint;
-    mine text;
-    place tid;
 BEGIN
-    SELECT m.fenced, l.last_value INTO fenced, lease FROM pmgsync.guard AS m, pmgsync.lease AS l;
-    IF NOT FOUND THEN
+    SELECT m.fenced INTO fenced FROM pmgsync.guard AS m;
+    IF FOUND THEN
+        PERFORM pmgsync.raise_closed(
+            format(CASE WHEN fenced THEN 'the table %I.%I is closed' ELSE 'the table %I.%I is written' END, schema, name),
+            schema, name);
+    END IF;
+END
+$$;
+
+-- While the lease holds nothing else need be read: it does not on a node that another master guards. The row in writer is
+-- for those that write in that very instant, whose commit is checked against the row of the guard too.
+CREATE OR REPLACE FUNCTION pmgsync.refuse() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER AS $$
+DECLARE
+    mine pg_catalog.text;
+    place pg_catalog.tid;
+BEGIN
+    IF NOT pmgsync.lease_holds(pg_catalog.pg_sequence_last_value('pmgsync.lease')) THEN
+        PERFORM pmgsync.refuse_table(tg_table_schema, tg_table_name);
+    END IF;
+    mine := pg_catalog.pg_current_xact_id();
+    IF pg_catalog.split_part(pg_catalog.current_setting('pmgsync.writer', true), ' ', 1) OPERATOR(pg_catalog.=) mine THEN
         RETURN NULL;
     END IF;
-    IF NOT fenced THEN
-        PERFORM pmgsync.raise_closed(format('the table %I.%I is written', tg_table_schema, tg_table_name),
-                                     tg_table_schema, tg_table_name);
-    ELSIF NOT pmgsync.lease_holds(lease) THEN
-        PERFORM pmgsync.raise_closed(format('the table %I.%I is closed', tg_table_schema, tg_table_name),
-                                     tg_table_schema, tg_table_name);
-    END IF;
-    mine := pg_current_xact_id()::text;
-    IF split_part(current_setting('pmgsync.writer', true), ' ', 1) IS DISTINCT FROM mine THEN
-        INSERT INTO pmgsync.writer (xid) VALUES (pg_current_xact_id()) RETURNING ctid INTO place;
-        -- Taken back with the row, should this happen below a savepoint.
-        PERFORM set_config('pmgsync.writer', mine || ' ' || place::text, true);
-    END IF;
+    INSERT INTO pmgsync.writer (xid) VALUES (pg_catalog.pg_current_xact_id()) RETURNING ctid INTO place;
+    -- Taken back with the row, should this happen below a savepoint.
+    PERFORM pg_catalog.set_config('pmgsync.writer', pg_catalog.concat(mine, ' ', place), true);
     RETURN NULL;
 END
 $$;
 
 CREATE OR REPLACE FUNCTION pmgsync.refuse_commit() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER AS $$
 DECLARE
     fenced boolean;
-    lease bigint;
-    note text := current_setting('pmgsync.writer', true);
+    place pg_catalog.tid := pg_catalog.split_part(pg_catalog.current_setting('pmgsync.writer', true), ' ', 2);
 BEGIN
-    SELECT m.fenced, l.last_value INTO fenced, lease FROM pmgsync.guard AS m, pmgsync.lease AS l;
-    IF FOUND AND NOT (fenced AND pmgsync.lease_holds(lease)) THEN
+    SELECT m.fenced INTO fenced FROM pmgsync.guard AS m;
+    IF FOUND AND NOT (fenced AND pmgsync.lease_holds(pg_catalog.pg_sequence_last_value('pmgsync.lease'))) THEN
         PERFORM pmgsync.raise_closed(
             CASE WHEN fenced THEN 'the transaction cannot be committed any more' ELSE 'what the transaction wrote is written' END,
             '', '');
     END IF;
     -- By its place: the table is mostly of dead rows.
-    DELETE FROM pmgsync.writer AS w WHERE w.ctid = split_part(note, ' ', 2)::tid AND w.xid = NEW.xid;
+    DELETE FROM pmgsync.writer AS w WHERE w.ctid OPERATOR(pg_catalog.=) place AND w.xid OPERATOR(pg_catalog.=) NEW.xid;
     RETURN NULL;
 END
 $$;
