@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pmgsync.core.changes import read_row
+from pmgsync.core.changes import read_row, read_update
 from pmgsync.core.pgoutput import UNCHANGED, Row
 
 
@@ -23,27 +23,43 @@ class Phase:
     Attributes:
         absent: keys of rows that were inserted and deleted again: none of them may be there before.
         deleted: the old values of rows that are deleted, by key.
-        updated: the new values of rows that are updated, by key; `UNCHANGED` for those that keep theirs.
+        updated: the new values of rows that are updated, by key; `UNCHANGED` for those that keep theirs. Of some it is
+            the message that says so, not read yet.
         inserted: the rows that are inserted; None for one that is gone again.
         messages: instead of `inserted`, as long as nothing but inserts came, which need not be read one by one.
         count: how many changes it holds.
     """
 
-    __slots__ = ("_folds", "_key", "_places", "absent", "count", "deleted", "inserted", "messages", "updated")
+    __slots__ = (
+        "_folds",
+        "_key",
+        "_key_of",
+        "_places",
+        "absent",
+        "count",
+        "deleted",
+        "inserted",
+        "messages",
+        "updated",
+    )
 
-    def __init__(self, key: Callable[[Row], Any] | None, *, folds: bool) -> None:
+    def __init__(
+        self, key: Callable[[Row], Any] | None, key_of: Callable[[bytes], Any] | None = None, *, folds: bool
+    ) -> None:
         """Begin an empty phase.
 
         Args:
             key: picks the key from a row; None: the table has none that rows could be found by, only inserts fit.
+            key_of: picks the key from the message of an update that kept it.
             folds: several changes of one row may become one.
         """
         self._key = key
+        self._key_of = key_of
         self._folds = folds
         self._places: dict[Any, int] | None = None
         self.absent: dict[Any, None] = {}
         self.deleted: dict[Any, Row] = {}
-        self.updated: dict[Any, Row] = {}
+        self.updated: dict[Any, Row | bytes] = {}
         self.inserted: list[Row | None] = []
         self.messages: list[bytes] = []
         self.count = 0
@@ -93,11 +109,28 @@ class Phase:
         elif (place := places.get(key)) is not None:
             self.inserted[place] = _over(new, self.inserted[place])
         elif (before := self.updated.get(key)) is not None:
-            self.updated[key] = _over(new, before)
+            self.updated[key] = _over(new, read_update(before).new if isinstance(before, bytes) else before)
         else:
             return False
         self.count += 1
         return True
+
+    def update_unread(self, message: bytes) -> bool:
+        """Add an update that kept its key, as the message that says so; False when it does not fit.
+
+        Raises:
+            ProtocolError: when it is malformed, as far as it is read.
+        """
+        places = self._inserted_places()
+        if places is None or self._key_of is None:
+            return False
+        key = self._key_of(message)
+        # The same mark as of an unchanged value, if it has one at all; then it takes nothing from what was before.
+        if not self._touched(key) or (self._folds and key in self.updated and b"u" not in message):
+            self.updated[key] = message
+            self.count += 1
+            return True
+        return self._folds and self.update(read_update(message).new)
 
     def delete(self, old: Row) -> bool:
         """Add a delete; False when it does not fit."""

@@ -144,9 +144,10 @@ _emitted = struct.Struct(">xBQ")
 _column = struct.Struct(">Ii")
 
 
-def _tuple(data: bytes, at: int) -> tuple[Row, int]:
-    """Return the row that begins at a place, and where it ends."""
+def _tuple(data: bytes, at: int, most: int = 0xFFFF) -> tuple[Row, int]:
+    """Return the row that begins at a place, or its first values, and where these end."""
     (count,) = _u16(data, at)
+    count = min(count, most)
     at += 2
     values: list[Value] = []
     append, u32 = values.append, _u32
@@ -258,6 +259,18 @@ def decode(data: bytes) -> Message:
     try:
         return _decode(data)
     except (IndexError, ValueError, struct.error) as error:
+        raise _cut_off(data) from error
+
+
+def first_values(data: bytes, most: int) -> Row:
+    """Return the first values of the new row of an update that kept its key.
+
+    Raises:
+        ProtocolError: when they are malformed; what follows them is not looked at.
+    """
+    try:
+        return _tuple(data, 6, most)[0]
+    except (IndexError, struct.error) as error:
         raise _cut_off(data) from error
 
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmgsync.core.changes import key_reader, read_update
 from pmgsync.core.folding import Phase
-from pmgsync.core.pgoutput import UNCHANGED, Row
+from pmgsync.core.pgoutput import UNCHANGED, Row, Update
+from pmgsync.errors import ProtocolError
+from tests.pure.test_pgoutput import encode
 
 Change = tuple[str, Row]
 Table = dict[Any, Row]
 KEY = itemgetter(0)
+KEY_OF = key_reader((0,))
 keys = st.sampled_from([b"1", b"2", b"3"])
-values = st.sampled_from([b"a", b"b", None])
+values = st.sampled_from([b"a", b"u", None])
 rows = st.tuples(keys, values, values)
 partial = st.tuples(keys, values | st.just(UNCHANGED), values | st.just(UNCHANGED))
 changes = st.lists(
-    st.tuples(st.just("I"), rows) | st.tuples(st.just("U"), partial) | st.tuples(st.just("D"), rows), max_size=12
+    st.tuples(st.just("I"), rows) | st.tuples(st.sampled_from("UM"), partial) | st.tuples(st.just("D"), rows),
+    max_size=12,
 )
 tables = st.lists(rows, max_size=3).map(lambda found: {KEY(row): row for row in found})
 
@@ -40,7 +46,7 @@ def one_by_one(table: Table, given_changes: list[Change]) -> Table:
             raise RefusedError
         if kind == "I":
             table[KEY(row)] = row
-        elif kind == "U":
+        elif kind in "UM":
             table[KEY(row)] = over(row, table[KEY(row)])
         else:
             del table[KEY(row)]
@@ -48,13 +54,18 @@ def one_by_one(table: Table, given_changes: list[Change]) -> Table:
 
 
 def phases_of(given_changes: list[Change], *, folds: bool) -> list[Phase]:
-    phases = [Phase(KEY, folds=folds)]
+    """Return the phases of changes; M is an update as a message."""
+    phases = [Phase(KEY, KEY_OF, folds=folds)]
     for kind, row in given_changes:
         for _ in range(2):
-            take = {"I": phases[-1].insert, "U": phases[-1].update, "D": phases[-1].delete}[kind]
-            if take(row):
+            phase = phases[-1]
+            if kind == "M":
+                taken = phase.update_unread(encode(Update(1, None, False, row)))
+            else:
+                taken = {"I": phase.insert, "U": phase.update, "D": phase.delete}[kind](row)
+            if taken:
                 break
-            phases.append(Phase(KEY, folds=folds))
+            phases.append(Phase(KEY, KEY_OF, folds=folds))
         else:
             raise AssertionError("an empty phase takes any change")
     return phases
@@ -71,12 +82,13 @@ def in_phases(table: Table, phases: list[Phase]) -> Table:
                 raise RefusedError
             if wanted is phase.deleted:
                 table = {key: row for key, row in table.items() if key not in wanted}
-        table |= {key: over(row, table[key]) for key, row in phase.updated.items()}
-        for row in phase.inserted:
-            if row is not None:
-                if KEY(row) in table:
+        for key, row in phase.updated.items():
+            table[key] = over(read_update(row).new if isinstance(row, bytes) else row, table[key])
+        for new in phase.inserted:
+            if new is not None:
+                if KEY(new) in table:
                     raise RefusedError
-                table[KEY(row)] = row
+                table[KEY(new)] = new
     return table
 
 
@@ -118,3 +130,22 @@ def test_without_a_key_only_inserts_fit() -> None:
     phase = Phase(None, folds=False)
     assert phase.insert((b"1",)) and phase.insert((b"1",)) and not phase.update((b"1",)) and not phase.delete((b"1",))
     assert phase.inserted == [(b"1",), (b"1",)]
+
+
+@given(
+    st.lists(st.sampled_from([b"", b"a", b"u" * 300, None, UNCHANGED]), min_size=3, max_size=3),
+    st.permutations(range(3)),
+)
+def test_the_key_of_a_message_is_that_of_its_row(row: list[Any], order: list[int]) -> None:
+    message = encode(Update(1, None, False, tuple(row)))
+    for places in ((0,), (order[0],), tuple(order[:2])):
+        assert key_reader(places)(message) == itemgetter(*places)(row)
+
+
+def test_a_message_that_is_cut_off_has_no_key() -> None:
+    message = encode(Update(1, None, False, (b"abc", b"x")))
+    for places, whole in (((0,), 16), ((1,), len(message))):
+        assert key_reader(places)(message[:whole])
+        for size in range(13, whole):
+            with pytest.raises(ProtocolError):
+                key_reader(places)(message[:size])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psycopg2
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
-from pmgsync.core.changes import Change, Inserted, Piece, transactions
+from pmgsync.core.changes import Change, Piece, Unread, transactions
 from pmgsync.core.document import Epoch, Fork
 from pmgsync.core.frames import Frame, is_part, unpack_body
 from pmgsync.core.judges import Judge
@@ -359,7 +359,7 @@ class Applier:
             self._execution.finish(cursor, header.here, time, transactions=1, changes=half.changes)
         self._half = None
 
-    def _execute_waiting(self, rest: Sequence[Change | Inserted] = ()) -> None:
+    def _execute_waiting(self, rest: Sequence[Change | Unread] = ()) -> None:
         """Execute what waits of the half transaction, if there is one, and then the rest."""
         half = self._half
         if half is None or not (half.waiting.items or rest):

@@ -23,10 +23,10 @@ from typing import Any
 
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
-from pmgsync.core.changes import read_row
+from pmgsync.core.changes import flat_values, key_reader, read_row, read_update
 from pmgsync.core.folding import Phase
 from pmgsync.core.pgoutput import UNCHANGED, Row, Value
-from pmgsync.postgres.apply.plan import Item, PlanItem, RowsItem, changes_in
+from pmgsync.postgres.apply.plan import Item, PlanItem, RowsItem, UpdateItem, changes_in
 from pmgsync.postgres.apply.rows import SCRIPT_BYTES, RowExecutor, copy_rows
 from pmgsync.postgres.apply.target import Target
 from pmgsync.postgres.apply.values import array_literal
@@ -37,6 +37,8 @@ LEAST_ROWS = 8
 """Fewer rows are not worth a statement of their own."""
 MOST_ROWS = 5000
 """Rows of one statement; its arrays take some hundred bytes each in the server."""
+READ_ROWS = 500
+"""Rows of updates that are read at once, or one by one when a value of theirs is NULL or kept."""
 RESTING_BATCHES = 100
 """A table on which bulk execution failed is done row by row for so many batches."""
 
@@ -44,12 +46,13 @@ RESTING_BATCHES = 100
 class _Work:
     """What is to be done on one table, in order: phases, and runs of items for the row executor."""
 
-    __slots__ = ("key", "resting", "steps", "target")
+    __slots__ = ("key", "key_of", "resting", "steps", "target")
 
     def __init__(self, target: Target, *, resting: bool) -> None:
         self.target = target
         self.resting = resting
         self.key: Callable[[Row], Any] | None = itemgetter(*target.key) if target.as_sets else None
+        self.key_of = key_reader(target.key) if target.as_sets else None
         self.steps: list[Phase | list[Item]] = []
 
     def add(self, item: Item) -> None:
@@ -58,7 +61,7 @@ class _Work:
             last = self.steps[-1] if self.steps else None
             if type(last) is Phase and _take(last, item):
                 return
-            phase = Phase(self.key, folds=self.target.folds)
+            phase = self._phase()
             if _take(phase, item):
                 self.steps.append(phase)
                 return
@@ -67,6 +70,21 @@ class _Work:
         else:
             self.steps.append([item])
 
+    def update(self, item: UpdateItem) -> None:
+        """Add an update that kept its key."""
+        if not self.resting and self.target.as_sets and not self.target.always:
+            last = self.steps[-1] if self.steps else None
+            if type(last) is Phase and last.update_unread(item.message):
+                return
+            phase = self._phase()
+            if phase.update_unread(item.message):
+                self.steps.append(phase)
+                return
+        self.add(Item(item.target, "U", None, read_update(item.message).new))
+
+    def _phase(self) -> Phase:
+        return Phase(self.key, self.key_of, folds=self.target.folds)
+
     def copy(self, item: RowsItem) -> None:
         """Add inserts."""
         if not self.resting:
@@ -74,7 +92,7 @@ class _Work:
             if type(last) is Phase and last.copy(item.messages):
                 return
             if type(last) is not Phase:
-                phase = Phase(self.key, folds=self.target.folds)
+                phase = self._phase()
                 phase.copy(item.messages)
                 self.steps.append(phase)
                 return
@@ -133,7 +151,7 @@ class BulkExecutor:
         ordered: list[PlanItem] = []
         work: _Work | None = None
         for item in items:
-            if isinstance(item, Item | RowsItem) and not item.target.fires:
+            if isinstance(item, UpdateItem | Item | RowsItem) and not item.target.fires:
                 target = item.target
                 if work is None or work.target is not target:
                     work = works.get(target.oid)
@@ -143,7 +161,9 @@ class BulkExecutor:
                         work = None
                     if work is None:
                         works[target.oid] = work = _Work(target, resting=target.oid in self._resting)
-                if isinstance(item, RowsItem):
+                if isinstance(item, UpdateItem):
+                    work.update(item)
+                elif isinstance(item, RowsItem):
                     work.copy(item)
                 else:
                     work.add(item)
@@ -178,7 +198,8 @@ class BulkExecutor:
             single += [Item(target, "D", old, None) for old in phase.deleted.values()]
         else:
             self._by_key(cursor, target, b"delete", list(phase.deleted), script)
-        for written, rows in _shapes(target, phase.updated.values()).items():
+        read = self._update_unread(cursor, target, phase, script)
+        for written, rows in _shapes(target, read).items():
             if len(rows) < LEAST_ROWS or not written or not all(target.columns[p].in_arrays for p in written):
                 single += [Item(target, "U", None, row) for row in rows]
             else:
@@ -200,6 +221,30 @@ class BulkExecutor:
         for some in _slices(keys):
             columns: list[Sequence[Value]] = [some] if len(target.key) == 1 else list(zip(*some, strict=True))
             self._call(cursor, target, (what,), columns, script)
+
+    def _update_unread(self, cursor: Cursor, target: Target, phase: Phase, script: list[bytes]) -> list[Row]:
+        """Execute the updates of a phase whose values can be taken from the messages, and return the others."""
+        read: list[Row] = []
+        unread: list[bytes] = []
+        for row in phase.updated.values():
+            (unread if type(row) is bytes else read).append(row)  # type: ignore[arg-type]
+        written, width = _usual(target), len(target.relation.columns)
+        places = (*target.key, *written)
+        columns: list[list[Value]] = [[] for _ in places]
+        if len(unread) < LEAST_ROWS or not written or not all(target.columns[place].in_arrays for place in written):
+            return read + [read_update(message).new for message in unread]
+        for at in range(0, len(unread), READ_ROWS):
+            some = unread[at : at + READ_ROWS]
+            values = flat_values(some, width)
+            if values is None:
+                read += [read_update(message).new for message in some]
+                continue
+            for column, place in zip(columns, places, strict=True):
+                column.extend(values[place::width])
+        for at in range(0, len(columns[0]), MOST_ROWS):
+            part = [column[at : at + MOST_ROWS] for column in columns]
+            self._call(cursor, target, (b"update", written), part, script)
+        return read
 
     def _update(
         self, cursor: Cursor, target: Target, written: tuple[int, ...], rows: list[Row], script: list[bytes]
@@ -259,7 +304,7 @@ def set_statement(target: Target, what: bytes, written: tuple[int, ...] = ()) ->
 
 def _shapes(target: Target, rows: Any) -> dict[tuple[int, ...], list[Row]]:
     """Return rows by the places that are written; all but the key, and but those that keep an out-of-line value."""
-    usual = tuple(place for place in target.columns if place not in target.key)
+    usual = _usual(target)
     found: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
         written = usual
@@ -267,6 +312,11 @@ def _shapes(target: Target, rows: Any) -> dict[tuple[int, ...], list[Row]]:
             written = tuple(place for place in usual if row[place] is not UNCHANGED)
         found.setdefault(written, []).append(row)
     return found
+
+
+def _usual(target: Target) -> tuple[int, ...]:
+    """Return the places that an update writes that keeps no out-of-line value."""
+    return tuple(place for place in target.columns if place not in target.key)
 
 
 def _slices(values: list[Any]) -> Iterator[list[Any]]:

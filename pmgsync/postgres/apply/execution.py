@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import psycopg2
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
-from pmgsync.core.changes import Change, Inserted
+from pmgsync.core.changes import Change, Unread
 from pmgsync.core.pgoutput import Relation
 from pmgsync.core.positions import LAST, Position
 from pmgsync.core.profile import Profile
@@ -186,14 +186,14 @@ class Execution:
 
     # -- in steps: large transactions, and such that change the schema
 
-    def commit_steps(self, planned: PlannedTransaction, rest: Sequence[Change | Inserted]) -> None:
+    def commit_steps(self, planned: PlannedTransaction, rest: Sequence[Change | Unread]) -> None:
         """Apply a transaction of which not everything can be planned at once."""
         with self._session.cursor() as cursor:
             self.begin(cursor)
             changes = self.execute_steps(cursor, planned, rest)
             self.finish(cursor, Position(planned.lsn, LAST), planned.commit_time, transactions=1, changes=changes)
 
-    def execute_steps(self, cursor: Cursor, planned: PlannedTransaction, rest: Sequence[Change | Inserted]) -> int:
+    def execute_steps(self, cursor: Cursor, planned: PlannedTransaction, rest: Sequence[Change | Unread]) -> int:
         """Execute what is planned in the open transaction, then the rest; returns how many changes it were."""
         changes = 0
         while True:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from pmgsync.core.ceilings import Value
-from pmgsync.core.changes import read_row
+from pmgsync.core.changes import read_row, read_update
 from pmgsync.core.ddl import SchemaChange
 from pmgsync.core.pgoutput import Row
 from pmgsync.postgres.apply.stale import StaleTable
@@ -37,6 +37,13 @@ class RowsItem(NamedTuple):
 
     target: Target
     messages: list[bytes]
+
+
+class UpdateItem(NamedTuple):
+    """A row that changed and kept its key, as the message that says so."""
+
+    target: Target
+    message: bytes
 
 
 class TruncateItem(NamedTuple):
@@ -82,7 +89,7 @@ class SchemaItem(NamedTuple):
 
 
 SingleItem = Item | TruncateItem | SequenceItem | NoteItem | SchemaItem
-PlanItem = SingleItem | RowsItem
+PlanItem = SingleItem | RowsItem | UpdateItem
 
 
 def one_by_one(items: Iterable[PlanItem]) -> Iterator[SingleItem]:
@@ -94,6 +101,8 @@ def one_by_one(items: Iterable[PlanItem]) -> Iterator[SingleItem]:
     for item in items:
         if isinstance(item, RowsItem):
             yield from (Item(item.target, "I", None, read_row(message)) for message in item.messages)
+        elif isinstance(item, UpdateItem):
+            yield Item(item.target, "U", None, read_update(item.message).new)
         else:
             yield item
 

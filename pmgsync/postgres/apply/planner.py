@@ -8,7 +8,7 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.core import ceilings as sequences
 from pmgsync.core import ddl
-from pmgsync.core.changes import Change, Inserted, Truncated, read_row
+from pmgsync.core.changes import Change, Inserted, Truncated, Unread, Updated, read_row, read_update
 from pmgsync.core.named_files import NamedFile, naming_of
 from pmgsync.core.owners import Writers
 from pmgsync.core.pgoutput import Delete, Emitted, Insert, Relation, Row, RowChange, Update
@@ -25,6 +25,7 @@ from pmgsync.postgres.apply.plan import (
     SchemaItem,
     SequenceItem,
     TruncateItem,
+    UpdateItem,
     one_by_one,
 )
 from pmgsync.postgres.apply.schema import missing
@@ -123,8 +124,8 @@ class Planner:
         items[:] = renewed
 
     def plan(
-        self, cursor: Cursor, changes: Sequence[Change | Inserted], lsn: int
-    ) -> tuple[list[PlanItem], Sequence[Change | Inserted]]:
+        self, cursor: Cursor, changes: Sequence[Change | Unread], lsn: int
+    ) -> tuple[list[PlanItem], Sequence[Change | Unread]]:
         """Return what a transaction's changes come to here, and those that follow a change of the schema: they can be
         planned when that is done.
 
@@ -136,7 +137,14 @@ class Planner:
         items: list[PlanItem] = []
         append, ready = items.append, self._ready
         for at, change in enumerate(changes):
-            if isinstance(change, Inserted):
+            if isinstance(change, Updated):
+                relation, message = change
+                target, wholly = ready.get(relation.raw, _UNKNOWN)
+                if wholly and not target.merges:  # type: ignore[union-attr]
+                    append(UpdateItem(target, message))  # type: ignore[arg-type]
+                else:
+                    self._of_table(cursor, relation, read_update(message), items, lsn)
+            elif isinstance(change, Inserted):
                 relation, messages = change
                 target, wholly = ready.get(relation.raw, _UNKNOWN)
                 if wholly and target.copies:  # type: ignore[union-attr]
