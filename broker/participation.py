@@ -177,6 +177,7 @@ class Participation:
             publish=lambda header, body: self.publish(b"f", header, body),
             durable=partial(tell_durable, sessions),
             new_id=resources.new_id,
+            urgent=lambda: documents.document.synchronous,
             watches=document.is_witness(self.cid),
         )
         limits = Limits(config.journal.max_bytes, config.journal.max_age_s)

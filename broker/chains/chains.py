@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Set
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ WRITE_AFTER_S = 0.02
 """Seconds after which the journal's thread begins to write: by then the frame is on its way to whoever applies it, and
 lone transactions that follow each other share one transaction of the journal and one fsync, on the disk that the
 database writes its WAL to. Only the slot's confirmation, once a second, waits for the journal."""
+WRITE_SOON_S = 0.002
+"""The same while commits wait for it, in synchronous mode."""
 MAX_DAMAGE = 10
 """Sentences about damage that status goes on showing."""
 
@@ -53,6 +54,7 @@ class Chains:
         publish: Callable[[bytes, bytes], None],
         durable: Callable[[Position, int], None],
         new_id: Callable[[], int],
+        urgent: Callable[[], bool] = lambda: False,
         watches: bool = False,
     ) -> None:
         """Open the journals.
@@ -62,6 +64,7 @@ class Chains:
             directory: of the journals.
             publish, durable: as in `Publishing`.
             new_id: returns a request id.
+            urgent: says whether commits wait for the journal.
             watches: nobody applies anything here; the chains are followed for the others.
 
         Raises:
@@ -74,7 +77,8 @@ class Chains:
         self._new_id = new_id
         self._watches = watches
         self._held: set[int] = set()
-        self.journals = Journals(directory, cid, soon=partial(loop.once, WRITE_AFTER_S))
+        self._urgent = urgent
+        self.journals = Journals(directory, cid, soon=self._soon)
         self.journals.start()
         self.streams = Streams(self.journals, self._damaged)
         self.own = Publishing(cid, cluster, self.journals, publish=publish, durable=durable, listener=self)
@@ -85,6 +89,9 @@ class Chains:
         self._followers = {origin: self._follower(origin) for origin in self.journals.chains() if origin != cid}
         self._lost: dict[int, ChainHead] = {}
         loop.add_descriptor(self.journals.notify_fd, self._journal_moved)
+
+    def _soon(self, run: Callable[[], None]) -> None:
+        self._loop.once(WRITE_SOON_S if self._urgent() else WRITE_AFTER_S, run)
 
     def close(self) -> None:
         """Write what was accepted to the journals and close them."""

@@ -117,6 +117,9 @@ class ApplyWorker(Worker):
         rule = self._profile.rule_for(*(part.decode(errors="surrogateescape") for part in (schema, name)))
         return rule is not None and rule.policy is Policy.MIRROR
 
+    def _urgent(self) -> bool:
+        return self.document.synchronous and self.document.master == self.origin
+
     def _members(self) -> Collection[int]:
         return self.document.cids
 
@@ -223,7 +226,7 @@ class ApplyWorker(Worker):
             raise
         log.info("action=apply origin=%d incarnation=%016x position=%s", self.origin, incarnation, position)
         self.state = "A"
-        thread = ApplyThread(applier, self.wakeup)
+        thread = ApplyThread(applier, self.wakeup, self._urgent)
         counted = Counter(self.counters)
         try:
             self._stream(

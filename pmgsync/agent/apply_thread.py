@@ -7,6 +7,7 @@ import math
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pmgsync.core.frames import Frame
@@ -27,7 +28,7 @@ AWAIT_S = 0.1
 """Seconds between two looks at whether what a transaction waits for is there."""
 REPORT_GAP_S = 0.02
 """Seconds between two reports of what was applied: one for each lone transaction would cost as much as applying it. The
-broker tells the members every 50 ms."""
+broker tells the members every 50 ms, and in synchronous mode at once; then there is no gap."""
 MAINTAIN_S = 2.0
 """Seconds between two looks at which stale tables can be fetched again."""
 
@@ -56,9 +57,15 @@ class ApplyThread:
         awaits: a sentence on what the next transaction waits for, "" when it waits for nothing.
     """
 
-    def __init__(self, applier: Applier, wakeup: Wakeup) -> None:
+    def __init__(self, applier: Applier, wakeup: Wakeup, urgent: Callable[[], bool] = lambda: False) -> None:
+        """Begin.
+
+        Args:
+            urgent: says whether commits wait for what is reported.
+        """
         self._applier = applier
         self._wakeup = wakeup
+        self._urgent = urgent
         self._frames: queue.SimpleQueue[tuple[Frame, float] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Applied | PmgsyncError] = queue.SimpleQueue()
         self._pending_bytes = 0
@@ -153,7 +160,7 @@ class ApplyThread:
             now = time.monotonic()
             if position != self._applier.durable:
                 flush_at, flush_latest = now + FLUSH_IDLE_S, min(flush_latest, now + FLUSH_BUSY_S)
-            report_at = max(now, reported + REPORT_GAP_S)
+            report_at = now if self._urgent() else max(now, reported + REPORT_GAP_S)
 
     def _applied(self, batch: list[Frame], received: float) -> Position | None:
         """Apply a batch, which may have to wait for something else on this node; None when told to stop meanwhile."""
