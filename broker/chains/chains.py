@@ -134,6 +134,25 @@ class Chains:
             for origin, head in self.heads().items()
         }
 
+    def whole_since(self, origin: int, held: HeldChain) -> int:
+        """Return the LSN after which nothing is missing of what a journal has, as far as that is known here.
+
+        A journal that began with a copy begins beyond the frame before. That there is nothing between the two, the next
+        frame says, for it follows that one, or the origin's heartbeat.
+        """
+        try:
+            oldest = self.journals.read(origin, held.first, 1)
+        except PmgsyncError:
+            return held.first.lsn
+        if oldest:
+            prev = oldest[0].prev
+            return min(held.first, prev).lsn if prev.complete else held.first.lsn
+        told, own = self._members.holding(origin, held.incarnation).get(origin), self._members.own_chain(origin)
+        idle = told is not None and own is not None and own.incarnation == held.incarnation
+        if idle and told is not None and own is not None and told.head.complete and own.watermark >= held.first.lsn:
+            return min(told.head, held.first).lsn
+        return held.first.lsn
+
     def durable(self) -> dict[int, list[int]]:
         """Return incarnation, LSN and part up to which each chain is on disk here, by origin."""
         return {origin: [head.incarnation, *self.journals.durable(origin)] for origin, head in self.heads().items()}

@@ -174,7 +174,8 @@ class WorkerRequests:
         own = self._chains.own.chain if origin == self._cid else None
         whole = max(head, own.watermark) if own is not None and own.incarnation == held.incarnation else head
         answer = {"op": "chain.held", "id": number(message, "id"), "incarnation": held.incarnation}
-        send({**answer, "first": held.first.lsn, "head": head, "whole": whole}, ())
+        since = self._chains.whole_since(origin, held)
+        send({**answer, "since": since, "first": held.first.lsn, "head": head, "whole": whole}, ())
 
     def _begin_of_apply(self, origin: int, message: Message) -> tuple[int, Position]:
         """Return incarnation and position from which a worker gets frames.

@@ -36,12 +36,14 @@ class Held:
         incarnation: 0 when it has none.
         first, head: LSNs; everything after the one up to the other.
         whole: LSN up to which nothing is missing though there may be no frame: the head, or the own chain's watermark.
+        since: LSN after which nothing is missing though there may be no frame; at or before `first`.
     """
 
     incarnation: int = 0
     first: int = 0
     head: int = 0
     whole: int = 0
+    since: int = 0
 
 
 def held_of(link: BrokerLink, origin: int) -> Held:
@@ -50,7 +52,7 @@ def held_of(link: BrokerLink, origin: int) -> Held:
         answer, _ = link.request({"op": "chain.held", "origin": origin})
     except UnknownChainError:
         return Held()
-    return Held(*(int(answer[name]) for name in ("incarnation", "first", "head", "whole")))
+    return Held(*(int(answer[name]) for name in ("incarnation", "first", "head", "whole", "since")))
 
 
 class Export:
@@ -83,7 +85,7 @@ class Export:
         """
         assert stretch.upto is not None
         here = held.incarnation == stretch.incarnation
-        lost = not here or held.first > stretch.after or held.whole < stretch.upto
+        lost = not here or held.since > stretch.after or held.whole < stretch.upto
         missing = self._missing(stretch, held) if lost else ""
         rows = MastersRows(self._profile, stretch.origin, self._document.cids)
         tables: dict[TableName, None] = {}
@@ -113,8 +115,8 @@ class Export:
         if held.incarnation != stretch.incarnation:
             return "the journal has nothing of this life of the chain any more: what it brought is not known"
         parts = []
-        if held.first > stretch.after:
-            parts.append(f"up to {format_lsn(held.first)}")
+        if held.since > stretch.after:
+            parts.append(f"up to {format_lsn(held.since)}")
         if stretch.upto is not None and held.whole < stretch.upto:
             parts.append(f"after {format_lsn(held.whole)}")
         return f"the journal no longer has what the chain brought {' and '.join(parts)}"

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from broker.chains.chains import Chains
 from broker.chains.follower import Follower, Listener
-from broker.heartbeats.heartbeat import HeldChain
+from broker.heartbeats.heartbeat import HeldChain, OwnChain
 from broker.members.members import Members
+from broker.net.loop import Loop
 from pmgsync.core.frames import Frame
 from pmgsync.core.positions import Position
-from tests.harness.journals import INCARNATION, OTHER, START, chain, opened, read_all
+from tests.harness.journals import INCARNATION, OTHER, OWN, START, chain, opened, read_all
 
 
 class Others:
@@ -20,6 +22,7 @@ class Others:
 
     def __init__(self, head: Position) -> None:
         self.head = head
+        self.watermark = 0
         self.asked: list[Mapping[str, Any]] = []
 
     def holding(self, origin: int, incarnation: int) -> dict[int, HeldChain]:
@@ -28,6 +31,9 @@ class Others:
     def send(self, cid: int, message: Mapping[str, Any]) -> bool:
         self.asked.append(message)
         return True
+
+    def own_chain(self, cid: int) -> OwnChain:
+        return OwnChain(INCARNATION, 0, False, self.watermark)
 
     def up(self, cid: int) -> bool:
         return True
@@ -39,6 +45,26 @@ class Taken:
 
     def taken(self, frame: Frame) -> None:
         self.frames.append(frame)
+
+
+def test_a_journal_that_began_with_a_copy_knows_what_it_lacks(tmp_path: Path) -> None:
+    """The copy was taken at 115, after the frames that end at 110; the next one ends at 120."""
+    frames = chain(4, origin=OTHER)
+    others = Others(frames[0].here)
+    chains = Chains(
+        OWN, b"c" * 16, tmp_path, Loop(), cast(Members, others),
+        publish=lambda *_: None, durable=lambda *_: None, new_id=itertools.count(1).__next__,
+    )  # fmt: skip
+    try:
+        chains.follow(OTHER, INCARNATION, Position(115))
+        assert chains.whole_since(OTHER, chains.held()[OTHER]) == 115, "nobody says that there was nothing"
+        others.watermark = 117
+        assert chains.whole_since(OTHER, chains.held()[OTHER]) == 110, "the origin does"
+        others.watermark = 0
+        chains.live(OTHER, frames[1])
+        assert chains.whole_since(OTHER, chains.held()[OTHER]) == 110, "the next frame does"
+    finally:
+        chains.close()
 
 
 def test_a_held_chain(tmp_path: Path) -> None:
