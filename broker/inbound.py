@@ -6,6 +6,7 @@ at the control port (`broker.requests.control`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import zmq
@@ -17,6 +18,8 @@ from broker.members.calls import Calls
 from broker.members.link import MemberLink
 from broker.members.members import Members, peer
 from broker.requests.shared import check_id
+from pmgsync.core.allowance import Allowance
+from pmgsync.core.announcements import MAX_ANNOUNCEMENT
 from pmgsync.core.frames import Frame, read_frame, read_frames
 from pmgsync.core.membership import ClusterDocument
 from pmgsync.errors import (
@@ -27,6 +30,10 @@ from pmgsync.errors import (
     UnreachableError,
 )
 from pmgsync.wire.messages import Message, error_from, unpack
+
+ANNOUNCED_BYTES_S = 4 << 20
+"""Of each member's announcements so much is handed on in a second. Its trees are announced again and again, and who has
+missed one asks for the difference; without a bound they would pile up before a worker that is busy."""
 
 
 class Inbound:
@@ -61,6 +68,10 @@ class Inbound:
         self._new_id = new_id
         self._announced = announced
         self._splits = splits
+        self._allowances: dict[int, Allowance] = {}
+
+    def _allowance(self, cid: int) -> Allowance:
+        return self._allowances.setdefault(cid, Allowance(time.monotonic, ANNOUNCED_BYTES_S, ANNOUNCED_BYTES_S))
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -75,7 +86,10 @@ class Inbound:
                 case [b"d", data]:
                     self._offer_document(link.member.cid, data)
                 case [b"t", data]:
-                    self._announced(link.member.cid, data)
+                    if len(data) > MAX_ANNOUNCEMENT:
+                        raise ProtocolError(f"an announcement has {len(data)} bytes, {MAX_ANNOUNCEMENT} are allowed")
+                    if self._allowance(link.member.cid).takes(len(data)):
+                        self._announced(link.member.cid, data)
                 case _:
                     raise ProtocolError(f"an event of {len(parts)} parts is not known here")
         except PmgsyncError as error:
@@ -114,16 +128,16 @@ class Inbound:
     def answer(self, link: MemberLink, parts: Sequence[zmq.Frame]) -> None:
         """Take a message on the control connection to a member."""
         try:
-            self._answer(link, unpack(parts[0].bytes), parts[1:])
+            self._answer(link, unpack(parts[0].bytes), parts[1:], len(parts[0]))
         except PmgsyncError as error:
             self._members.refuse(link.member.cid, error)
 
-    def _answer(self, link: MemberLink, message: Message, frames: Sequence[zmq.Frame]) -> None:
+    def _answer(self, link: MemberLink, message: Message, frames: Sequence[zmq.Frame], size: int) -> None:
         check_id(message)
         request, owner = message.get("id", 0), peer(link.member.cid)
         if message["op"] == "data":
             # The bulk of what comes here: passed on as it is.
-            self._calls.from_server(owner, message, frames)
+            self._calls.from_server(owner, message, frames, size)
             return
         parts = [frame.bytes for frame in frames]
         match message["op"]:

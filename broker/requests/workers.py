@@ -13,6 +13,7 @@ from broker.members.calls import Attachments, Calls, Send
 from broker.members.members import Members
 from broker.requests.sessions import Session, Sessions
 from broker.requests.shared import SharedRequests, answer_error, frame_sender, number
+from pmgsync.core.announcements import MAX_ANNOUNCEMENT
 from pmgsync.core.positions import Position
 from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError, UnknownChainError, UnreachableError
 from pmgsync.wire.messages import Message, error_map
@@ -20,7 +21,6 @@ from pmgsync.wire.messages import Message, error_map
 CAPTURE = "capture"
 FILES = "files"
 LEASE = "lease"
-MAX_ANNOUNCEMENT = 64 << 10
 
 
 def apply_worker(origin: int) -> str:

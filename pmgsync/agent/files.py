@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pmgsync.agent.actions import Actions
 from pmgsync.agent.followed_tree import FollowedTree
 from pmgsync.agent.owned_tree import OwnedTree
-from pmgsync.agent.serving import Serving
+from pmgsync.agent.refusals import Refusals
+from pmgsync.agent.serving import Piece, Serving
 from pmgsync.agent.table_actions import TableActions
 from pmgsync.agent.tree_checks import read_names, verify_tree
 from pmgsync.agent.tree_client import TreeClient
@@ -22,7 +23,7 @@ from pmgsync.config import NodeConfig
 from pmgsync.core.announcements import Announcement, in_parts
 from pmgsync.core.manifests import Change, Entry, Manifest
 from pmgsync.core.trees import Tree, trees_of
-from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError
+from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnreachableError
 from pmgsync.files.cache import Cache
 from pmgsync.files.scan import Limits
 from pmgsync.profile_file import load_profile
@@ -37,6 +38,10 @@ ANNOUNCE_S = 2.0
 MAX_ALERTS = 20
 _ROLE = "role"
 """Where the cache has the role for which actions were asked for last; no tree is called so."""
+MAX_SERVED = 16
+"""Calls of one node that are answered at once."""
+FOREIGN_S = 8.0
+"""A node that has not heard of a promotion, or of a member, speaks for trees of others for a moment."""
 
 
 class FilesWorker(Worker):
@@ -61,6 +66,7 @@ class FilesWorker(Worker):
             settled=self._are_settled,
             changed=self.wakeup.wake,
         )
+        self._refusals = Refusals()
 
     # -- the session --------------------------------------------------------------------------------------------------
 
@@ -206,12 +212,15 @@ class FilesWorker(Worker):
         try:
             news = Announcement.unpack(data)
         except ProtocolError as error:
-            log.warning("action=refused origin=%d error=%s", origin, error)
+            self._refusals.note(origin, error.message)
             return
-        followed = self._followed.get(news.tree)
         # Who may speak for a tree is this node's to know, not the announcement's to say.
-        if followed is not None and followed.tree.owner == origin:
-            followed.hear(news)
+        thread = self._followed.get(news.tree) or self._owned.get(news.tree)
+        if thread is None or thread.tree.owner != origin:
+            who = f"node {thread.tree.owner} answers for it" if thread is not None else "nobody here has it"
+            self._refusals.note(origin, f"it speaks for {news.tree!r:.200}, and {who}", after_s=FOREIGN_S)
+        elif isinstance(thread, FollowedTree):
+            thread.hear(news)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -230,8 +239,13 @@ class FilesWorker(Worker):
         owned = self._owned.get(name) if isinstance(name, str) else None
         if owned is None:
             raise MembershipError(f"node {self.cid} does not answer for the tree {name!r:.100}")
-        pieces = answer(method, args, owned.place, self._published.get(owned.tree.name))
-        self._serving[request] = Serving(pieces, int(message.get("credit", 0)), self.wakeup)
+        self._serve(request, message, answer(method, args, owned.place, self._published.get(owned.tree.name)))
+
+    def _serve(self, request: int, message: Message, pieces: Iterator[Piece]) -> None:
+        caller = message.get("caller")
+        if sum(serving.caller == caller for serving in self._serving.values()) >= MAX_SERVED:
+            raise UnreachableError(f"node {self.cid} answers {MAX_SERVED} calls of node {caller} already")
+        self._serving[request] = Serving(pieces, int(message.get("credit", 0)), self.wakeup, caller=caller)
 
     def _thread(self, name: object) -> OwnedTree | FollowedTree:
         thread = self._owned.get(str(name)) or self._followed.get(str(name))
@@ -245,7 +259,7 @@ class FilesWorker(Worker):
         if type(share) is not int or not 1 <= share <= 100:
             raise ProtocolError(f"a tree was to be verified with the share {share!r:.20}")
         pieces = verify_tree(self._thread(args.get("tree")).place, read_names(args.get("names")), share)
-        self._serving[request] = Serving(pieces, int(message.get("credit", 0)), self.wakeup)
+        self._serve(request, message, pieces)
 
     def _refetch(self, link: BrokerLink, request: int, args: Mapping[str, Any]) -> None:
         thread, names = self._thread(args.get("tree")), read_names(args.get("names"))
@@ -278,6 +292,7 @@ class FilesWorker(Worker):
                 self.alerts.append({"kind": kind, "text": f"{name}: {status.error}" + _hint(status.hint)})
             self.alerts += [{"kind": "files", "text": text} for text in status.alerts]
         self.alerts += [{"kind": "action", "text": text} for text in self._runs.alerts()]
+        self.alerts += [{"kind": "files", "text": text} for text in self._refusals.alerts()]
         del self.alerts[MAX_ALERTS:]
 
     def _are_settled(self) -> bool:

@@ -13,7 +13,7 @@ from pmgsync.agent.tree_thread import Place, TreeThread
 from pmgsync.core.announcements import Announcement
 from pmgsync.core.backoff import Backoff
 from pmgsync.core.trees import profile_path
-from pmgsync.errors import UnreachableError
+from pmgsync.errors import ProtocolError, UnreachableError
 from pmgsync.files.directories import FilesError
 from pmgsync.files.intake import Batch, Intake
 from pmgsync.files.staging import WrongContentError
@@ -25,6 +25,8 @@ REST_S = 60.0
 REST_STEP_S = 0.2
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 KEPT_SHOWN = 5
+MAX_NEWS = 200
+"""Of at most 64 KiB; the owner announces again every two seconds."""
 
 
 class FollowedTree(TreeThread):
@@ -63,8 +65,12 @@ class FollowedTree(TreeThread):
         self._kept: list[str] = []
 
     def hear(self, announcement: Announcement) -> None:
-        """Take an announcement of the owner's; may be called from any thread."""
-        self._news.put(announcement)
+        """Take an announcement of the owner's; may be called from any thread.
+
+        While the thread is busy only some are kept: what is missed shows in the next one, and is asked for.
+        """
+        if self._news.qsize() < MAX_NEWS:
+            self._news.put(announcement)
         self.wakeup.wake()
 
     def refetch(self, names: Sequence[bytes]) -> None:
@@ -89,6 +95,8 @@ class FollowedTree(TreeThread):
             self._follow(intake)
         except StoppedError:
             return
+        except ProtocolError as error:
+            raise ProtocolError(f"node {self.tree.owner} sends what cannot be a tree's: {error.message}") from error
         finally:
             intake.close()
             self._client.close()
@@ -169,8 +177,8 @@ class FollowedTree(TreeThread):
         owner, name = self.tree.owner, self.tree.name
         digest, sums = self._client.sums(owner, name)
         if digest != intake.owner.digest:
-            for buckets, changes in self._client.entries(owner, name, intake.owner.differing(sums)):
-                entries = {each: entry for each, entry in changes if entry is not None}
+            groups = intake.owner.differing(sums)
+            for buckets, entries in self._client.entries(owner, name, groups, self.place.limits.max_count):
                 intake.compare(buckets, entries)
         intake.compared()
         self._announced = digest
@@ -202,7 +210,7 @@ class FollowedTree(TreeThread):
     def _fetch(self, intake: Intake, batch: Batch) -> set[bytes]:
         """Stage what a batch needs; return the digests of what the owner does not have any more."""
         missing = intake.contents.missing(batch.needs)
-        wanted = [(need.name, need.digest, offset) for need, offset in missing]
+        wanted = [(need.name, need.digest, offset, need.entry.size) for need, offset in missing]
         lost: set[bytes] = set()
         try:
             for parts, data in self._client.contents(self.tree.owner, self.tree.name, wanted):

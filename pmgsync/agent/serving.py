@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 Piece = tuple[Mapping[str, Any], bytes | None]
 """What a `data` message says of itself, and its attachment; the last one has the kind `result`."""
-QUEUED_PIECES = 8
+QUEUED_PIECES = 4
 """Pieces of at most 1 MiB that are made ahead of the receiver's credit."""
 WAIT_NOTICE_S = 3.0
 """After this much silence the receiver is told that something is being waited for."""
@@ -30,10 +30,12 @@ class Serving:
 
     Attributes:
         result: of the call once it is over, None before and after an error.
+        caller: CID of the node that has called, None when that does not matter.
     """
 
-    def __init__(self, pieces: Iterator[Piece], credit: int, wakeup: Wakeup) -> None:
+    def __init__(self, pieces: Iterator[Piece], credit: int, wakeup: Wakeup, *, caller: object = None) -> None:
         self.result: Mapping[str, Any] | None = None
+        self.caller = caller
         self._credit = credit
         self._heard = time.monotonic()
         self._wakeup = wakeup

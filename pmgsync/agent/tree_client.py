@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pmgsync.core.manifests import BUCKETS, Change, unpack_changes
+from pmgsync.core.manifests import BUCKETS, SUM_BYTES, Entry, bucket_of, unpack_changes
 from pmgsync.core.positions import MAX_LSN, parse_lsn
 from pmgsync.errors import PmgsyncError, ProtocolError, UnreachableError
 from pmgsync.files.reading import Part
@@ -23,8 +23,10 @@ REQUEST_BYTES = 256 << 10
 IDLE_S = 60.0
 """After so long without use a session is begun again: the broker forgets silent ones."""
 
-Wanted = tuple[bytes, bytes, int]
-"""Name, digest, and the byte to begin at."""
+GROWN_BYTES = 64 << 20
+
+Wanted = tuple[bytes, bytes, int, int]
+"""Name, digest, the byte to begin at, and the size of the whole."""
 
 
 class StoppedError(PmgsyncError):
@@ -57,27 +59,46 @@ class TreeClient:
         sums = b""
         for message, parts in self._call(owner, "files.sums", {"tree": tree}):
             if message["op"] == "done":
-                return bytes(_result(message).get("digest", b"")), sums
+                digest = _result(message).get("digest")
+                if not isinstance(digest, bytes) or len(digest) != SUM_BYTES:
+                    raise ProtocolError(f"node {owner} says that {tree} has the digest {digest!r:.60}")
+                return digest, sums
             sums += b"".join(parts)
+            if len(sums) > BUCKETS * SUM_BYTES:
+                raise ProtocolError(f"node {owner} sends more sums of {tree} than there are")
         raise ProtocolError(f"node {owner} did not finish its answer")
 
-    def entries(self, owner: int, tree: str, buckets: Sequence[int]) -> Generator[tuple[list[int], list[Change]]]:
+    def entries(
+        self, owner: int, tree: str, buckets: Sequence[int], most: int
+    ) -> Generator[tuple[list[int], dict[bytes, Entry]]]:
         """Yield groups and all the entries that the owner has in them, some groups at a time.
+
+        Args:
+            most: entries that a tree may have.
 
         Raises:
             PmgsyncError: as `sums`.
         """
         for start in range(0, min(len(buckets), BUCKETS), BUCKETS_AT_ONCE):
             asked = list(buckets[start : start + BUCKETS_AT_ONCE])
-            found: list[Change] = []
+            groups = frozenset(asked)
+            found: dict[bytes, Entry] = {}
             for message, parts in self._call(owner, "files.entries", {"tree": tree, "buckets": asked}):
+                for part in parts:
+                    for name, entry in unpack_changes(part):
+                        if entry is None or name in found or bucket_of(name) not in groups:
+                            raise ProtocolError(f"node {owner} sends entries of {tree} that it was not asked for")
+                        found[name] = entry
+                if len(found) > most:
+                    raise ProtocolError(f"node {owner} has more than {most} entries in {tree}")
                 if message["op"] == "done":
                     yield asked, found
-                for part in parts:
-                    found += unpack_changes(part)
 
     def contents(self, owner: int, tree: str, wanted: Sequence[Wanted]) -> Generator[tuple[list[Part], bytes]]:
         """Yield pieces of contents as `read_contents` makes them; numbers are indexes of `wanted`.
+
+        Args:
+            wanted: name, digest, the byte to begin at, and the size.
 
         Raises:
             PmgsyncError: as `sums`.
@@ -88,10 +109,18 @@ class TreeClient:
             while end < len(wanted) and size < REQUEST_BYTES:
                 size += len(wanted[end][0]) + 64
                 end += 1
-            items = [list(each) for each in wanted[start:end]]
+            chosen = wanted[start:end]
+            items = [[name, digest, offset] for name, digest, offset, _ in chosen]
+            # A file that has grown meanwhile may have more; who sends without end is not listened to for ever.
+            room = sum(max(0, total - offset) for _, _, offset, total in chosen) + GROWN_BYTES
             for message, parts in self._call(owner, "files.contents", {"tree": tree, "items": items}):
-                if message["op"] == "data" and parts:
-                    yield _parts(message, parts[0], start, end), parts[0]
+                if message["op"] != "data" or not parts:
+                    continue
+                found = _parts(message, parts[0], start, end)
+                room -= len(parts[0]) + len(found)
+                if room < 0:
+                    raise ProtocolError(f"node {owner} sends more of the files of {tree} than it was asked for")
+                yield found, parts[0]
             start = end
 
     def barrier(self) -> int:

@@ -14,6 +14,7 @@ from pmgsync.errors import ProtocolError
 
 MAX_CHANGES_BYTES = 48 << 10
 """Longer changes are not published: the others ask for what they lack."""
+MAX_ANNOUNCEMENT = 64 << 10
 MAX_TREE_NAME = 1000
 
 

@@ -71,6 +71,10 @@ class Manifest:
 
     A sum of hashes modulo 2¹²⁸ does not depend on the order and is corrected by each change, so a change in a tree of
     200 000 files costs two hashes. Contents are proved by their own digests, not by these sums.
+
+    Attributes:
+        files, bytes: how many files, and the bytes of their contents.
+        text_bytes: of all names, users and groups: what the manifest takes in memory grows with them.
     """
 
     def __init__(self, entries: Iterable[tuple[bytes, Entry]] = ()) -> None:
@@ -79,6 +83,7 @@ class Manifest:
         self._total = 0
         self.files = 0
         self.bytes = 0
+        self.text_bytes = 0
         for name, entry in entries:
             self.set(name, entry)
 
@@ -90,19 +95,20 @@ class Manifest:
         difference = 0
         if old is not None:
             difference -= _weight(name, old)
-            self._count(old, -1)
+            self._count(name, old, -1)
         if entry is None:
             del self._entries[name]
         else:
             self._entries[name] = entry
             difference += _weight(name, entry)
-            self._count(entry, 1)
+            self._count(name, entry, 1)
         bucket = bucket_of(name)
         self._sums[bucket] = (self._sums[bucket] + difference) % _MODULUS
         self._total = (self._total + difference) % _MODULUS
         return True
 
-    def _count(self, entry: Entry, sign: int) -> None:
+    def _count(self, name: bytes, entry: Entry, sign: int) -> None:
+        self.text_bytes += sign * (len(name) + len(entry.user) + len(entry.group))
         if entry.kind == "f":
             self.files += sign
             self.bytes += sign * entry.size
@@ -129,7 +135,7 @@ class Manifest:
         """Return one that changes by itself."""
         new = Manifest()
         new._entries, new._sums, new._total = dict(self._entries), list(self._sums), self._total
-        new.files, new.bytes = self.files, self.bytes
+        new.files, new.bytes, new.text_bytes = self.files, self.bytes, self.text_bytes
         return new
 
     def __contains__(self, name: bytes) -> bool:
@@ -226,7 +232,9 @@ def check_entry(name: bytes, entry: Entry) -> Entry:
     """
     numbers = (entry.mode, 0o7777), (entry.size, MAX_SIZE), (entry.mtime_ns, MAX_NANOSECONDS)
     fits = all(type(value) is int and 0 <= value <= highest for value, highest in numbers)
-    named = all(isinstance(text, str) and 0 < len(text) <= 255 for text in (entry.user, entry.group))
+    named = all(
+        isinstance(text, str) and 0 < len(text) <= 255 and text.isprintable() for text in (entry.user, entry.group)
+    )
     shaped = (entry.kind == "f" and isinstance(entry.digest, bytes) and len(entry.digest) == DIGEST_BYTES) or (
         entry.kind == "d" and (entry.size, entry.mtime_ns, entry.digest) == (0, 0, b"")
     )

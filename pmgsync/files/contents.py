@@ -80,11 +80,12 @@ class Contents:
             raise
 
     def _stage(self, need: Need, offset: int, data: Data, *, last: bool) -> None:
+        end = offset + len(data)
+        if end > need.entry.size or (last and end != need.entry.size):
+            raise WrongContentError(f"{self._root.show(need.name)} has another size than was announced")
         if offset == 0 and last:
             self._staging.put(need.digest, data, need.entry)
             return
-        if offset + len(data) > need.entry.size:
-            raise WrongContentError(f"{self._root.show(need.name)} is longer than was announced")
         if self._part is None or self._part.digest != need.digest:
             self.let_go()
             self._part = self._staging.part(need.digest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 
 from pmgsync.core.manifests import DIGEST_BYTES
 from pmgsync.files.directories import open_regular
@@ -41,6 +42,50 @@ def hash_file(directory: int, last: bytes) -> tuple[bytes, os.stat_result]:
     finally:
         os.close(fd)
     return digest, before
+
+
+class LongHash:
+    """The digest of a large file, taken in parts: other files are looked at in between."""
+
+    def __init__(self, directory: int, last: bytes) -> None:
+        """Begin.
+
+        Raises:
+            OSError: when it cannot be read.
+        """
+        self._fd = open_regular(directory, last)
+        self._before = os.fstat(self._fd)
+        self._state = new_hash()
+
+    def is_of(self, status: os.stat_result) -> bool:
+        """True when the file is still what it was at the beginning."""
+        return identity(status) == identity(self._before)
+
+    def go_on(self, until: float) -> bool:
+        """Read on up to a moment of the monotonic clock; True at the end.
+
+        Raises:
+            OSError: when it cannot be read.
+        """
+        while data := os.read(self._fd, READ_BYTES):
+            self._state.update(data)
+            if time.monotonic() > until:
+                return False
+        return True
+
+    def result(self) -> tuple[bytes, os.stat_result]:
+        """Return what `hash_file` returns.
+
+        Raises:
+            ChangedMeanwhileError: when it was written meanwhile.
+        """
+        if not self.is_of(os.fstat(self._fd)):
+            raise ChangedMeanwhileError
+        return self._state.digest(), self._before
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
 
 
 def hash_descriptor(fd: int, expected: int = READ_BYTES) -> bytes:

@@ -47,6 +47,8 @@ NOTED_ROWS = 10_000
 """So much of a spool is put in place before its names are brought to the disk and noted: once, not for each batch."""
 
 
+NAME_BYTES = 200
+"""The bytes of name, user and group that each of the entries that a tree may have is reckoned with."""
 Entries = Mapping[bytes, Entry]
 
 
@@ -150,9 +152,10 @@ class Intake:
                 self._pending.pop(name, None)
                 if entry is not None or not self.tree.gone:
                     self._pending[name] = None
-        if len(self.owner) > self._limits.max_count:
+        most = self._limits.max_count
+        if len(self.owner) > most or self.owner.text_bytes > most * NAME_BYTES:
             raise ProtocolError(
-                f"node {self.tree.owner} has more than {self._limits.max_count} entries in {self.tree.name}"
+                f"node {self.tree.owner} has more than {most} entries in {self.tree.name}, or their names are too long"
             )
         check_shape(self.owner, changes)
 
@@ -333,6 +336,7 @@ class Intake:
         if self.local is not None:
             self.local.look(batch.names)
             self._remaining_at = (self.local.found.manifest.digest, self.local.scans)
+            self._find_refused(batch)
         # A name without a step was as wanted already.
         failed = set(self.errors)
         self.postponed |= failed
@@ -342,6 +346,20 @@ class Intake:
         if self.tree.is_config:
             drop_record(self.root)
         return [step.name for step in batch.steps if step.name in done and step.what in {"put", "remove"}]
+
+    def _find_refused(self, batch: Batch) -> None:
+        """Note what is not as it was placed: a disk that does not keep such times or owners, or an edit just now.
+
+        Without that, it would be placed again and again without a pause.
+        """
+        assert self.local is not None
+        for step in batch.steps:
+            here = self.local.found.manifest.get(step.name)
+            if step.entry is not None and here != step.entry and step.name not in self.errors:
+                self.errors[step.name] = FilesError(
+                    f"{self.root.show(step.name)} is not as node {self.tree.owner} has it after it was placed",
+                    hint="another program writes it, or its file system does not keep such a mode, owner or time",
+                )
 
     def _note(self, names: list[bytes]) -> None:
         for name in names:

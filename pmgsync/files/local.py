@@ -87,6 +87,7 @@ class LocalTree:
     def close(self) -> None:
         """Stop watching."""
         self._watch.close()
+        self._scanner.close()
         self.root.close()
 
     def due_s(self) -> float:
@@ -155,6 +156,7 @@ class LocalTree:
         self._cache.most[self.tree.name] = most, noted
         if looks_vanished(most, after, config=self.tree.is_config) and not self._accepted:
             # The cache still has what was there: that is what is known until somebody says otherwise.
+            self._scanner.close()
             self._scanner = self._new_scanner(self._cache.seen(self.tree.name))
             self._scan_due = 0.0
             raise TreeStoppedError(

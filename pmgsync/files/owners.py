@@ -39,7 +39,7 @@ class _Names:
         if name not in self._numbers:
             try:
                 self._numbers[name] = self._number_of(name)
-            except KeyError:
+            except (KeyError, ValueError):
                 self._numbers[name] = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else None
         return self._numbers[name]
 

@@ -7,19 +7,22 @@ import math
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 from pmgsync.core.filenames import MAX_COMPONENT, MAX_DEPTH, MAX_NAME, Selection, parents
 from pmgsync.core.manifests import Change, Entry, Manifest
 from pmgsync.files.directories import FilesError, Root, explain
-from pmgsync.files.hashing import ChangedMeanwhileError, hash_file
+from pmgsync.files.hashing import ChangedMeanwhileError, LongHash, hash_file
 from pmgsync.files.owners import group_name, user_name
 
 SETTLE_S = 0.02
 """A file is hashed when its times are at least so old. The kernel stamps changes with a clock that ticks every 1 to 10
 ms. A second write in the same tick would leave inode, size and times as they were when the first was hashed, and nobody
 would ever look again."""
+LARGE_BYTES = 32 << 20
+"""A larger file is read in parts, and other files are looked at in between."""
+MAX_READING = 4
 MAX_FINDINGS = 1000
 
 Stamp = tuple[int, int]
@@ -87,6 +90,8 @@ class Scanner:
         self._changes: dict[bytes, Entry | None] = {}
         self._restamped: set[bytes] = set()
         self._settling = True
+        self._until = math.inf
+        self._reading: dict[bytes, LongHash] = {}
         self.left: set[bytes] = set()
         self.left_deep: set[bytes] = set()
 
@@ -102,7 +107,9 @@ class Scanner:
         seen: set[bytes] = set()
         unread: list[bytes] = []
         self.found.unsettled.clear()
-        self._settling = settling
+        self._stop_reading()
+        self.left, self.left_deep = set(), set()
+        self._settling, self._until = settling, math.inf
         self._entered(b"")
         try:
             with self.root.directory(b"") as fd:
@@ -127,26 +134,35 @@ class Scanner:
         Args:
             deep: directories whose content is looked at too.
             settling: False when it was this process that wrote them, and nobody else is likely to be at it.
-            within_s: after so long what is left of the names is put into `left` and `left_deep`.
+            within_s: after so long what is left of the names is put into `left` and `left_deep`; a large file is only
+                read for so long, and then left, too.
 
         Raises:
             FilesError: when the tree holds more than it may.
         """
         whole, self._settling = set(deep), settling
-        chosen, until = sorted({*names, *whole}), time.monotonic() + within_s
-        self.left, self.left_deep = set(), set()
+        # Large files that are being read come last: they take all the time there is.
+        chosen = sorted({*names, *whole}, key=lambda name: (name in self._reading, name))
+        self._until = time.monotonic() + within_s
+        self.left.difference_update(chosen)
+        self.left_deep -= whole
         for at, name in enumerate(chosen):
-            if at and time.monotonic() > until:
-                self.left = set(chosen[at:])
-                self.left_deep = whole & self.left
+            if at and time.monotonic() > self._until:
+                self.left.update(chosen[at:])
+                self.left_deep |= whole.intersection(chosen[at:])
                 break
             if any(map(self._selection.excludes, (name, *parents(name)))):
                 continue
             if not (self._selection.takes(name) or self._selection.enters(name)):
                 continue
             self._look(name, deep=name in whole)
+        self._stop_reading(self.left)
         self._settling = True
         return self._taken()
+
+    def close(self) -> None:
+        """Close what is being read."""
+        self._stop_reading()
 
     def restamped(self) -> set[bytes]:
         """Return the names whose entry or stamp is another than when this was last asked."""
@@ -258,7 +274,11 @@ class Scanner:
             self.found.unsettled.add(name)
             return
         try:
-            digest, status = hash_file(fd, last)
+            hashed = self._hash(fd, last, name, status)
+            if hashed is None:
+                self.left.add(name)
+                return
+            digest, status = hashed
         except (ChangedMeanwhileError, FileNotFoundError):
             self.found.unsettled.add(name)
             return
@@ -269,6 +289,24 @@ class Scanner:
         self.found.findings.pop(name, None)
         self._set(name, file_entry(status, digest), (status.st_ino, status.st_ctime_ns))
         self._pulse()
+
+    def _hash(self, fd: int, last: bytes, name: bytes, status: os.stat_result) -> tuple[bytes, os.stat_result] | None:
+        """Return what `hash_file` returns, None when a large file is left for later."""
+        if status.st_size <= LARGE_BYTES or self._until == math.inf:
+            return hash_file(fd, last)
+        reading = self._reading.get(name)
+        if reading is not None and not reading.is_of(status):
+            self._reading.pop(name).close()
+            reading = None
+        if reading is None:
+            if len(self._reading) >= MAX_READING:
+                return None
+            reading = self._reading[name] = LongHash(fd, last)
+        return reading.result() if reading.go_on(self._until) else None
+
+    def _stop_reading(self, kept: Container[bytes] = ()) -> None:
+        for name in [name for name in self._reading if name not in kept]:
+            self._reading.pop(name).close()
 
     # -- results ------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from pmgsync.core.filenames import Selection
 from pmgsync.core.manifests import Change, Entry
 from pmgsync.core.profile import FileTree
 from pmgsync.core.trees import Tree
+from pmgsync.files import local as local_module
+from pmgsync.files import scan as scan_module
 from pmgsync.files import watch as watch_module
 from pmgsync.files.cache import Cache
 from pmgsync.files.directories import FilesError, Root, TreeStoppedError
@@ -295,3 +298,35 @@ def test_a_tree_that_is_emptied_file_by_file_is_stopped_and_stays_so_when_it_is_
         again.changes()
     again.accept()
     assert again.changes() == [(b"main.cf", None)]
+
+
+def test_a_large_file_is_read_in_parts_and_others_are_told_meanwhile(
+    new_tree: Callable[[Tree], LocalTree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_module, "LARGE_BYTES", 1 << 20)
+    monkeypatch.setattr(local_module, "SLICE_S", 0.0)
+    tree = new_tree(SPOOL)
+    root = tmp_path / "root/cluster/1"
+    settled(tree)
+    for name in ("a large", "gone", "written"):
+        (root / name).write_bytes(os.urandom(20 << 20))
+    until_known(tree, lambda: bool(tree.found.manifest.get(b"a large") or tree.due_s() == 0.0))
+    (root / "small").write_text("small")
+    order: list[bytes] = []
+
+    def all_told() -> bool:
+        order.extend(name for name, entry in tree.changes() if entry is not None)
+        if order[-1:] == [b"small"]:
+            (root / "gone").unlink(missing_ok=True)
+            with (root / "written").open("ab") as file:
+                file.write(b"more")
+        return {b"a large", b"written"} <= set(order)
+
+    eventually(all_told, within_s=30)
+    assert order.index(b"small") < order.index(b"a large")
+    for large in ("a large", "written"):
+        entry = tree.found.manifest.get(large.encode())
+        assert entry is not None
+        assert entry.digest == blake2b((root / large).read_bytes(), digest_size=32).digest()
+    eventually(lambda: tree.changes() == [] and tree.due_s() > 0)
+    assert b"gone" not in tree.found.manifest
