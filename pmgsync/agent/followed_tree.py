@@ -25,6 +25,8 @@ REST_S = 60.0
 REST_STEP_S = 0.2
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 KEPT_SHOWN = 5
+TURN_BYTES = 16 << 20
+"""So much of a large file is fetched before others are looked for that go before it."""
 MAX_NEWS = 200
 """Of at most 64 KiB; the owner announces again every two seconds."""
 
@@ -188,6 +190,8 @@ class FollowedTree(TreeThread):
 
     def _take_in(self, intake: Intake, batch: Batch) -> None:
         lost = self._fetch(intake, batch)
+        if lost is None:
+            return
         if lost:
             batch = intake.without(batch, lost)
             self._retry_later()
@@ -207,13 +211,22 @@ class FollowedTree(TreeThread):
         if not self._retry_at:
             self._retry_at = time.monotonic() + self._retries.failed()
 
-    def _fetch(self, intake: Intake, batch: Batch) -> set[bytes]:
-        """Stage what a batch needs; return the digests of what the owner does not have any more."""
+    def _fetch(self, intake: Intake, batch: Batch) -> set[bytes] | None:
+        """Stage what a batch needs; return the digests of what the owner does not have any more.
+
+        None: a large file is left for what came meanwhile, and gone on with later from where it stands.
+        """
         missing = intake.contents.missing(batch.needs)
         wanted = [(need.name, need.digest, offset, need.entry.size) for need, offset in missing]
         lost: set[bytes] = set()
+        taken = 0
+        whole = False
+        pieces = self._client.contents(self.tree.owner, self.tree.name, wanted)
         try:
-            for parts, data in self._client.contents(self.tree.owner, self.tree.name, wanted):
+            for parts, data in pieces:
+                taken += len(data)
+                if taken > TURN_BYTES and batch.is_large and self._others_wait(intake):
+                    return None
                 at, view = 0, memoryview(data)
                 for number, offset, size, last in parts:
                     need = missing[number][0]
@@ -227,9 +240,17 @@ class FollowedTree(TreeThread):
                     except WrongContentError:
                         # The owner read it while it was written; it will announce the new content.
                         lost.add(need.digest)
+            whole = True
         finally:
-            intake.contents.let_go()
+            pieces.close()
+            if whole or not batch.is_large:
+                intake.contents.let_go()
         return lost
+
+    def _others_wait(self, intake: Intake) -> bool:
+        if not self._news.empty():
+            self._hear(intake)
+        return intake.others_wait
 
     def _count(self, intake: Intake) -> None:
         status = self.status

@@ -35,7 +35,7 @@ from pmgsync.files.local import LocalTree
 from pmgsync.files.marker import ACCEPT_HINT, check_marker, open_root, write_marker
 from pmgsync.files.passes import drop_record, finish_pass, record_pass
 from pmgsync.files.placing import Placer
-from pmgsync.files.scan import Limits
+from pmgsync.files.scan import LARGE_BYTES, Limits
 from pmgsync.files.space import check_room
 from pmgsync.files.staging import Staging
 
@@ -59,6 +59,11 @@ class Batch:
     steps: list[Step]
     needs: list[Need]
     names: list[bytes]
+
+    @property
+    def is_large(self) -> bool:
+        """True when it is one large file."""
+        return len(self.needs) == 1 and self.needs[0].entry.size > LARGE_BYTES
 
 
 # Over 250 lines: one tree's state (offered, staged, put in place), of which every step reads and changes a part.
@@ -243,8 +248,12 @@ class Intake:
             for step in steps
             if step.what == "put" and step.entry is not None and step.entry.digest not in self._staging.whole
         }
-        check_room(self.root, sum(need.entry.size for need in needs.values()))
+        check_room(self.root, sum(need.entry.size - self._begun(need) for need in needs.values()))
         return Batch(steps, list(needs.values()), names)
+
+    def _begun(self, need: Need) -> int:
+        """Return how much of a content is here; small ones come whole."""
+        return min(need.entry.size, self._staging.begun(need.digest)) if need.entry.size > LARGE_BYTES else 0
 
     def _configuration(self) -> tuple[Entries, Entries, list[bytes]]:
         assert self.local is not None
@@ -263,15 +272,21 @@ class Intake:
 
     def _spool(self) -> tuple[Entries, Entries, list[bytes]]:
         names: list[bytes] = []
+        large: list[bytes] = []
         size = 0
         for name in reversed(self._pending):
             if name in self.postponed:
+                continue
+            if self._is_large(name):
+                large.append(name)
                 continue
             entry = self.owner.get(name)
             size += entry.size if entry is not None else 0
             if names and (len(names) >= BATCH_NAMES or size > BATCH_BYTES):
                 break
             names.append(name)
+        # A large file is a batch of its own, when nothing else is left: it is fetched in parts, and others go before.
+        names = names or large[:1]
         # A file needs the directories above it, with their modes, in the same batch or before.
         above = {outer for name in names for outer in parents(name) if outer in self._pending}
         names = sorted(above.union(names))
@@ -285,6 +300,15 @@ class Intake:
         finally:
             neighbour.close()
         return wanted, actual, names
+
+    def _is_large(self, name: bytes) -> bool:
+        entry = self.owner.get(name)
+        return entry is not None and entry.size > LARGE_BYTES
+
+    @property
+    def others_wait(self) -> bool:
+        """True when a batch of a large file is to be left for one of others."""
+        return any(not self._is_large(name) and name not in self.postponed for name in reversed(self._pending))
 
     def _on_disk(self, neighbour: Neighbour, name: bytes, wanted: Entry) -> Entry | None:
         """Return what stands under a name that was never put in place here, None when nothing does."""
