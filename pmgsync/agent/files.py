@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pmgsync.agent.actions import Actions
 from pmgsync.agent.followed_tree import FollowedTree
 from pmgsync.agent.owned_tree import OwnedTree
 from pmgsync.agent.refusals import Refusals
-from pmgsync.agent.serving import Piece, Serving
+from pmgsync.agent.serving import Servings
 from pmgsync.agent.table_actions import TableActions
 from pmgsync.agent.tree_checks import read_names, verify_tree
 from pmgsync.agent.tree_client import TreeClient
@@ -23,12 +24,12 @@ from pmgsync.config import NodeConfig
 from pmgsync.core.announcements import Announcement, in_parts
 from pmgsync.core.manifests import Change, Entry, Manifest
 from pmgsync.core.trees import Tree, trees_of
-from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnreachableError
+from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError
 from pmgsync.files.cache import Cache
 from pmgsync.files.scan import Limits
 from pmgsync.profile_file import load_profile
 from pmgsync.wire.link import BrokerLink
-from pmgsync.wire.messages import Message, error_map
+from pmgsync.wire.messages import Message
 from pmgsync.wire.waiting import Waiter
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ ANNOUNCE_S = 2.0
 MAX_ALERTS = 20
 _ROLE = "role"
 """Where the cache has the role for which actions were asked for last; no tree is called so."""
-MAX_SERVED = 16
-"""Calls of one node that are answered at once."""
 FOREIGN_S = 8.0
 """A node that has not heard of a promotion, or of a member, speaks for trees of others for a moment."""
 
@@ -56,7 +55,7 @@ class FilesWorker(Worker):
         self._published: dict[str, Manifest] = {}
         self._told: dict[str, bytes] = {}
         self._announce_due = 0.0
-        self._serving: dict[int, Serving] = {}
+        self._serving = Servings(self.wakeup)
         self._applied: dict[int, int] = {}
         self._tables: TableActions | None = None
         self._runs = Actions(
@@ -82,16 +81,12 @@ class FilesWorker(Worker):
                 for received in link.pending():
                     self._take(link, *received)
                 self._tell_changes(link)
-                for request in list(self._serving):
-                    if self._serving[request].send(link, request):
-                        del self._serving[request]
+                self._serving.send(link)
                 self.recovered()
                 self._describe()
                 self.report()
         finally:
-            for serving in self._serving.values():
-                serving.cancel()
-            self._serving.clear()
+            self._serving.close()
 
     def keeps_session(self, data: bytes) -> bool:
         """A new member or role is met without a new session, unless this node leaves the cluster."""
@@ -104,23 +99,12 @@ class FilesWorker(Worker):
         return True
 
     def _take(self, link: BrokerLink, message: Message, attachments: Sequence[bytes]) -> None:
-        request = int(message.get("id", 0))
-        match message["op"]:
-            case "call":
-                try:
-                    self._call(link, request, message)
-                except PmgsyncError as error:
-                    link.send(error_map(request, error))
-            case "credit" if request in self._serving:
-                self._serving[request].add_credit(int(message["bytes"]))
-            case "cancel" if request in self._serving:
-                self._serving.pop(request).cancel()
-            case "credit" | "cancel":
-                pass
-            case "announced":
-                self._hear(int(message["origin"]), attachments[0])
-            case _:
-                self.handle(message, attachments)
+        if self._serving.take(link, message, partial(self._call, link)):
+            return
+        if message["op"] == "announced":
+            self._hear(int(message["origin"]), attachments[0])
+        else:
+            self.handle(message, attachments)
 
     # -- trees --------------------------------------------------------------------------------------------------------
 
@@ -224,14 +208,15 @@ class FilesWorker(Worker):
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def _call(self, link: BrokerLink, request: int, message: Message) -> None:
+    def _call(self, link: BrokerLink, message: Message) -> None:
+        request = int(message.get("id", 0))
         method, args = message["method"], message.get("args", {})
         name = args.get("tree") if isinstance(args, Mapping) else None
         if method == "files.accept":
             self._accept(link, request, message, name)
             return
         if method == "files.verify":
-            self._verify(request, message, args)
+            self._verify(message, args)
             return
         if method == "files.repair":
             self._refetch(link, request, args)
@@ -239,13 +224,7 @@ class FilesWorker(Worker):
         owned = self._owned.get(name) if isinstance(name, str) else None
         if owned is None:
             raise MembershipError(f"node {self.cid} does not answer for the tree {name!r:.100}")
-        self._serve(request, message, answer(method, args, owned.place, self._published.get(owned.tree.name)))
-
-    def _serve(self, request: int, message: Message, pieces: Iterator[Piece]) -> None:
-        caller = message.get("caller")
-        if sum(serving.caller == caller for serving in self._serving.values()) >= MAX_SERVED:
-            raise UnreachableError(f"node {self.cid} answers {MAX_SERVED} calls of node {caller} already")
-        self._serving[request] = Serving(pieces, int(message.get("credit", 0)), self.wakeup, caller=caller)
+        self._serving.begin(message, answer(method, args, owned.place, self._published.get(owned.tree.name)))
 
     def _thread(self, name: object) -> OwnedTree | FollowedTree:
         thread = self._owned.get(str(name)) or self._followed.get(str(name))
@@ -254,12 +233,12 @@ class FilesWorker(Worker):
             raise ProtocolError(f"there is no tree {name!r:.100}", hint=f"the trees are {known}")
         return thread
 
-    def _verify(self, request: int, message: Message, args: Mapping[str, Any]) -> None:
+    def _verify(self, message: Message, args: Mapping[str, Any]) -> None:
         share = args.get("share", 100)
         if type(share) is not int or not 1 <= share <= 100:
             raise ProtocolError(f"a tree was to be verified with the share {share!r:.20}")
         pieces = verify_tree(self._thread(args.get("tree")).place, read_names(args.get("names")), share)
-        self._serve(request, message, pieces)
+        self._serving.begin(message, pieces)
 
     def _refetch(self, link: BrokerLink, request: int, args: Mapping[str, Any]) -> None:
         thread, names = self._thread(args.get("tree")), read_names(args.get("names"))

@@ -1,4 +1,4 @@
-"""A call that is being answered: a thread makes the pieces, the worker's loop sends them as far as credit reaches."""
+"""Calls that are being answered: a thread makes the pieces, the worker's loop sends them as far as credit reaches."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
-from pmgsync.errors import PmgsyncError
+from pmgsync.errors import PmgsyncError, UnreachableError
 from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message, error_map
 from pmgsync.wire.waiting import Wakeup
@@ -21,6 +21,8 @@ Piece = tuple[Mapping[str, Any], bytes | None]
 """What a `data` message says of itself, and its attachment; the last one has the kind `result`."""
 QUEUED_PIECES = 4
 """Pieces of at most 1 MiB that are made ahead of the receiver's credit."""
+MAX_SERVED = 16
+"""Calls of one node that a worker answers at once."""
 WAIT_NOTICE_S = 3.0
 """After this much silence the receiver is told that something is being waited for."""
 
@@ -99,3 +101,60 @@ class Serving:
             self._wakeup.wake()
             return True
         return False
+
+
+class Servings:
+    """The calls that a worker answers at a time; used by its loop."""
+
+    def __init__(self, wakeup: Wakeup) -> None:
+        self._wakeup = wakeup
+        self._open: dict[int, Serving] = {}
+
+    def begin(self, message: Message, pieces: Iterator[Piece]) -> None:
+        """Answer a call with pieces.
+
+        Raises:
+            UnreachableError: when too many of the caller's are answered already.
+        """
+        caller = message.get("caller")
+        if sum(serving.caller == caller for serving in self._open.values()) >= MAX_SERVED:
+            raise UnreachableError(f"{MAX_SERVED} calls of node {caller} are answered already")
+        credit = int(message.get("credit", 0))
+        self._open[int(message["id"])] = Serving(pieces, credit, self._wakeup, caller=caller)
+
+    def take(self, link: BrokerLink, message: Message, begin: Callable[[Message], None]) -> bool:
+        """Take a message about a call; False when it is about something else.
+
+        Args:
+            begin: begins to answer a call, or answers it; what it raises is the answer.
+        """
+        request = int(message.get("id", 0))
+        match message["op"]:
+            case "call":
+                try:
+                    begin(message)
+                except PmgsyncError as error:
+                    link.send(error_map(request, error))
+            case "credit" if request in self._open:
+                self._open[request].add_credit(int(message["bytes"]))
+            case "cancel" if request in self._open:
+                self._open.pop(request).cancel()
+                log.info("action=call-cancelled id=%d", request)
+            case "credit" | "cancel":
+                pass
+            case _:
+                return False
+        return True
+
+    def send(self, link: BrokerLink) -> dict[int, Serving]:
+        """Send what is ready, and return the calls that are over now, by request."""
+        over = {request: serving for request, serving in self._open.items() if serving.send(link, request)}
+        for request in over:
+            del self._open[request]
+        return over
+
+    def close(self) -> None:
+        """Give all of them up."""
+        for serving in self._open.values():
+            serving.cancel()
+        self._open.clear()

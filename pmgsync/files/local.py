@@ -21,7 +21,7 @@ EMPTIED_S = 60.0
 SLICE_S = 0.1
 """When many files come at once, what was found of them is told after so long, while the rest is looked at."""
 SCAN_S = 300.0
-SCAN_SHARE = 300
+SCAN_SHARE = 1000
 """A scan comes after so many seconds, and after so many times its own duration: it catches what a watch has missed."""
 
 
