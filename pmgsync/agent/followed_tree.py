@@ -14,8 +14,9 @@ from pmgsync.core.announcements import Announcement
 from pmgsync.core.backoff import Backoff
 from pmgsync.core.trees import profile_path
 from pmgsync.errors import ProtocolError, UnreachableError
+from pmgsync.files.batches import Batch
 from pmgsync.files.directories import FilesError
-from pmgsync.files.intake import Batch, Intake
+from pmgsync.files.intake import Intake
 from pmgsync.files.staging import WrongContentError
 from pmgsync.wire.waiting import Waiter
 

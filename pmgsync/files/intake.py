@@ -18,15 +18,15 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from pmgsync.core.filenames import Selection, parents
 from pmgsync.core.manifests import Change, Entry, Manifest
-from pmgsync.core.renames import Step, check_shape, plan_pass
+from pmgsync.core.renames import check_shape, plan_pass
 from pmgsync.core.trees import Tree, looks_vanished
 from pmgsync.errors import ProtocolError
 from pmgsync.files.attributes import localised
+from pmgsync.files.batches import BATCH_NAMES, Batch, choose_names, is_large
 from pmgsync.files.cache import Cache, Row
 from pmgsync.files.contents import Contents, Need
 from pmgsync.files.directories import FilesError, Neighbour, TreeStoppedError
@@ -35,14 +35,11 @@ from pmgsync.files.local import LocalTree
 from pmgsync.files.marker import ACCEPT_HINT, check_marker, open_root, write_marker
 from pmgsync.files.passes import drop_record, finish_pass, record_pass
 from pmgsync.files.placing import Placer
-from pmgsync.files.scan import LARGE_BYTES, Limits
+from pmgsync.files.scan import Limits
 from pmgsync.files.space import check_room
 from pmgsync.files.staging import Staging
 
 DIVERGED, REPLACED, STAMP = "divergence", "replaced", "files-%Y%m%dT%H%M%S"
-BATCH_NAMES = 2000
-BATCH_BYTES = 64 << 20
-"""Of a spool; what changed of a configuration is one batch whatever its size."""
 NOTED_ROWS = 10_000
 """So much of a spool is put in place before its names are brought to the disk and noted: once, not for each batch."""
 
@@ -50,20 +47,6 @@ NOTED_ROWS = 10_000
 NAME_BYTES = 200
 """The bytes of name, user and group that each of the entries that a tree may have is reckoned with."""
 Entries = Mapping[bytes, Entry]
-
-
-@dataclass(slots=True)
-class Batch:
-    """Steps that are done in one pass once the needs are staged."""
-
-    steps: list[Step]
-    needs: list[Need]
-    names: list[bytes]
-
-    @property
-    def is_large(self) -> bool:
-        """True when it is one large file."""
-        return len(self.needs) == 1 and self.needs[0].entry.size > LARGE_BYTES
 
 
 # Over 250 lines: one tree's state (offered, staged, put in place), of which every step reads and changes a part.
@@ -253,7 +236,7 @@ class Intake:
 
     def _begun(self, need: Need) -> int:
         """Return how much of a content is here; small ones come whole."""
-        return min(need.entry.size, self._staging.begun(need.digest)) if need.entry.size > LARGE_BYTES else 0
+        return min(need.entry.size, self._staging.begun(need.digest)) if is_large(need.entry) else 0
 
     def _configuration(self) -> tuple[Entries, Entries, list[bytes]]:
         assert self.local is not None
@@ -271,22 +254,7 @@ class Intake:
         return wanted, actual.entries, names
 
     def _spool(self) -> tuple[Entries, Entries, list[bytes]]:
-        names: list[bytes] = []
-        large: list[bytes] = []
-        size = 0
-        for name in reversed(self._pending):
-            if name in self.postponed:
-                continue
-            if self._is_large(name):
-                large.append(name)
-                continue
-            entry = self.owner.get(name)
-            size += entry.size if entry is not None else 0
-            if names and (len(names) >= BATCH_NAMES or size > BATCH_BYTES):
-                break
-            names.append(name)
-        # A large file is a batch of its own, when nothing else is left: it is fetched in parts, and others go before.
-        names = names or large[:1]
+        names = choose_names(self._pending, self.postponed, self.owner)
         # A file needs the directories above it, with their modes, in the same batch or before.
         above = {outer for name in names for outer in parents(name) if outer in self._pending}
         names = sorted(above.union(names))
@@ -301,14 +269,11 @@ class Intake:
             neighbour.close()
         return wanted, actual, names
 
-    def _is_large(self, name: bytes) -> bool:
-        entry = self.owner.get(name)
-        return entry is not None and entry.size > LARGE_BYTES
-
     @property
     def others_wait(self) -> bool:
         """True when a batch of a large file is to be left for one of others."""
-        return any(not self._is_large(name) and name not in self.postponed for name in reversed(self._pending))
+        waiting = (name for name in reversed(self._pending) if name not in self.postponed)
+        return any(not is_large(self.owner.get(name)) for name in waiting)
 
     def _on_disk(self, neighbour: Neighbour, name: bytes, wanted: Entry) -> Entry | None:
         """Return what stands under a name that was never put in place here, None when nothing does."""

@@ -20,12 +20,14 @@ from pmgsync.core.manifests import Entry, Manifest, changes_between
 from pmgsync.core.profile import FileTree
 from pmgsync.core.trees import Tree
 from pmgsync.errors import ProtocolError
+from pmgsync.files import batches as batches_module
 from pmgsync.files import intake as intake_module
 from pmgsync.files import staging
+from pmgsync.files.batches import Batch
 from pmgsync.files.cache import Cache
 from pmgsync.files.directories import FilesError, Root, TreeStoppedError
 from pmgsync.files.hashing import new_hash
-from pmgsync.files.intake import Batch, Intake
+from pmgsync.files.intake import Intake
 from pmgsync.files.reading import read_contents
 from pmgsync.files.scan import Limits, Scanner
 from tests.harness.cluster import eventually
@@ -226,6 +228,7 @@ def test_what_a_master_wrote_goes_to_the_divergence_folder(new_pair: Callable[[T
 def test_what_is_new_does_not_wait_for_all_that_was_there(
     new_pair: Callable[[Tree], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(batches_module, "BATCH_NAMES", 10)
     monkeypatch.setattr(intake_module, "BATCH_NAMES", 10)
     pair = new_pair(SPOOL)
     (pair.here / "spam").mkdir(parents=True)
