@@ -221,7 +221,6 @@ class FollowedTree(TreeThread):
         wanted = [(need.name, need.digest, offset, need.entry.size) for need, offset in missing]
         lost: set[bytes] = set()
         taken = 0
-        whole = False
         pieces = self._client.contents(self.tree.owner, self.tree.name, wanted)
         try:
             for parts, data in pieces:
@@ -241,11 +240,9 @@ class FollowedTree(TreeThread):
                     except WrongContentError:
                         # The owner read it while it was written; it will announce the new content.
                         lost.add(need.digest)
-            whole = True
         finally:
             pieces.close()
-            if whole or not batch.is_large:
-                intake.contents.let_go()
+            intake.contents.let_go(large=False)
         return lost
 
     def _others_wait(self, intake: Intake) -> bool:

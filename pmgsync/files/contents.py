@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pmgsync.core.manifests import Entry
 from pmgsync.files.directories import Root, explain
+from pmgsync.files.scan import LARGE_BYTES
 from pmgsync.files.staging import Data, Part, Staging, WrongContentError
 
 
@@ -30,7 +31,8 @@ class Contents:
         self._root = root
         self._staging = staging
         self._names: dict[bytes, bytes] = {}
-        self._part: Part | None = None
+        # A large file that others go before stays open: what is here of it would be hashed again.
+        self._parts: dict[bool, Part] = {}
 
     def learn(self, entries: Iterable[tuple[bytes, Entry]], *, anew: bool = False) -> None:
         """Note under which names this tree has contents; `anew`: these are all."""
@@ -86,16 +88,22 @@ class Contents:
         if offset == 0 and last:
             self._staging.put(need.digest, data, need.entry)
             return
-        if self._part is None or self._part.digest != need.digest:
-            self.let_go()
-            self._part = self._staging.part(need.digest)
-        self._part.write(offset, data)
+        large = need.entry.size > LARGE_BYTES
+        part = self._parts.get(large)
+        if part is None or part.digest != need.digest:
+            self._close(large)
+            part = self._parts[large] = self._staging.part(need.digest)
+        part.write(offset, data)
         if last:
-            self._part.finish()
-            self.let_go()
+            part.finish()
+            self._close(large)
 
-    def let_go(self) -> None:
-        """Close what is only partly staged; it is gone on with later."""
-        if self._part is not None:
-            self._part.close()
-            self._part = None
+    def let_go(self, *, large: bool = True) -> None:
+        """Close what is only partly staged, a large file only on demand; it is gone on with later."""
+        self._close(False)
+        if large:
+            self._close(True)
+
+    def _close(self, large: bool) -> None:
+        if (part := self._parts.pop(large, None)) is not None:
+            part.close()

@@ -26,7 +26,7 @@ from pmgsync.core.renames import check_shape, plan_pass
 from pmgsync.core.trees import Tree, looks_vanished
 from pmgsync.errors import ProtocolError
 from pmgsync.files.attributes import localised
-from pmgsync.files.batches import BATCH_NAMES, Batch, choose_names, is_large
+from pmgsync.files.batches import Batch, choose_names, is_large
 from pmgsync.files.cache import Cache, Row
 from pmgsync.files.contents import Contents, Need
 from pmgsync.files.directories import FilesError, Neighbour, TreeStoppedError
@@ -373,6 +373,7 @@ class Intake:
     def _settled(self) -> None:
         """Everything is as the owner has it."""
         self._accepted = False
+        self.contents.let_go()
         self._staging.keep_only(set())
         if self.contents.known > 2 * len(self.held) + 1000:
             self.contents.learn(self.held.items(), anew=True)

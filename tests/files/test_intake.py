@@ -21,7 +21,6 @@ from pmgsync.core.profile import FileTree
 from pmgsync.core.trees import Tree
 from pmgsync.errors import ProtocolError
 from pmgsync.files import batches as batches_module
-from pmgsync.files import intake as intake_module
 from pmgsync.files import staging
 from pmgsync.files.batches import Batch
 from pmgsync.files.cache import Cache
@@ -229,7 +228,6 @@ def test_what_is_new_does_not_wait_for_all_that_was_there(
     new_pair: Callable[[Tree], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches_module, "BATCH_NAMES", 10)
-    monkeypatch.setattr(intake_module, "BATCH_NAMES", 10)
     pair = new_pair(SPOOL)
     (pair.here / "spam").mkdir(parents=True)
     for number in range(100):
