@@ -42,21 +42,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.config.get_terminal_writer().line(f"LEFT BEHIND: {sentence}", red=True)
 
 
-WHOLE = {"new_cluster", "everything"}
-"""Fixtures that are whole clusters."""
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Say which PostgreSQL a test runs on.
 
-    A test of the database runs on every one. A test of a whole cluster, or of a node with its commands, runs on one,
-    half of them here and half of them there, unless it is marked `every_version`: the server's version matters to it.
+    Half of them run here and half of them there, unless one is marked `every_version`: the server's version matters to
+    it. `--every-version` runs each on every one.
     """
     if "pg_bindir" not in metafunc.fixturenames:
         return
     versions = run.versions()
-    whole = WHOLE.intersection(metafunc.fixturenames) or metafunc.definition.path.parent.name == "scenarios"
-    every = not whole or metafunc.definition.get_closest_marker("every_version")
+    every = metafunc.definition.get_closest_marker("every_version")
     if not every and not metafunc.config.getoption("--every-version"):
         versions = [versions[zlib.crc32(metafunc.definition.nodeid.encode()) % len(versions)]]
     names = [f"pg-{version.name}" for version in versions]

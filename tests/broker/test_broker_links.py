@@ -84,11 +84,11 @@ FAULTS = {
 }
 
 
-ONLY_LONG = {"hole from 2 to 1"}
+ALWAYS = {"cut", "hole from 1 to 2", "bits flipped"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.soak] if name in ONLY_LONG else []) for name in FAULTS]
+    "name", [pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.campaign]) for name in FAULTS]
 )
 def test_everything_arrives_over_a_link_with(proxied: list[FaultyBroker], name: str) -> None:
     one, two = proxied

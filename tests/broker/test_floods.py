@@ -82,6 +82,7 @@ def flooded(ports: Sequence[int], *, hold: int) -> Iterator[list[int]]:
         thread.join(20)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(
     "data", [pytest.param(b"", marks=pytest.mark.campaign), greeting(b"CURVE")], ids=["silent", "half"]
 )
@@ -97,6 +98,7 @@ def test_one_address_has_so_many_connections_and_the_newest_stay(one: FaultyBrok
                 assert newest.recv(100), "the newest is served"
 
 
+@pytest.mark.campaign
 def test_strangers_that_finish_their_handshake_at_the_door_are_as_limited(one: FaultyBroker, tmp_path: Path) -> None:
     """The handshake ends there with success, so no time-out of libzmq ends such a connection."""
     keys, key = stranger(tmp_path), one.member().curve_key

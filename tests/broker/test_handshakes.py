@@ -177,7 +177,9 @@ def test_what_lasts_is_logged_once_though_connections_are_made_again_and_again(t
         assert one.log().count("action=link-problem") == 2, "one line for events, one for control"
 
 
-@pytest.mark.parametrize("port", ["events", "control", "join", "key"])
+@pytest.mark.parametrize(
+    "port", ["control", *(pytest.param(port, marks=pytest.mark.campaign) for port in ("events", "join", "key"))]
+)
 def test_other_programs_at_a_nodes_ports_are_named(one: FaultyBroker, port: str) -> None:
     number = dict(zip(("events", "control", "join", "key"), (*one.ports, one.key_port), strict=True))[port]
     with ExitStack() as stack:

@@ -103,6 +103,7 @@ def test_a_flood_instead_of_a_handshake_takes_no_memory(one: FaultyBroker) -> No
             connection.close()
 
 
+@pytest.mark.campaign
 def test_thousands_of_connections_harm_nobody(one: FaultyBroker) -> None:
     source = Source(one, random.Random(1), make_transactions(random.Random(1), 50))
     until(lambda: source.told, source.step)

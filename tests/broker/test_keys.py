@@ -213,7 +213,7 @@ def test_a_master_that_few_hear_does_not_change_its_keys(three: list[FaultyBroke
     assert keys_of(three[0]).curve_public == before.curve_public
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.campaign)])
 def test_kill_at_any_moment_of_a_change(three: list[FaultyBroker], number: int) -> None:
     """The command is given, and within a tenth of a second this node or its master is killed: again and again."""
     rng = random.Random(number)

@@ -74,6 +74,7 @@ def test_a_member_that_subscribes_and_never_reads(tmp_path: Path) -> None:
         assert not any(socket.closed for socket in held)
 
 
+@pytest.mark.campaign
 def test_a_member_that_asks_for_replays_and_never_reads(tmp_path: Path) -> None:
     with brokers_and_a_key(tmp_path, 2) as ((one, two), keys), ExitStack() as stack:
         count = 300

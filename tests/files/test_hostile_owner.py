@@ -157,6 +157,7 @@ def test_links_that_stand_in_the_tree_lead_nowhere(world: World) -> None:
     unharmed(follower, {f"spool/cluster/1/{name}" for name in ("out", "file", "hard", "pipe")})
 
 
+@pytest.mark.campaign
 def test_sizes_that_lie_are_not_placed_and_cost_little(world: World) -> None:
     master, _, follower = world
     master.hold(SPOOL, b"short", b"x" * 1000, size=5)
@@ -238,6 +239,7 @@ def flood(owner: FakeOwner, peer: bytes, request: int, data: bytes, count: int, 
             owner.piece(peer, request, data, **piece)
 
 
+@pytest.mark.campaign
 def test_an_answer_without_end_is_cut_off(world: World) -> None:
     master, _, follower = world
     before = follower.rss_mib()
@@ -278,6 +280,7 @@ def _without_end(how: str, owner: FakeOwner, peer: bytes, message: Message) -> b
     return True
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("how", ["files.sums", "files.entries", "many"])
 def test_manifests_without_end_are_refused(world: World, how: str) -> None:
     master, _, follower = world

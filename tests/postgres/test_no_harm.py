@@ -257,7 +257,7 @@ LISTED = "cannot change table"
 
 @pytest.mark.parametrize(
     "profile",
-    [load_profile("mirror"), pytest.param(named(), marks=pytest.mark.campaign), with_local()],
+    [load_profile("mirror"), *(pytest.param(one, marks=pytest.mark.campaign) for one in (named(), with_local()))],
     ids=lambda profile: profile.name,
 )
 def test_the_same_statements_end_the_same(server: EmbeddedPostgres, profile: Profile) -> None:

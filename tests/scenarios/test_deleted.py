@@ -111,6 +111,7 @@ def test_connections_end_and_the_key_opens_nothing(new_cluster: NewCluster, tmp_
     leaver.close()
 
 
+@pytest.mark.campaign
 def test_a_node_that_was_down_learns_it_from_any_member(new_cluster: NewCluster, tmp_path: Path) -> None:
     cluster = new_cluster(nodes=3, schema=SCHEMA, profile=write_profile(tmp_path))
     master, slave, leaver = cluster.nodes

@@ -62,6 +62,7 @@ def test_a_lost_slot_begins_a_new_chain_and_everyone_resynchronises(new_cluster:
     wait_healthy(cluster)
 
 
+@pytest.mark.campaign
 def test_a_slave_restored_from_an_older_copy_catches_up(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes
@@ -92,6 +93,7 @@ def test_a_slave_restored_from_an_older_copy_catches_up(new_cluster: NewCluster)
     wait_healthy(cluster)
 
 
+@pytest.mark.campaign
 def test_a_lost_journal_of_the_master_is_noticed(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes

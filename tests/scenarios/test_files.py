@@ -232,6 +232,7 @@ def test_a_full_disk_stops_files_and_not_rows(new_cluster: NewCluster, tmp_path:
         subprocess.run(["umount", mounted], check=True)
 
 
+@pytest.mark.campaign
 def test_a_deleted_nodes_spool_stays_and_newcomers_get_it(new_cluster: NewCluster, tmp_path: Path) -> None:
     files = Files(new_cluster, tmp_path, 2)
     cluster = files.cluster

@@ -242,6 +242,7 @@ def test_a_master_that_can_give_no_snapshot_says_so_before_anybody_joins(
     eventually(lambda: newcomer.pmgcm(*arguments, check=False).returncode == 0, what="the same token lets it in")
 
 
+@pytest.mark.campaign
 def test_a_deleted_node_is_out_at_once_and_may_come_back(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes

@@ -93,6 +93,7 @@ def test_a_script_joins_with_a_password_file(new_cluster: NewCluster, make_servi
     cluster.assert_equal(["t"])
 
 
+@pytest.mark.campaign
 def test_a_join_that_is_killed_goes_by_itself_and_the_same_line_ends_well(new_cluster: NewCluster) -> None:
     cluster: Cluster = new_cluster(
         nodes=1, schema=STANDARD, seed=lambda node: node.sql(

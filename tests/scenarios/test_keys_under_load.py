@@ -48,6 +48,7 @@ def together(cluster: Cluster) -> None:
     wait_healthy(cluster)
 
 
+@pytest.mark.campaign
 def test_every_node_changes_its_keys_while_all_write(new_cluster: NewCluster, tmp_path: Path) -> None:
     cluster = new_cluster(nodes=3, schema=SCHEMA, profile=write_profile(tmp_path))
     master, slave, third = cluster.nodes

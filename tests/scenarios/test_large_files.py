@@ -94,7 +94,8 @@ class Load:
             print(f"{name}: {self.before[name]:.0f} MiB, at most {peak:.0f} MiB")
 
 
-@pytest.mark.parametrize("size_mib", [160, pytest.param(1024, marks=pytest.mark.campaign)])
+@pytest.mark.campaign
+@pytest.mark.parametrize("size_mib", [160, 1024])
 def test_a_large_file_holds_nothing_up(new_cluster: NewCluster, tmp_path: Path, size_mib: int) -> None:
     files = Files(new_cluster, tmp_path, 2)
     master, other = files.cluster.nodes

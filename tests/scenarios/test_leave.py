@@ -50,6 +50,7 @@ def test_a_deleted_node_leaves_nothing_behind_and_may_join_again(new_cluster: Ca
     cluster.assert_equal(["t"])
 
 
+@pytest.mark.campaign
 def test_who_may_leave(new_cluster: Callable[..., Cluster]) -> None:
     cluster = new_cluster(nodes=2, schema=SCHEMA)
     master, slave = cluster.nodes

@@ -187,6 +187,7 @@ def chosen_seed() -> int:
     return int(os.environ.get("PMGSYNC_SEED") or random.SystemRandom().randrange(1 << 30))
 
 
+@pytest.mark.campaign
 def test_a_short_nemesis(new_cluster: NewCluster) -> None:
     run_nemesis(new_cluster(nodes=3, schema=STANDARD), chosen_seed(), 8)
 

@@ -46,6 +46,7 @@ def fence(cluster: Cluster) -> str:
     return str(cluster.master.status()["lease"]["fence"])
 
 
+@pytest.mark.campaign
 def test_a_witness_makes_a_third_voter(cluster: Cluster, witness: Node) -> None:
     master, slave = cluster.nodes
     assert "two members and no witness" in master.pmgcm("status").stdout
