@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cli.console import note
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ANSWER_S = 5.0
 HELLO_S = 2.0
+SLOW_S = 30.0
+"""For so long a broker that runs and does not answer is waited for."""
 CHANGE_S = 10.0
 """Binding a port that was in use a moment ago may take the broker a while."""
 
@@ -139,16 +141,28 @@ def change_cluster(
     from broker.cluster.documents import offline_documents
     from broker.cluster.state_directory import StateDirectory
 
-    try:
-        with broker(config, timeout_s=HELLO_S) as link:
-            link.request(request, *attachments, timeout_s=CHANGE_S)
+    def ask(hello_s: float) -> bool:
+        try:
+            with broker(config, timeout_s=hello_s) as link:
+                link.request(request, *attachments, timeout_s=CHANGE_S)
+        except PmgsyncError as error:
+            if done(held_documents(config)):
+                note(f"note: pmgsync-broker cannot take its place in the cluster yet: {error}")
+                return True
+            if not isinstance(error, UnreachableError):
+                raise
+            return False
+        return True
+
+    if ask(HELLO_S):
         return
-    except PmgsyncError as error:
-        if done(held_documents(config)):
-            note(f"note: pmgsync-broker cannot take its place in the cluster yet: {error}")
-            return
-        if not isinstance(error, UnreachableError):
+    with ExitStack() as stack:
+        try:
+            documents = stack.enter_context(offline_documents(StateDirectory(config.state_dir)))
+        except UnreachableError:
+            # A broker holds the state directory: it runs, and was only slow to answer.
+            if ask(SLOW_S):
+                return
             raise
-    with offline_documents(StateDirectory(config.state_dir)) as documents:
         offline(documents)
     note("note: pmgsync-broker is not running here; start it: systemctl start pmgsync-broker pmgsync-agent")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -70,3 +73,17 @@ def test_who_may_leave(new_cluster: Callable[..., Cluster]) -> None:
     assert "no cluster defined" in master.pmgcm("status", check=False).stderr
     master.pmgcm("create")
     assert master.status()["nodes"][0]["cid"] == 1
+
+
+@pytest.mark.campaign
+def test_a_broker_that_is_slow_to_answer_is_not_taken_for_a_dead_one(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(nodes=2, schema="CREATE TABLE t (id int PRIMARY KEY)")
+    pid = cluster.master.processes["broker"].pid
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(6.0, os.kill, (pid, signal.SIGCONT))
+    timer.start()
+    try:
+        cluster.master.pmgcm("delete", "2", "--yes")
+    finally:
+        timer.join()
+    assert [node["cid"] for node in cluster.master.status()["nodes"]] == [1]
