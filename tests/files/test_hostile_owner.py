@@ -42,7 +42,7 @@ def arrives(follower: Follower, name: str, content: bytes, *, within_s: float = 
     path = os.fsencode(follower.spool / "cluster/1") + b"/" + os.fsencode(name)
 
     def there() -> bool:
-        return os.path.exists(path) and Path(os.fsdecode(path)).read_bytes() == content
+        return os.path.isfile(path) and Path(os.fsdecode(path)).read_bytes() == content
 
     eventually(there, within_s=within_s, what=f"{name!r} with its content; {follower.told()}")
 

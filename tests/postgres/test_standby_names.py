@@ -74,22 +74,28 @@ class Client(threading.Thread):
                 connection,
                 connection.cursor() as cursor,
             ):
-                cursor.execute("CREATE TABLE IF NOT EXISTS waited (id int)")
+                cursor.execute(f"CREATE TABLE waited_{id(self)} (id int)")
             self._told.append("done")
         except psycopg2.Error as error:
             self._told.append(str(error))
 
 
-def await_wait(server: EmbeddedPostgres) -> None:
-    """Wait until a commit waits."""
+def waiting_client(server: EmbeddedPostgres) -> Client:
+    """Return a client whose commit waits.
+
+    Sessions see the setting a moment before the checkpointer has it take effect; what commits between does not wait.
+    """
     deadline = time.monotonic() + 20
     with contextlib.closing(connect(server.dsn(), application_name="test")) as connection:
         connection.autocommit = True
         with connection.cursor() as cursor:
+            client = Client(server)
             while time.monotonic() < deadline:
                 cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
                 if cursor.fetchone() != (0,):
-                    return
+                    return client
+                if client.told():
+                    client = Client(server)
                 time.sleep(0.02)
     raise AssertionError("no commit waits")
 
@@ -99,8 +105,7 @@ def test_commits_wait_while_it_stands_and_return_when_it_is_taken_back(
 ) -> None:
     session.put()
     assert session.now() is Names.OURS
-    client = Client(server)
-    await_wait(server)
+    client = waiting_client(server)
     # None of pmgsync's own sessions does.
     with contextlib.closing(connect(server.dsn(), application_name="test")) as own, own, own.cursor() as cursor:
         cursor.execute("CREATE TABLE public.own (id int); DROP TABLE public.own")
@@ -115,8 +120,7 @@ def test_a_client_whose_wait_is_ended_is_not_told_that_it_is_done(
     server: EmbeddedPostgres, session: StandbyNames
 ) -> None:
     session.put()
-    client = Client(server)
-    await_wait(server)
+    client = waiting_client(server)
     assert session.break_waits() == 1
     client.join(20)
     assert "server closed the connection" in client.told()
