@@ -286,7 +286,6 @@ def test_in_a_large_transaction(studio: Studio) -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.every_version
 def test_on_a_cluster(new_cluster: Callable[..., Cluster]) -> None:
     """With the guard, the publication and fetching: what is made on the master is soon on the node, with its rows."""
     cluster = new_cluster(nodes=2, schema=STANDARD)

@@ -527,6 +527,7 @@ def everything(pg_bindir: str, tmp_path: Path) -> Iterator[Everything]:
         yield made
 
 
+@pytest.mark.campaign
 def test_every_type_name_and_shape(everything: Everything) -> None:
     master, types = everything.master, everything.types
     values = sum(len(typed.values) for typed in types)

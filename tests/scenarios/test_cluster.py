@@ -29,7 +29,6 @@ def pgbench(node: Node, *arguments: str) -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
-@pytest.mark.every_version
 def test_every_kind_of_change_arrives(new_cluster: NewCluster) -> None:
     cluster = new_cluster(
         nodes=2,
@@ -56,7 +55,6 @@ def test_every_kind_of_change_arrives(new_cluster: NewCluster) -> None:
     cluster.assert_equal(["keyed", "loose"])
 
 
-@pytest.mark.every_version
 def test_join_while_the_master_is_written_to(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=1, schema=BANK_SCHEMA)
     bank = Bank(cluster.master, 1, pause_s=0)
@@ -144,6 +142,7 @@ def test_kill_every_service_under_load(new_cluster: NewCluster, seed: int) -> No
     cluster.assert_equal(BANK_TABLES)
 
 
+@pytest.mark.campaign
 def test_nodes_that_only_apply_publish_nothing(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=3, schema=STANDARD)
     slaves = {number: node for number, node in enumerate(cluster.nodes, 1) if node is not cluster.master}

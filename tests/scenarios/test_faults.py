@@ -249,6 +249,7 @@ def test_the_slot_advances_when_only_other_tables_are_written(new_cluster: NewCl
     eventually(lambda: confirmed_lsn(master) > before + 1_000_000, what="the slot advances")
 
 
+@pytest.mark.campaign
 def test_an_apply_that_is_blocked_for_long_harms_nobody(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes

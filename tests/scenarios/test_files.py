@@ -203,6 +203,7 @@ def test_whatever_is_killed_the_trees_end_equal(new_cluster: NewCluster, tmp_pat
     eventually(lambda: trees(master, 2)["/var/spool/gateway/cluster/1"]["behind"] == 0)
 
 
+@pytest.mark.campaign
 def test_a_full_disk_stops_files_and_not_rows(new_cluster: NewCluster, tmp_path: Path) -> None:
     files = Files(new_cluster, tmp_path, 2)
     master, other = files.cluster.nodes

@@ -151,6 +151,7 @@ def test_the_same_line_ends_well_after_the_master_was_killed(new_cluster: NewClu
         assert node.sql("SELECT datname::text FROM pg_database WHERE datname LIKE 'app%'") == [("app",)]
 
 
+@pytest.mark.campaign
 def test_what_is_going_to_be_lost_is_said_in_numbers_before_it_is(new_cluster: NewCluster) -> None:
     schema = resources.files("cli.demo").joinpath("pmg_schema.sql").read_text()
     options = {"profile": "pmg", "dbname": "ruledb", "encoding": "SQL_ASCII"}

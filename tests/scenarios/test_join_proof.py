@@ -79,6 +79,7 @@ def test_joining_with_nothing_but_the_masters_address_and_root_password(
         assert SECRET not in seen
 
 
+@pytest.mark.campaign
 @needs_pam
 def test_a_script_joins_with_a_password_file(new_cluster: NewCluster, make_service: Make, tmp_path: Path) -> None:
     cluster: Cluster = new_cluster(nodes=1, schema=STANDARD, extra=f'[join]\npam_service = "{make_service(":")}"')

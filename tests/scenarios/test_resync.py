@@ -31,6 +31,7 @@ INSERT INTO b SELECT g, 'b' || g FROM generate_series(1, 2000) AS g;
 DAMAGE = "SET session_replication_role = replica; DELETE FROM a WHERE id > 7; UPDATE b SET v = 'damaged' WHERE id = 3;"
 
 
+@pytest.mark.campaign
 def test_copies_are_fetched_anew(new_cluster: NewCluster, tmp_path: Path) -> None:
     profile = tmp_path / "resync.toml"
     profile.write_text(PROFILE)

@@ -59,6 +59,7 @@ def in_sync(cluster: Cluster, node: Node, within_s: float = 60.0, tables: Sequen
     cluster.assert_equal(tables)
 
 
+@pytest.mark.campaign
 def test_a_master_whose_database_never_stopped(new_cluster: Callable[..., Cluster]) -> None:
     cluster = new_cluster(nodes=2, schema=STANDARD)
     one, two = cluster.nodes

@@ -121,6 +121,7 @@ def writing(node: Node) -> Iterator[list[int]]:
             thread.join(30)
 
 
+@pytest.mark.campaign
 def test_a_killed_master_has_acknowledged_nothing_that_no_slave_has(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=3, schema=STANDARD)
     master, second, third = cluster.nodes

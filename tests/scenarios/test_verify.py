@@ -17,6 +17,7 @@ pytestmark = pytest.mark.cluster
 NewCluster = Callable[..., Cluster]
 
 
+@pytest.mark.campaign
 def test_what_was_damaged_is_found_and_repaired_and_nothing_else(new_cluster: NewCluster, tmp_path: Path) -> None:
     files = Files(new_cluster, tmp_path, 3)
     cluster = files.cluster
