@@ -92,6 +92,7 @@ def test_pgbench_ends_equal_whatever_is_killed(new_cluster: NewCluster) -> None:
     assert len(master.content("pgbench_history")) > 500
 
 
+@pytest.mark.campaign
 def test_status_tells_who_is_down_and_recovers(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes

@@ -75,6 +75,7 @@ def told(node: Node) -> dict[str, object]:
     return said if done.returncode == 1 and said.get("removed") else {}
 
 
+@pytest.mark.campaign
 def test_connections_end_and_the_key_opens_nothing(new_cluster: NewCluster, tmp_path: Path) -> None:
     cluster = new_cluster(nodes=3, schema=SCHEMA, profile=write_profile(tmp_path))
     master, slave, leaver = cluster.nodes

@@ -178,6 +178,7 @@ def large(path: Path, size: int, number: int) -> None:
     path.write_bytes(random.Random(number).randbytes(size))
 
 
+@pytest.mark.campaign
 def test_whatever_is_killed_the_trees_end_equal(new_cluster: NewCluster, tmp_path: Path) -> None:
     files = Files(new_cluster, tmp_path, 2)
     master, other = files.cluster.nodes
