@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgpack
@@ -84,15 +85,9 @@ class Cache:
         """
         if self.fact("", "membership") == membership:
             return
-        with self._lock:
-            try:
-                self._database.executescript("BEGIN IMMEDIATE; DELETE FROM entry; DELETE FROM fact; COMMIT")
-            except sqlite3.Error as error:
-                if self._database.in_transaction:
-                    self._database.execute("ROLLBACK")
-                raise FilesError(
-                    f"cannot write {self._path} ({error})", hint="make room; it goes on by itself"
-                ) from error
+        with self._transaction():
+            self._database.execute("DELETE FROM entry")
+            self._database.execute("DELETE FROM fact")
         self.most.clear()
         self.note("", "membership", membership)
 
@@ -129,11 +124,21 @@ class Cache:
                 new.append((tree, part, name, msgpack.packb(list(entry)), inode, changed))
         if not gone and not new:
             return
+        with self._transaction():
+            self._database.executemany("DELETE FROM entry WHERE tree = ? AND part = ? AND name = ?", gone)
+            self._database.executemany("INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?, ?, ?)", new)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Run what is in the block in one transaction.
+
+        Raises:
+            FilesError: when it cannot be written; then nothing of it is.
+        """
         with self._lock:
             try:
                 self._database.execute("BEGIN IMMEDIATE")
-                self._database.executemany("DELETE FROM entry WHERE tree = ? AND part = ? AND name = ?", gone)
-                self._database.executemany("INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?, ?, ?)", new)
+                yield
                 self._database.execute("COMMIT")
             except sqlite3.Error as error:
                 if self._database.in_transaction:
