@@ -64,9 +64,10 @@ class Readiness:
             return UnreachableError(f"node {ahead[0]} has a newer cluster document, which has not come here yet")
         if (problem := self._of_database()) is not None or not master_answers:
             return problem
-        if behind := [str(tree["tree"]) for tree in self._trees() if tree["owner"] == self._master and tree["behind"]]:
+        # The master's own spool stays its own: what is missing of it is fetched from it afterwards as before.
+        if behind := [str(tree["tree"]) for tree in self._trees() if tree["of_master"] and tree["behind"]]:
             return UnreachableError(
-                f"this node does not have all files of the master yet ({', '.join(behind[:5])})",
+                f"this node does not have all files yet that the master answers for ({', '.join(behind[:5])})",
                 hint="`pmgcm files` shows them",
             )
         if (behind_bytes := self._behind()) > NEAR_BYTES:

@@ -62,6 +62,7 @@ class TreeStatus:
         return {
             "tree": tree.name,
             "owner": tree.owner,
+            "of_master": tree.of_master,
             "files": self.files,
             "bytes": self.size,
             "behind": self.behind,

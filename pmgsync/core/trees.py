@@ -37,8 +37,12 @@ class Tree:
 
     @property
     def is_config(self) -> bool:
-        """True when its owner is whoever is master."""
         return self.rule.kind == "config"
+
+    @property
+    def of_master(self) -> bool:
+        """True when whoever is master answers for it."""
+        return self.is_config or self.gone
 
 
 def trees_of(profile: Profile, document: ClusterDocument) -> dict[str, Tree]:
@@ -104,8 +108,9 @@ _NUMBERS = ("owner", "files", "bytes", "behind", "findings")
 def read_tree_reports(value: object) -> list[dict[str, Any]]:
     """Return what a worker or a member says of its trees; what is not of this shape is left out.
 
-    Each has `tree` (its name), `owner` (CID), `files`, `bytes`, `behind` (names that are not in place here), `behind_s`
-    (for how long), `findings` (what is left out), `error` (text, "" when well).
+    Each has `tree` (its name), `owner` (CID), `of_master` (whoever is master answers for it), `files`, `bytes`,
+    `behind` (names that are not in place here), `behind_s` (for how long), `findings` (what is left out), `error`
+    (text, "" when well).
     """
     found = []
     for each in value[:MAX_REPORTED] if isinstance(value, list) else []:
@@ -118,7 +123,9 @@ def read_tree_reports(value: object) -> list[dict[str, Any]]:
             float,
         }:
             error = str(each.get("error", ""))[:500]
-            found.append({"tree": each["tree"][:200], **numbers, "behind_s": behind_s, "error": error})
+            of_master = each.get("of_master") is not False
+            name = each["tree"][:200]
+            found.append({"tree": name, "of_master": of_master, **numbers, "behind_s": behind_s, "error": error})
     return found
 
 

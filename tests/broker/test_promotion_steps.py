@@ -114,6 +114,18 @@ def test_a_node_that_lacks_something_waits(nodes: LeadingNodes) -> None:
     assert asked.result is not None
 
 
+def test_a_node_that_lacks_files_waits_for_those_that_it_has_to_answer_for(nodes: LeadingNodes) -> None:
+    configuration = {"tree": "/etc/pmg", "owner": 1, "of_master": True, "behind": 1}
+    spool = {"tree": "/var/spool/pmg/cluster/1", "owner": 1, "of_master": False, "behind": 100_000}
+    nodes.nodes[2].trees = [spool, configuration]
+    asked = nodes.promote(2)
+    nodes.pass_time(0.5)
+    assert asked.steps == ["ready"] and nodes.nodes[1].is_open
+    nodes.nodes[2].trees = [spool, {**configuration, "behind": 0}]
+    nodes.until(lambda: asked.over)
+    assert asked.result is not None, asked.error
+
+
 @pytest.mark.parametrize("alive", [True, False])
 @pytest.mark.parametrize("seed", range(2))
 def test_two_at_once(tmp_path: Path, seed: int, alive: bool) -> None:

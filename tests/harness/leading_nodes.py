@@ -76,6 +76,7 @@ class LeadingNode:
         applied = {origin: Applied(LIFE, Position(100), Position(100)) for origin in world.cids}
         self.chains = PlayedChains(cid, dict.fromkeys(world.cids, 100), {}, applied)
         self.incomplete: list[str] = []
+        self.trees: list[dict[str, Any]] = []
         self.agent_up = True
         self.open_until = 0.0
         self.leading = Leadership(
@@ -92,7 +93,7 @@ class LeadingNode:
                 ask=self.ask,
                 tell_agent=self.tell_agent,
                 ask_agent=self.ask_agent,
-                trees=list,
+                trees=lambda: self.trees,
             ),
         )
         self.voting = VotingRequests(
