@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -33,8 +33,9 @@ CREATE TABLE configuration (id bigserial PRIMARY KEY, key text NOT NULL UNIQUE, 
 CREATE TABLE mail (cid int NOT NULL, rid bigint NOT NULL, key text NOT NULL, PRIMARY KEY (cid, rid));
 """
 TABLES = ("configuration", "mail")
-_CONFIGURE = "INSERT INTO configuration (key) VALUES (%(key)s)"
-_MAIL = "INSERT INTO mail (cid, rid, key) VALUES (%(cid)s, %(number)s, %(key)s)"
+_WHERE = "RETURNING (pg_current_wal_insert_lsn() - '0/0')::bigint"
+_CONFIGURE = f"INSERT INTO configuration (key) VALUES (%(key)s) {_WHERE}"
+_MAIL = f"INSERT INTO mail (cid, rid, key) VALUES (%(cid)s, %(number)s, %(key)s) {_WHERE}"
 CONNECT_S = 2
 
 
@@ -55,7 +56,11 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One write; times are seconds since 1970: all nodes under test share one clock."""
+    """One write; times are seconds since 1970: all nodes under test share one clock.
+
+    Attributes:
+        lsn: where its server's WAL was before its commit, 0 when it was not told.
+    """
 
     cid: int
     table: str
@@ -64,6 +69,7 @@ class Write:
     ended: float
     outcome: Outcome
     said: str = ""
+    lsn: int = 0
 
 
 class Ledger:
@@ -112,10 +118,11 @@ class Ledger:
                     continue
             number += 1
             key = f"{table}-{cid}-{number}"
-            begun = time.time()
+            begun, lsn = time.time(), 0
             try:
                 with connection, connection.cursor() as cursor:
                     cursor.execute(statement, {"cid": cid, "number": number, "key": key})
+                    ((lsn,),) = cursor.fetchall()
                 outcome, said = Outcome.ACKNOWLEDGED, ""
             except psycopg2.Error as error:
                 lost = isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError)) and (
@@ -125,7 +132,7 @@ class Ledger:
                 if lost:
                     connection.close()
             with self._lock:
-                self.writes.append(Write(cid, table, key, begun, time.time(), outcome, said))
+                self.writes.append(Write(cid, table, key, begun, time.time(), outcome, said, lsn))
             time.sleep(pause_s if outcome is Outcome.ACKNOWLEDGED else 0.02)
         if connection is not None:
             connection.close()
@@ -175,21 +182,23 @@ class Account:
         )
 
 
-def balance(cluster: Cluster, ledger: Ledger, exported: set[str]) -> Account:
+def balance(cluster: Cluster, ledger: Ledger, exported: set[str], *, gone: Collection[int] = ()) -> Account:
     """Compare the ledger with what every node has, after everything was applied everywhere.
 
     Args:
         exported: keys of configuration in the divergence files of all nodes.
+        gone: CIDs of nodes whose disks are gone: of their mail some may be lost.
 
     Raises:
-        AssertionError: when nodes differ, mail was lost or refused, or what was refused is there.
+        AssertionError: when nodes differ, other mail was lost or refused, or what was refused is there.
     """
     cluster.assert_equal(TABLES)
     kept = {table: set(cluster.nodes[0].content(table, "key")) for table in TABLES}
     kept = {table: {row.strip("()") for row in rows} for table, rows in kept.items()}
     refused_mail = ledger.of("mail", Outcome.REFUSED)
     assert not refused_mail, f"mail was refused: {refused_mail[0]}"
-    lost_mail = [write for write in ledger.of("mail", Outcome.ACKNOWLEDGED) if write.key not in kept["mail"]]
+    mail = [write for write in ledger.of("mail", Outcome.ACKNOWLEDGED) if write.cid not in gone]
+    lost_mail = [write for write in mail if write.key not in kept["mail"]]
     assert not lost_mail, f"{len(lost_mail)} mails were lost, the first: {lost_mail[0]}"
     refused = ledger.of("configuration", Outcome.REFUSED)
     there = [write for write in refused if write.key in kept["configuration"] | exported]

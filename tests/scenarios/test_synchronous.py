@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import psycopg2
 import pytest
 
 from tests.harness.cluster import Cluster, Node, eventually
+from tests.harness.failover import LEASE_S, SEEDS, Failover
 from tests.harness.ledger import SCHEMA, Outcome, write_profile
 from tests.harness.schema import STANDARD
-from tests.scenarios.test_failover import LEASE_S, SEEDS, Failover
 
 pytestmark = pytest.mark.cluster
 
@@ -248,11 +247,10 @@ def test_nothing_acknowledged_is_lost_or_exported_when_the_master_is_killed_and_
     try:
         scene.load()
         old, heir = scene.nodes[0], scene.random.choice(scene.nodes[1:])
-        scene.began = time.time()
         scene.kill_machine(old)
         mail = {write.key for write in scene.ledger.of("mail", Outcome.ACKNOWLEDGED, 1)}
         scene.promote(heir)
-        scene.await_open(heir, time.time())
+        scene.await_open(heir)
         there = {row.strip("()") for row in heir.content("mail", "key")}
         assert mail <= there, "mail that the old master acknowledged is not on the new one"
         await_state(heir, "synchronous")
@@ -278,10 +276,9 @@ def test_a_switchover_in_synchronous_mode(new_cluster: NewCluster, tmp_path: Pat
     await_state(scene.nodes[0], "synchronous")
     try:
         scene.load()
-        scene.began = time.time()
         for node in (scene.nodes[1], scene.nodes[0]):
             scene.promote(node)
-            scene.await_open(node, time.time())
+            scene.await_open(node)
             await_state(node, "synchronous")
         account = scene.settle()
     finally:
