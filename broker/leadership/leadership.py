@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from broker.chains.chains import Chains
-from broker.leadership import promotion
+from broker.leadership import promotion_run
 from broker.leadership.asking import Answer
 from broker.leadership.handover import Handover
 from broker.leadership.lease import LeaseKeeper, Surroundings
@@ -107,7 +107,7 @@ class Leadership:
             self.lease,
             chains,
             divergence,
-            promotion.Surroundings(
+            promotion_run.Surroundings(
                 document=document,
                 begin_epoch=around.begin_epoch,
                 offer_document=around.offer_document,

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from broker.chains.chains import Chains
-from broker.leadership.asking import Answer
 from broker.leadership.campaign import Campaign
 from broker.leadership.fork_point import ForkPoint
 from broker.leadership.lease import LeaseKeeper
-from broker.leadership.promotion_run import REFUSED, Run, not_voted, reason_of, replaced, result_of
-from broker.leadership.readiness import AskAgent, Readiness, Trees
+from broker.leadership.promotion_run import (
+    PATIENCE_S,
+    REFUSED,
+    VOTES_S,
+    Run,
+    Surroundings,
+    not_voted,
+    reason_of,
+    replaced,
+    result_of,
+)
+from broker.leadership.readiness import Readiness
 from broker.leadership.survey import Survey
 from broker.leadership.takeover import Takeover
 from broker.leadership.voter import Voter
@@ -34,44 +42,9 @@ from pmgsync.wire.messages import error_map
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = {
-    Step.READY: 20.0,
-    Step.CLOSE: 45.0,
-    Step.FETCH: 30.0,
-    Step.BEGIN: 15.0,
-    Step.SEQUENCES: 60.0,
-    Step.OPEN: 60.0,
-    Step.SPREAD: 10.0,
-}
-"""For so long a step may bring nothing, in seconds."""
-VOTES_S = 20.0
-"""For so long after a whole lease votes are asked for."""
 FIX_S = 15.0
 OTHERS_FIRST_S = 0.5
 """For so long the other members are asked before the old master: once it has voted it cannot go on."""
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a promotion needs of the broker around it.
-
-    Attributes:
-        document: returns the document in force.
-        begin_epoch: signs, stores and puts in force the first document of an epoch of this node.
-        offer_document: takes a CID and the packed document that it offers.
-        ask: sends a member a request, and the answer to a function; False when it is not connected.
-        send: sends a member a message.
-        ask_agent: has this node's agent answer a call; raises UnreachableError when it cannot.
-        trees: returns what this node's agent says of its trees of files.
-    """
-
-    document: Callable[[], ClusterDocument]
-    begin_epoch: Callable[[ClusterDocument], object]
-    offer_document: Callable[[int, bytes], None]
-    ask: Callable[[int, Mapping[str, Any], Answer, Sequence[bytes]], bool]
-    send: Callable[[int, Mapping[str, Any], Sequence[bytes]], bool]
-    ask_agent: AskAgent
-    trees: Trees
 
 
 class Promotion:
@@ -203,8 +176,11 @@ class Promotion:
         document = self._around.document()
         if document.history != run.before.history and document.master != self._cid:
             raise MembershipError(replaced(document))
-        if run.plan.way is Way.SWITCHOVER and document.history == run.before.history:
-            self._look_after_master(run)
+        if document.history == run.before.history:
+            if run.plan.way is Way.SWITCHOVER:
+                self._look_after_master(run)
+            elif run.plan.way is Way.FAILOVER and run.force and not (run.campaign and run.campaign.won):
+                self._look_after_majority(run)
         step, now = next_step(self._progress(run, document)), self._clock()
         if step is not run.step:
             self._enter(run, step, now)
@@ -232,8 +208,6 @@ class Promotion:
                 self._finish(run, document)
             case Step.DONE:
                 self._finish(run, document)
-            case _:
-                pass
         return self._run is run and next_step(self._progress(run, self._around.document())) is not step
 
     def _look_after_master(self, run: Run) -> None:
@@ -261,6 +235,13 @@ class Promotion:
             raise UnreachableError(
                 f"the switchover took too long, so the master goes on{reasons}", hint="run `pmgcm promote` again"
             )
+
+    def _look_after_majority(self, run: Run) -> None:
+        """Go on by force, which was allowed, when no majority answers any more."""
+        plan = self._survey.plan(force=True)
+        if plan.way is Way.FORCED:
+            log.warning("action=promotion way=%s reason=%s", plan.way.name, plan.reason)
+            run.plan = plan
 
     def _enter(self, run: Run, step: Step, now: float) -> None:
         run.step, run.since, run.moved = step, now, now

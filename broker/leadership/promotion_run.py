@@ -1,13 +1,15 @@
-"""One promotion that is under way, and what is said of it."""
+"""One promotion that is under way, what it needs around it, for how long it waits, and what is said of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from broker.leadership.asking import Answer
 from broker.leadership.campaign import Campaign
 from broker.leadership.fork_point import ForkPoint
-from broker.leadership.readiness import Readiness
+from broker.leadership.readiness import AskAgent, Readiness, Trees
 from broker.leadership.takeover import Takeover
 from broker.members.calls import Send
 from pmgsync.core.document import ClusterDocument
@@ -15,6 +17,42 @@ from pmgsync.core.positions import format_lsn
 from pmgsync.core.promotion import Plan, Step, Way
 
 REFUSED = "`pmgcm promote --dry-run` says who answers; --force does it without a majority"
+
+PATIENCE_S = {
+    Step.READY: 20.0,
+    Step.CLOSE: 45.0,
+    Step.FETCH: 30.0,
+    Step.BEGIN: 15.0,
+    Step.SEQUENCES: 60.0,
+    Step.OPEN: 60.0,
+    Step.SPREAD: 10.0,
+}
+"""For so long a step may bring nothing, in seconds."""
+VOTES_S = 20.0
+"""For so long after a whole lease votes are asked for."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a promotion needs of the broker around it.
+
+    Attributes:
+        document: returns the document in force.
+        begin_epoch: signs, stores and puts in force the first document of an epoch of this node.
+        offer_document: takes a CID and the packed document that it offers.
+        ask: sends a member a request, and the answer to a function; False when it is not connected.
+        send: sends a member a message.
+        ask_agent: has this node's agent answer a call; raises UnreachableError when it cannot.
+        trees: returns what this node's agent says of its trees of files.
+    """
+
+    document: Callable[[], ClusterDocument]
+    begin_epoch: Callable[[ClusterDocument], object]
+    offer_document: Callable[[int, bytes], None]
+    ask: Callable[[int, Mapping[str, Any], Answer, Sequence[bytes]], bool]
+    send: Callable[[int, Mapping[str, Any], Sequence[bytes]], bool]
+    ask_agent: AskAgent
+    trees: Trees
 
 
 @dataclass

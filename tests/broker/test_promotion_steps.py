@@ -104,6 +104,17 @@ def test_without_a_majority_by_force(nodes: LeadingNodes) -> None:
     nodes.until(lambda: nodes.masters() == {(2, 2)})
 
 
+def test_by_force_when_the_majority_is_lost_meanwhile(nodes: LeadingNodes) -> None:
+    nodes.dead.add(1)
+    asked, refused = nodes.promote(2, force=True), nodes.promote(3)
+    nodes.until(lambda: "wait" in asked.steps)
+    assert not refused.error, "both could have been voted for"
+    nodes.cut.add(frozenset((2, 3)))
+    nodes.until(lambda: asked.over)
+    assert asked.result is not None and asked.result["way"] == "forced", asked.error
+    assert not refused.over, "it was not said that force is wanted"
+
+
 def test_a_node_that_lacks_something_waits(nodes: LeadingNodes) -> None:
     nodes.nodes[2].incomplete = ["public.rule"]
     asked = nodes.promote(2)
