@@ -17,22 +17,22 @@ from broker.cluster.identity import own_member
 from broker.cluster.password import PamPassword
 from broker.cluster.state_directory import StateDirectory
 from broker.cluster.tokens import Tokens
+from broker.leadership.left_behind import note_left_behind
 from broker.leadership.splits import Splits
 from broker.leadership.voter import Voter
 from broker.members.calls import Send
 from broker.net import sockets
 from broker.net.loop import Loop, Socket
-from broker.net.port import Port, Ports
 from broker.net.refusals import Refusals
 from broker.net.zap import ZapHandler
-from broker.participation import Participation, Resources
+from broker.participation import Participation
 from broker.requests.admin import AdminRequests
 from broker.requests.local import LocalRequests
 from broker.requests.sessions import CLIENTS, Session, Sessions
 from broker.requests.workers import WorkerRequests
+from broker.resources import Resources, node_ports
 from pmgsync.config import NodeConfig
 from pmgsync.core.membership import ClusterDocument, SignedDocument, cuts_off, no_cluster, was_removed
-from pmgsync.core.stretches import stretches_between
 from pmgsync.core.synchronous import Setting
 from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError, SplitBrainError
@@ -84,7 +84,7 @@ class Broker:
             keys=keys,
             context=self._context,
             loop=self._loop,
-            ports=_ports(self._context, self._loop, config, refusals),
+            ports=node_ports(self._context, self._loop, config, refusals),
             refusals=refusals,
             sessions=self._sessions,
             tokens=tokens,
@@ -156,7 +156,7 @@ class Broker:
         try:
             self._follow(signed)
         except PmgsyncError:
-            self._stand_aside()
+            self._leave_for_now()
             raise
         self._failed = False
 
@@ -232,29 +232,22 @@ class Broker:
         return self._documents.signed.document if self._documents.signed is not None else None
 
     def _leave_behind(self, held: ClusterDocument, taken: ClusterDocument) -> None:
-        """Write down what this node may have that does not count under the document that it is about to take.
+        part = self._participation
+        note_left_behind(
+            self._divergence,
+            held,
+            taken,
+            cid=self._documents.cid,
+            lives=part.lives() if part is not None else {},
+            leading=part.leading if part is not None else None,
+        )
 
-        Raises:
-            ConfigError: when it cannot be written: then the document is not taken.
-        """
-        member = held.member(self._documents.cid)
-        if member is None or member.role == "witness":
-            return  # it has no database
-        lives = self._participation.lives() if self._participation is not None else {}
-        found = stretches_between(held.history, taken.history, node=self._documents.cid, lives=lives)
-        if (part := self._participation) is not None:
-            leads = taken.master == self._documents.cid
-            found = tuple(part.leading.trimmed(one, leads=leads and one.origin == held.master) for one in found)
-        self._divergence.note(found)
-        for stretch in found:
-            log.info("action=stretch id=%s what=%s", stretch.id, stretch.what)
-
-    def _stand_aside(self) -> None:
+    def _leave_for_now(self) -> None:
         """Leave the cluster until the document can be put in force; `_retry` tries that again."""
         self._leave()
         ports = self._resources.ports
         for port in (ports.events, ports.control, ports.join):
-            port.lose_patience()
+            port.fail_when_taken()
         self._documents.put_in_force(None)
         self._failed = True
 
@@ -408,18 +401,4 @@ class Broker:
                 self._participation.open_ports()
             except PmgsyncError as error:
                 log.error("action=bind-failed error=%s", error)
-                self._stand_aside()
-
-
-def _ports(context: zmq.Context[Socket], loop: Loop, config: NodeConfig, refusals: Refusals) -> Ports:
-    def port(kind: int, number: int, purpose: str, **limits: int) -> Port:
-        return Port(context, loop, kind, config.address, number, purpose, refusals, **limits)
-
-    return Ports(
-        events=port(zmq.XPUB, config.events_port, "events"),
-        control=port(
-            zmq.ROUTER, config.control_port, "control", max_bytes=sockets.CONTROL_MAX_BYTES, hwm=sockets.CONTROL_HWM
-        ),
-        join=port(zmq.ROUTER, config.join_port, "join", hwm=sockets.JOIN_HWM),
-        key=port(zmq.ROUTER, config.key_port, "key", hwm=sockets.JOIN_HWM),
-    )
+                self._leave_for_now()

@@ -4,43 +4,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import zmq
-
+from broker.chains.acks import Acks
 from broker.chains.chains import Chains
 from broker.chains.departed import Departed
 from broker.chains.synchronous import SynchronousCommits
 from broker.chains.trimming import Trimming
-from broker.cluster.attempts import Attempts
-from broker.cluster.conf_file import ConfFile
-from broker.cluster.documents import Documents
 from broker.cluster.door import Door
+from broker.cluster.identity import check_identity
 from broker.cluster.joiners import Joiners
-from broker.cluster.key_port import KNOWN_SECRET, KeyPort
-from broker.cluster.password import PamPassword
+from broker.cluster.joins import Joins
 from broker.cluster.rekeying import Rekeying
-from broker.cluster.state_directory import StateDirectory
-from broker.cluster.tokens import Tokens
-from broker.heartbeats.heartbeat import Applied, pack_applied
 from broker.inbound import Inbound
 from broker.journal.retention import Limits
 from broker.leadership.asking import Asking
 from broker.leadership.leadership import Around, Leadership
-from broker.leadership.splits import Splits
-from broker.leadership.voter import Voter
 from broker.members.calls import Calls, End
 from broker.members.members import Members
-from broker.net.keys import NodeKeys
-from broker.net.loop import Loop, Socket
-from broker.net.port import Ports
-from broker.net.refusals import Refusals
+from broker.net.loop import Loop
 from broker.requests.control import ControlRequests
 from broker.requests.keys import KeyRequests
-from broker.requests.sessions import Session, Sessions
+from broker.requests.served_ports import ServedPorts
+from broker.requests.sessions import Session
 from broker.requests.shared import SharedRequests
 from broker.requests.voting import VotingRequests
 from broker.requests.workers import (
@@ -51,49 +38,17 @@ from broker.requests.workers import (
     tell_lease,
     tell_synchronous,
 )
+from broker.resources import Resources
 from broker.status.health import Health
-from pmgsync.config import NodeConfig
-from pmgsync.core.membership import ClusterDocument, SignedDocument, with_confirmed, without_member
+from pmgsync.core.membership import ClusterDocument, SignedDocument
 from pmgsync.divergence_files import DivergenceFiles
-from pmgsync.errors import ConfigError, PmgsyncError, UnreachableError
+from pmgsync.errors import PmgsyncError, UnreachableError
 
 log = logging.getLogger(__name__)
 
-CONFIRM_S = 1.0
-"""So often a node whose copy is in place says so to the master, until the document calls it a member."""
 HEAR_MEMBERS_S = 1.5
 """For so long after its start a master waits for the members' heartbeats before its chain is opened."""
 ASKED_AGAIN_S = 0.05
-REPEAT_ACK_S = 0.5
-SUBSCRIBED = b"\x01"
-"""What a subscription begins with."""
-SUBSCRIBED_BEAT_S = 0.01
-"""Seconds after which a heartbeat follows a subscription; one for all that subscribe meanwhile. Without it the first
-frames came up to a second after a connection was there again."""
-CUT_LINGER_MS = 200
-"""So long the document that removes a member may still be sent to it: it should not learn that by silence."""
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a node has with and without a cluster."""
-
-    config: NodeConfig
-    state: StateDirectory
-    keys: NodeKeys
-    context: zmq.Context[Socket]
-    loop: Loop
-    ports: Ports
-    sessions: Sessions
-    tokens: Tokens
-    attempts: Attempts
-    passwords: PamPassword
-    documents: Documents
-    voter: Voter
-    splits: Splits
-    conf_file: ConfFile
-    refusals: Refusals
-    new_id: Callable[[], int]
 
 
 # Over 250 lines: it makes and wires what exists only in a cluster; most of it is one constructor.
@@ -134,20 +89,13 @@ class Participation:
         """
         config, documents, sessions = resources.config, resources.documents, resources.sessions
         document, self.cid = documents.document, documents.cid
-        _check_identity(config, document, self.cid)
+        check_identity(config, document, self.cid)
         self._documents = documents
-        self._keys = resources.keys
         self._ports = resources.ports
         self._calls = Calls(resources.new_id)
         self._change_document = change_document
-        self._new_id = resources.new_id
-        self._tokens = resources.tokens
-        self._confirm_at = self._ack_at = 0.0
-        self._voter = resources.voter
         self._since = time.monotonic()
         self._is_closed = False
-        self._loop = resources.loop
-        self._beats_soon = False
         self._members = Members(resources.context, resources.loop, resources.keys, self.cid)
         self._rekeying = Rekeying(
             resources.state,
@@ -228,6 +176,13 @@ class Participation:
             tell=partial(tell_synchronous, sessions),
         )
         self._members.on_acknowledged = self.synchronous.acknowledged
+        self._acks = Acks(
+            self.cid,
+            self._chains,
+            self._members,
+            document=lambda: documents.document,
+            voted_epoch=lambda: resources.voter.record.epoch,
+        )
         self.workers = WorkerRequests(
             self.cid,
             self._chains,
@@ -241,10 +196,19 @@ class Participation:
             knows_epoch=self._knows_epoch,
             chain_done=self.departed.done,
             synchronous=self.synchronous,
-            applied=self._applied,
+            applied=self._acks.applied,
         )
         self._joiners = Joiners(time.monotonic)
-        self._control = ControlRequests(
+        self._joins = Joins(
+            self.cid,
+            self._joiners,
+            documents,
+            resources.tokens,
+            self._members,
+            change_document=self.change_document,
+            new_id=resources.new_id,
+        )
+        control = ControlRequests(
             self.cid,
             self._ports.control,
             self._shared,
@@ -259,10 +223,10 @@ class Participation:
             ),
             self.keys,
             document=documents.packed,
-            confirm=self._confirm,
-            give_up=self._give_up,
+            confirm=self._joins.confirm,
+            give_up=self._joins.give_up,
         )
-        self._door = Door(
+        door = Door(
             self._ports.join,
             resources.loop,
             resources.tokens,
@@ -271,7 +235,9 @@ class Participation:
             resources.refusals,
             self,
         )
-        self._key_port = KeyPort(self._ports.key, resources.keys)
+        self._served = ServedPorts(
+            self._ports, resources.loop, resources.keys, control=control, door=door, beat=self.beat
+        )
         self._inbound = Inbound(
             self._members,
             self._chains,
@@ -322,9 +288,8 @@ class Participation:
             self._rekeying.renewed()
             self.keys.renewed()
             self._members.renew(self._inbound)
-            self._ports.join.close()
         if cut or renewed:
-            self._close_members_ports()
+            self._served.cut(renewed=renewed)
         self.open_ports()
         self.publish(b"d", self._signed.pack())
         self._members.meet(self._signed.document, self._inbound)
@@ -348,20 +313,12 @@ class Participation:
         self._members.send(cid, {"op": "offer"}, (self._signed.pack(),))
 
     def open_ports(self) -> None:
-        """Bind what is not bound; the join port on the master only.
+        """Bind what is not bound.
 
         Raises:
             ConfigError: when a port cannot be bound.
         """
-        secret = self._keys.curve_secret
-        self._ports.events.open(secret, self._subscribed)
-        self._ports.control.open(secret, self._control.receive)
-        if self._is_master:
-            self._ports.join.open(secret, self._door.receive)
-            self._ports.key.try_open(KNOWN_SECRET, self._key_port.receive)
-        else:
-            self._ports.join.close()
-            self._ports.key.close()
+        self._served.open(is_master=self._is_master)
 
     @property
     def _is_master(self) -> bool:
@@ -381,19 +338,13 @@ class Participation:
     def _later(self, loop: Loop, run: Callable[[], None]) -> None:
         loop.once(ASKED_AGAIN_S, lambda: None if self._is_closed else run())
 
-    def _close_members_ports(self) -> None:
-        self._ports.events.close(linger_ms=CUT_LINGER_MS)
-        self._ports.control.close(linger_ms=CUT_LINGER_MS)
-
     def close(self) -> None:
         """Leave: end all connections and write what was accepted to the journals."""
         self._is_closed = True
         self.leading.promotion.close()
         self._rekeying.close()
         self._members.close()
-        self._close_members_ports()
-        self._ports.join.close()
-        self._ports.key.close()
+        self._served.close()
         self._chains.close()
 
     # -- what the door needs ------------------------------------------------------------------------------------------
@@ -432,38 +383,9 @@ class Participation:
         """Publish a heartbeat."""
         self.publish(b"h", self.health.heartbeat().pack())
 
-    def _subscribed(self, parts: list[zmq.Frame]) -> None:
-        """Tell whoever has begun to listen where the chains are: it may have missed their ends."""
-        if parts[0].bytes[:1] == SUBSCRIBED and not self._beats_soon:
-            self._beats_soon = True
-            self._loop.once(SUBSCRIBED_BEAT_S, self._beat_soon)
-
-    def _beat_soon(self) -> None:
-        self._beats_soon = False
-        if not self._is_closed:
-            self.beat()
-
     def send_acks(self) -> None:
-        """Tell the members how far chains are applied and on disk here, when that has changed.
-
-        In synchronous mode also when it has not: the master counts an ack only as of the epoch that it names.
-        """
-        now = time.monotonic()
-        if self._chains.acks_due or (self._signed.document.synchronous_wanted.slaves and now >= self._ack_at):
-            self._chains.acks_due, self._ack_at = False, now + REPEAT_ACK_S
-            self._members.send_all(self._ack(self._chains.applied) | {"durable": self._chains.durable()})
-
-    def _applied(self, origin: int) -> None:
-        """Tell the master at once how far its chain is applied here, when its commits wait for that."""
-        document = self._signed.document
-        if document.synchronous and origin == document.master and self.cid in document.slaves:
-            self._members.send(origin, self._ack({origin: self._chains.applied[origin]}))
-
-    def _ack(self, applied: Mapping[int, Applied]) -> dict[str, Any]:
-        document = self._signed.document
-        # Who has voted for another does not follow this master any more: what it applies may be past the fork.
-        epoch = max(document.epoch, self._voter.record.epoch)
-        return {"op": "ack", "epoch": epoch, "master": document.master, **pack_applied(applied)}
+        """Tell the members how far chains are applied and on disk here, when that has changed."""
+        self._acks.send()
 
     def tick(self) -> None:
         """Check all time-outs."""
@@ -474,40 +396,4 @@ class Participation:
         witnesses = frozenset(cid for cid in document.cids if document.is_witness(cid))
         self._trimming.tick(document.databases, document.joining - witnesses)
         self.departed.tick()
-        if self._is_master:
-            for cid in self._joiners.silent():
-                try:
-                    self._give_up(cid)
-                except PmgsyncError as error:
-                    # A disk that is full must not end the broker; the next tick tries again.
-                    log.warning("action=join-not-given-up cid=%d error=%s", cid, error)
-        elif self.cid in document.joining and time.monotonic() >= self._confirm_at:
-            self._confirm_at = time.monotonic() + CONFIRM_S
-            self._members.send(document.master, {"op": "join.done", "id": self._new_id()})
-
-    def _confirm(self, cid: int) -> None:
-        """Make a joining node a full member; its copy is in place."""
-        document = self.master_document()
-        self.change_document(with_confirmed(document, cid))
-        if (member := document.member(cid)) is not None:
-            self._tokens.forget(member.curve_key)
-
-    def _give_up(self, cid: int) -> None:
-        """Remove a node that has not come as far as to be a member; one that has is left alone."""
-        document = self.master_document()
-        if cid in document.joining:
-            log.warning("action=join-given-up cid=%d", cid)
-            self.change_document(without_member(document, cid))
-
-
-def _check_identity(config: NodeConfig, document: ClusterDocument, cid: int) -> None:
-    """Refuse to be a second node of one CID: a copied state directory comes with another address or name."""
-    member = document.member(cid)
-    assert member is not None
-    if (member.name, member.address) != (config.name, config.address):
-        raise ConfigError(
-            f"the cluster knows node {cid} as {member.name} at {member.address}, "
-            f"node.toml says {config.name} at {config.address}",
-            hint="name and address cannot change later: correct node.toml, or delete the node and join anew; "
-            "a copied state directory must not be started as a second node",
-        )
+        self._joins.tick()

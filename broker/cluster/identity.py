@@ -1,4 +1,4 @@
-"""This node as it stands in a cluster document."""
+"""This node as it stands, or is to stand, in a cluster document."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from broker.net.keys import NodeKeys
 from pmgsync.config import NodeConfig
-from pmgsync.core.membership import Member
+from pmgsync.core.membership import ClusterDocument, Member
+from pmgsync.errors import ConfigError
 from pmgsync.gateway import read_host_keys
 from pmgsync.profile_file import load_profile
 from pmgsync.subscription import read_level
@@ -49,3 +50,16 @@ def _member(config: NodeConfig, keys: NodeKeys) -> Member:
         curve_key=keys.curve_public,
         sign_key=keys.sign_public,
     )
+
+
+def check_identity(config: NodeConfig, document: ClusterDocument, cid: int) -> None:
+    """Refuse to be a second node of one CID: a copied state directory comes with another address or name."""
+    member = document.member(cid)
+    assert member is not None
+    if (member.name, member.address) != (config.name, config.address):
+        raise ConfigError(
+            f"the cluster knows node {cid} as {member.name} at {member.address}, "
+            f"node.toml says {config.name} at {config.address}",
+            hint="name and address cannot change later: correct node.toml, or delete the node and join anew; "
+            "a copied state directory must not be started as a second node",
+        )

@@ -13,6 +13,7 @@ from typing import Any
 
 from broker.leadership.asking import Answer
 from broker.leadership.voter import Voter
+from pmgsync.core.document import ClusterDocument
 from pmgsync.core.epochs import Candidacy, Refused, next_epoch
 from pmgsync.core.votes import Vote
 from pmgsync.errors import PmgsyncError
@@ -41,6 +42,19 @@ class _Asked:
     due: float = -math.inf
     free_at: float = -math.inf
     reason: str = "has not answered"
+
+
+def whom_to_ask(held: ClusterDocument, cid: int, answering: Collection[int], *, master_too: bool) -> list[int]:
+    """Return the voters that node `cid` asks now, of those that answer.
+
+    The master comes last, and only when there is no majority without it, or when the others have had time
+    (`master_too`): once it has voted it cannot go on.
+    """
+    asked = (held.voters - {cid}) & set(answering)
+    others = sorted(asked - {held.master})
+    if held.master in asked and (master_too or not held.is_majority({cid, *others})):
+        others.append(held.master)
+    return others
 
 
 class Campaign:

@@ -10,13 +10,13 @@ import logging
 import math
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from broker.leadership.asking import Answer
+from broker.leadership.told_deadline import ToldDeadline
 from broker.leadership.voter import Voter
 from broker.members.calls import Attachments, End
 from pmgsync.core.lease import fence_due, is_kept
@@ -28,9 +28,7 @@ log = logging.getLogger(__name__)
 
 ASK_S = 1.0
 """The longest time between two requests; a tenth of the lease when that is less."""
-TELL_S = 1.0
-"""So often the agent is told the deadline again: it may have been started anew."""
-ARM_S = 30.0
+FENCE_S = 30.0
 """For so long a handover waits until the triggers stand on a master that was not fenced."""
 AGENT_S = 3.0
 """For so long a handover waits for an agent that does not take what it is told."""
@@ -80,7 +78,6 @@ class LeaseKeeper:
 
     Attributes:
         heard_epoch: the newest epoch that a refusal has named: a candidate must go beyond it.
-        reign: the newest epoch for which this node's sequences were passed, as far as its agent has said.
         beyond: members that have named a later epoch than this master's: CID → since when.
     """
 
@@ -92,9 +89,8 @@ class LeaseKeeper:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.heard_epoch = self.reign = 0
+        self.heard_epoch = 0
         self.beyond: dict[int, float] = {}
-        self._opened_until = -math.inf
         self._cid = cid
         self._voter = voter
         self._around = around
@@ -102,11 +98,8 @@ class LeaseKeeper:
         self._run = secrets.randbits(62)
         self._number = 0
         self._ask_at = -math.inf
-        self._told_at = -math.inf
-        self._told: deque[tuple[int, float, bool]] = deque()
-        self._tellings = 0
-        self._guarded: tuple[int, bool] | None = None
-        self._arming = False
+        self._database = ToldDeadline(around.tell_agent)
+        self._fence_due = False
         self._release: _Release | None = None
         self._released_at = math.inf
         self._waiting: list[tuple[float, Done]] = []
@@ -120,8 +113,9 @@ class LeaseKeeper:
             self._spread()
         else:
             self._end_release(MembershipError("this node is not the master any more"))
-            self._arming, self._released_at = False, math.inf
-        self._ask_at = self._told_at = self._opened_until = -math.inf
+            self._fence_due, self._released_at = False, math.inf
+        self._ask_at = -math.inf
+        self._database.again()
         self.tick()
 
     def tick(self) -> None:
@@ -236,7 +230,7 @@ class LeaseKeeper:
         document, voter = self._document, self._voter
         if document.master != self._cid:
             return 0.0, False
-        fenced = document.fence == "lease" or self._arming or voter.has_voted_away
+        fenced = document.fence == "lease" or self._fence_due or voter.has_voted_away
         if voter.has_voted_away:
             return 0.0, True
         if not self._leads:
@@ -245,28 +239,15 @@ class LeaseKeeper:
         return max(0.0, voter.lease.until(document)), fenced
 
     def _tell(self, now: float) -> None:
-        """Tell the agent what has changed, and each second what has not."""
-        if self._shutting:
-            return
-        until, fenced = self._deadline()
-        if self._told and self._told[-1][1:] == (until, fenced) and now - self._told_at < TELL_S:
-            return
-        self._told_at = now
-        self._tellings += 1
-        message = {
-            "op": "lease",
-            "number": self._tellings,
-            "epoch": self._document.epoch,
-            "until": until,
-            "fenced": fenced,
-        }
-        # Before it is sent: from then on the database may go by it.
-        self._told.append((self._tellings, until, fenced))
-        if self._around.tell_agent(message):
-            self._note_told()
-        else:
-            self._told.pop()
-            self._guarded = None
+        if not self._shutting:
+            until, fenced = self._deadline()
+            if self._database.tell(now, self._document.epoch, until, fenced=fenced):
+                self._note_told()
+
+    @property
+    def reign(self) -> int:
+        """The newest epoch for which this node's sequences were passed, as far as its agent has said."""
+        return self._database.reign
 
     @property
     def is_released(self) -> bool:
@@ -276,31 +257,19 @@ class LeaseKeeper:
     @property
     def is_open(self) -> bool:
         """True while the database of this node, the master, takes writes, as its agent has confirmed."""
-        return self._leads and self._opened_until > self._clock()
+        return self._leads and self._database.opened_until > self._clock()
 
     def _note_told(self) -> None:
         """Have the lease know the latest deadline that the database may go by."""
         if self._leads:
-            self._voter.lease = self._voter.lease.tell(max(until or -math.inf for _, until, _ in self._told))
+            self._voter.lease = self._voter.lease.tell(self._database.latest)
 
     def agent_told(self, number: int, *, guarded: bool, opened: bool = False, reign: int = 0) -> None:
-        """Take over that the agent has written a deadline.
-
-        Args:
-            guarded: the guard stands as the deadline asks for.
-            opened: the database goes by it; else it was closed, because the sequences were not passed yet.
-            reign: the newest epoch for which they were.
-        """
-        self.reign = reign
-        while self._told and self._told[0][0] < number:
-            self._told.popleft()
-        if not self._told or self._told[0][0] != number:
+        """Take over that the agent has written a deadline; the arguments are those of `ToldDeadline.confirmed`."""
+        until = self._database.confirmed(number, guarded=guarded, opened=opened, reign=reign)
+        if until is None:
             return
-        _, until, fenced = self._told[0]
         self._note_told()
-        self._opened_until = until if opened and guarded else -math.inf
-        if number == self._told[-1][0]:
-            self._guarded = (fenced, guarded)
         if self._document.master != self._cid and until == 0.0 and guarded:
             self._voter.closed()
 
@@ -315,11 +284,11 @@ class LeaseKeeper:
         if self._release is not None or self._voter.lease.closing:
             return
         due = fence_due(document, document.fence_wanted, self._voter.holding)
-        self._arming = due == "lease"
-        if due is None or (due == "lease" and self._guarded != (True, True)):
+        self._fence_due = due == "lease"
+        if due is None or (due == "lease" and self._database.guarded != (True, True)):
             return
         log.info("action=fence fence=%s voters=%d", due, len(document.voters))
-        self._arming = False
+        self._fence_due = False
         try:
             self._around.change_document(with_fence(document, due))
         except PmgsyncError as error:
@@ -340,15 +309,15 @@ class LeaseKeeper:
             self._released_at = self._clock()
             done(None)
             return
-        self._arming = True
-        self._release = _Release(done, self._clock() + ARM_S)
+        self._fence_due = True
+        self._release = _Release(done, self._clock() + FENCE_S)
         self.tick()
 
     def take_up(self) -> None:
         """Go on as master after all: nobody took over."""
         if self._leads and self._voter.lease.closing:
             self._voter.lease = self._voter.lease.taken_up(self._clock())
-            self._arming, self._released_at = False, math.inf
+            self._fence_due, self._released_at = False, math.inf
             self._ask_at = -math.inf
             self.tick()
 
@@ -356,14 +325,14 @@ class LeaseKeeper:
         release = self._release
         if release is None or release.shutting:
             return
-        if self._guarded is None and now > release.deadline - ARM_S + AGENT_S:
+        if self._database.guarded is None and now > release.deadline - FENCE_S + AGENT_S:
             self._end_release(UnreachableError("the agent of the master is not running"))
             return
-        if self._guarded != (True, True):
+        if self._database.guarded != (True, True):
             if now > release.deadline:
                 self._end_release(
                     UnreachableError(
-                        f"the tables could not be made ready for closing within {ARM_S:.0f} s",
+                        f"the tables could not be made ready for closing within {FENCE_S:.0f} s",
                         hint="`pmgcm status` says which transactions are in the way",
                     )
                 )
@@ -388,7 +357,7 @@ class LeaseKeeper:
         return True
 
     def _let_go(self) -> None:
-        self._told.clear()
+        self._database.forget()
         self._voter.lease = self._voter.lease.released()
         self._voter.closed()
         self._released_at = self._clock()
@@ -402,7 +371,7 @@ class LeaseKeeper:
         if release is None:
             return
         if error is not None:
-            self._arming = False
+            self._fence_due = False
         release.done(error)
 
     # -- status -------------------------------------------------------------------------------------------------------
@@ -432,6 +401,6 @@ class LeaseKeeper:
             "acknowledged": sorted(document.voters - missing),
             "missing": sorted(missing),
             "handing_over": voter.lease.closing or self._release is not None,
-            "guarded": self._guarded == (fenced, True),
+            "guarded": self._database.guarded == (fenced, True),
             "has_voted_away": voter.has_voted_away,
         }

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from broker.chains.chains import Chains
-from broker.leadership.campaign import Campaign
+from broker.leadership.campaign import Campaign, whom_to_ask
 from broker.leadership.fork_point import ForkPoint
 from broker.leadership.lease import LeaseKeeper
 from broker.leadership.promotion_run import (
@@ -44,7 +43,7 @@ log = logging.getLogger(__name__)
 
 FIX_S = 15.0
 OTHERS_FIRST_S = 0.5
-"""For so long the other members are asked before the old master: once it has voted it cannot go on."""
+"""For so long the other members are asked before the old master."""
 
 
 class Promotion:
@@ -143,9 +142,6 @@ class Promotion:
         reign = reign_began(self._around.document())
         return reign == 0 or (self._lease.reign >= reign and self._lease.is_open)
 
-    def _tell(self, run: Run, message: Mapping[str, Any]) -> None:
-        run.listeners = [(send, request) for send, request in run.listeners if send({**message, "id": request}, ())]
-
     # -- time ---------------------------------------------------------------------------------------------------------
 
     def follow_document(self) -> None:
@@ -183,7 +179,7 @@ class Promotion:
                 self._look_after_majority(run)
         step, now = next_step(self._progress(run, document)), self._clock()
         if step is not run.step:
-            self._enter(run, step, now)
+            run.enter(step, now)
         patience = PATIENCE_S.get(step)
         late = patience is not None and now - run.moved > patience
         match step:
@@ -242,13 +238,6 @@ class Promotion:
         if plan.way is Way.FORCED:
             log.warning("action=promotion way=%s reason=%s", plan.way.name, plan.reason)
             run.plan = plan
-
-    def _enter(self, run: Run, step: Step, now: float) -> None:
-        run.step, run.since, run.moved = step, now, now
-        told = {"step": step.name.lower(), "text": step.value, "seconds": round(now - run.began, 3)}
-        run.steps.append(told)
-        log.info("action=promotion-step step=%s seconds=%.3f", step.name, now - run.began)
-        self._tell(run, {**told, "op": "step"})
 
     def _progress(self, run: Run, document: ClusterDocument) -> Progress:
         have = self._survey.applied
@@ -331,17 +320,8 @@ class Promotion:
                 heard_epoch=self._lease.heard_epoch,
                 clock=self._clock,
             )
-        run.campaign.tick(self._order(run))
-
-    def _order(self, run: Run) -> list[int]:
-        """Return whom to ask for a vote now: the master last, for it cannot go on when it has voted."""
-        voters = run.before.voters - {self._cid}
-        answering = voters & self._answering()
-        others = sorted(answering - {run.master})
-        enough = run.before.is_majority({self._cid, *others})
-        if run.master in answering and (not enough or self._clock() - run.since > OTHERS_FIRST_S):
-            others.append(run.master)
-        return others
+        hurried = now - run.since > OTHERS_FIRST_S
+        run.campaign.tick(whom_to_ask(run.before, self._cid, self._answering(), master_too=hurried))
 
     # -- the epoch ----------------------------------------------------------------------------------------------------
 
@@ -375,7 +355,7 @@ class Promotion:
             not_reached=set(document.cids - {self._cid} - self._answering()) | set(self._not_reached(document)),
             seconds=seconds,
         )
-        self._tell(run, {"op": "done", "result": result})
+        run.tell({"op": "done", "result": result})
         log.warning("action=promoted epoch=%d seconds=%.3f", document.epoch, seconds)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from broker.members.calls import Send
 from pmgsync.core.document import ClusterDocument
 from pmgsync.core.positions import format_lsn
 from pmgsync.core.promotion import Plan, Step, Way
+
+log = logging.getLogger(__name__)
 
 REFUSED = "`pmgcm promote --dry-run` says who answers; --force does it without a majority"
 
@@ -95,6 +98,18 @@ class Run:
     def master(self) -> int:
         """CID of the master before."""
         return self.before.master
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Tell whoever listens, and is still there."""
+        self.listeners = [(send, request) for send, request in self.listeners if send({**message, "id": request}, ())]
+
+    def enter(self, step: Step, now: float) -> None:
+        """Take over that a step begins, and tell of it."""
+        self.step, self.since, self.moved = step, now, now
+        told = {"step": step.name.lower(), "text": step.value, "seconds": round(now - self.began, 3)}
+        self.steps.append(told)
+        log.info("action=promotion-step step=%s seconds=%.3f", step.name, now - self.began)
+        self.tell({**told, "op": "step"})
 
 
 def not_voted(campaign: Campaign) -> str:

@@ -119,7 +119,7 @@ class Port:
             self._socket.close(linger=linger_ms)
             self._socket = self._incoming = None
 
-    def lose_patience(self) -> None:
+    def fail_when_taken(self) -> None:
         """Make a port that is taken an error at the next `open`."""
         self._closed_at = -PATIENCE_S
 
