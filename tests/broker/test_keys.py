@@ -159,7 +159,7 @@ def test_a_node_that_died_before_it_asked_goes_on_and_uses_the_same_keys_later(t
     eventually(lambda: in_touch(three), within_s=20)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.campaign), 3])
 def test_a_node_that_died_before_it_learned_of_its_change_takes_it_over(tmp_path: Path, count: int) -> None:
     with running_brokers(tmp_path, count) as brokers:
         eventually(lambda: in_touch(brokers), within_s=20)
@@ -173,7 +173,7 @@ def test_a_node_that_died_before_it_learned_of_its_change_takes_it_over(tmp_path
         eventually(lambda: forgotten(brokers), within_s=20)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.campaign), 3])
 def test_a_master_that_died_before_it_told_anybody_is_followed(tmp_path: Path, count: int) -> None:
     with running_brokers(tmp_path, count) as brokers:
         eventually(lambda: in_touch(brokers), within_s=20)
@@ -185,6 +185,7 @@ def test_a_master_that_died_before_it_told_anybody_is_followed(tmp_path: Path, c
         eventually(lambda: forgotten(brokers), within_s=20)
 
 
+@pytest.mark.campaign
 def test_who_was_away_while_all_others_changed_their_keys_twice_comes_back(tmp_path: Path) -> None:
     with running_brokers(tmp_path, 4) as brokers:
         eventually(lambda: in_touch(brokers), within_s=20)

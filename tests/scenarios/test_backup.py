@@ -194,6 +194,7 @@ def test_a_damaged_backup_touches_nothing(gateway: Gateway, tmp_path: Path) -> N
         refused(gateway.pmgcm("restore", tmp_path / "none", "--yes", code=1), "cannot be read (No such file")
 
 
+@pytest.mark.campaign
 @pytest.mark.cluster
 def test_a_backup_that_does_not_fit_touches_nothing(gateway: Gateway, tmp_path: Path) -> None:
     gateway.database.sql(b"SET search_path = public;" + SEED)

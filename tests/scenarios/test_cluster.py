@@ -75,6 +75,7 @@ def test_join_while_the_master_is_written_to(new_cluster: NewCluster) -> None:
     cluster.assert_equal(BANK_TABLES)
 
 
+@pytest.mark.campaign
 def test_pgbench_ends_equal_whatever_is_killed(new_cluster: NewCluster) -> None:
     def fill(node: Node) -> None:
         assert pgbench(node, "-i", "-s", "2", "-q").wait(60) == 0

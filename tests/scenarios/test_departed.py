@@ -40,6 +40,7 @@ def nothing_kept(cluster: Cluster, origin: int) -> None:
     )
 
 
+@pytest.mark.campaign
 def test_what_one_member_lacks_comes_after_the_node_was_removed(new_cluster: NewCluster, tmp_path: Path) -> None:
     cluster = new_cluster(nodes=3, schema=SCHEMA, profile=write_profile(tmp_path))
     master, slave, leaver = cluster.nodes

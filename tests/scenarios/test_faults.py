@@ -116,6 +116,7 @@ def _head(node: Node) -> int:
     return parse_lsn(node.node_status(1)["head"])
 
 
+@pytest.mark.campaign
 def test_a_second_agent_on_one_database_does_not_disturb(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=2, schema=STANDARD)
     master = cluster.master
@@ -136,6 +137,7 @@ def test_a_second_agent_on_one_database_does_not_disturb(new_cluster: NewCluster
     cluster.assert_equal(["t"])
 
 
+@pytest.mark.campaign
 def test_a_damaged_journal_costs_a_resync_and_no_silence(new_cluster: NewCluster) -> None:
     cluster = new_cluster(nodes=2, schema=STANDARD)
     master, slave = cluster.nodes

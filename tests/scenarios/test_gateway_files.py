@@ -13,6 +13,7 @@ from tests.harness.cluster import Cluster, eventually
 pytestmark = pytest.mark.cluster
 
 
+@pytest.mark.campaign
 def test_cluster_conf_follows_the_members(new_cluster: Callable[..., Cluster], tmp_path: Path) -> None:
     path = tmp_path / "conf" / "cluster.conf"
     path.parent.mkdir()
