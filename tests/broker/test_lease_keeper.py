@@ -12,7 +12,7 @@ import pytest
 
 from broker.cluster.state_directory import StateDirectory
 from broker.leadership.asking import Answer
-from broker.leadership.lease import ARM_S, LeaseKeeper, Surroundings
+from broker.leadership.lease import FENCE_S, LeaseKeeper, Surroundings
 from broker.leadership.voter import Voter
 from broker.members.calls import End
 from pmgsync.core.document import ClusterDocument
@@ -279,7 +279,7 @@ def test_a_handover_waits_only_so_long_for_tables_that_are_in_use(tmp_path: Path
     two.run(3)
     two.guard_stands = False
     answers = released(two)
-    two.run(ARM_S + 1)
+    two.run(FENCE_S + 1)
     assert isinstance(answers[0], UnreachableError)
     assert two.is_open()
     assert two.keeper.status()["open"]
