@@ -163,11 +163,11 @@ class Chains:
 
     # -- from capture -------------------------------------------------------------------------------------------------
 
-    def open_own(self, incarnation: int, start: int, snapshot: bool) -> Position:
-        """Open the own chain for capture and return the complete position that its journal ends at."""
-        position = self.own.open(incarnation, start, snapshot)
+    def open_own(self, incarnation: int, start: int, snapshot: bool) -> tuple[Position, int]:
+        """Open the own chain for capture; see `Publishing.open`."""
+        opened = self.own.open(incarnation, start, snapshot)
         self._note_head(self.heads()[self._cid])
-        return position
+        return opened
 
     # -- from the members ---------------------------------------------------------------------------------------------
 

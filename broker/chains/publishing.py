@@ -60,17 +60,23 @@ class Publishing:
         self._marked = 0
         self.chain: OwnChain | None = None
 
-    def open(self, incarnation: int, start: int, snapshot: bool) -> Position:
-        """Open the journal for capture and return the complete position that it ends at."""
+    def open(self, incarnation: int, start: int, snapshot: bool) -> tuple[Position, int]:
+        """Open the journal for capture.
+
+        Returns:
+            The complete position that it ends at, and the LSN up to which it is known to be whole. Both may be on their
+            way to the disk: a journal that was opened just now is synced again first. What may be confirmed is `safe`.
+        """
         head = self._journals.open(self._cid, incarnation, Position(start))
         if not head.position.complete:
             head = self._journals.drop_parts(self._cid)
             self._listener.fell_back(head)
         known = self.chain
-        watermark = known.watermark if known and known.incarnation == incarnation else head.position.lsn
+        same = known is not None and known.incarnation == incarnation
+        watermark = known.watermark if known and same else head.position.lsn
         self.chain = OwnChain(incarnation, start, snapshot, watermark)
         self._told, self._marked = (Position(0), 0), 0
-        return head.position
+        return head.position, max(self._journals.noted(self._cid), watermark if same else 0)
 
     def take(self, header: bytes, body: bytes, whole: int = 0) -> None:
         """Take a frame from capture.

@@ -44,7 +44,8 @@ class ChainJournal:
         first: the position that the oldest frame held follows.
         disk: up to here frames are read from the file; everything after it is in `tail`.
         durable: the newest position that this process knows to be on disk.
-        mark: the newest watermark on disk.
+        mark: the newest watermark that this process knows to be on disk.
+        noted: the newest watermark, on disk or on its way.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class ChainJournal:
     ledger: Ledger
     reader: sqlite3.Connection | None = None
     mark: int = 0
+    noted: int = 0
     tail: list[Frame] = field(default_factory=list)
     queued: deque[Queued] = field(default_factory=deque)
 

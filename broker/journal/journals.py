@@ -220,7 +220,12 @@ class Journals:
     def mark(self, origin: int, lsn: int) -> None:
         """Note that up to an LSN of the origin there is nothing more to come than what was accepted so far."""
         chain = self._chain(origin)
+        chain.noted = max(chain.noted, lsn)
         self._post(chain, Mark(self._queue(chain, 0, None, lsn), lsn))
+
+    def noted(self, origin: int) -> int:
+        """Return the newest mark that is in the journal, on disk or on its way there, 0 when there is none."""
+        return self._chain(origin).noted
 
     def marked(self, origin: int) -> int:
         """Return the newest mark on disk, 0 when there is none; everything below it is on disk too."""
@@ -347,8 +352,9 @@ class Journals:
         if found.notes:
             # The mark may cover frames that are cut off now. It is removed first, or a crash in between would leave it.
             self._post(chain, Mark(self._queue(chain, 0, None), 0))
-        # Like the frames, the mark in the file counts once the writer has synced it again.
-        seq = self._queue(chain, 0, run.head.position, 0 if found.notes else found.mark)
+        chain.noted = 0 if found.notes else found.mark
+        # Like the frames, the mark in the file counts as on disk once the writer has synced it again.
+        seq = self._queue(chain, 0, run.head.position, chain.noted)
         self._post(chain, Keep(seq, run.head.position, run.start if found.rewrite else None))
         return chain
 

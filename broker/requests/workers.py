@@ -136,11 +136,10 @@ class WorkerRequests:
             self._later(lambda: self._open_chain_later(send, message))
             return
         incarnation, start = number(message, "incarnation"), number(message, "start")
-        position = self._chains.open_own(incarnation, start, message.get("snapshot") is True)
-        durable, watermark = self._chains.own.safe()
+        position, whole = self._chains.open_own(incarnation, start, message.get("snapshot") is True)
         opened = {"op": "chain.opened", "id": number(message, "id"), "position": list(position)}
-        send({**opened, "watermark": watermark}, ())
-        tell_durable(self._sessions, durable, watermark)
+        send({**opened, "watermark": whole}, ())
+        tell_durable(self._sessions, *self._chains.own.safe())
         self._synchronous.capture_began()
 
     def _open_chain_later(self, send: Send, message: Message) -> None:

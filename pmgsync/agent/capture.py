@@ -94,9 +94,9 @@ class CaptureWorker(Worker):
                 "snapshot": facts.needs_snapshot,
             }
         )
-        position, safe = Position.parse(opened["position"]), int(opened["watermark"])
+        position, whole = Position.parse(opened["position"]), int(opened["watermark"])
         try:
-            reader, state = self._acquire(facts, state, position, safe)
+            reader, state = self._acquire(facts, state, position, whole)
         except ChainBrokenError as error:
             log.error("action=chain-broken position=%s error=%s", position, error)
             self.fail(error)
@@ -104,7 +104,7 @@ class CaptureWorker(Worker):
             return
         try:
             log.info("action=capture incarnation=%016x position=%s", facts.incarnation, position)
-            stream = _Stream(self, link, reader, facts, position, safe, state)
+            stream = _Stream(self, link, reader, facts, position, whole, state)
             try:
                 stream.run()
             finally:
@@ -113,7 +113,7 @@ class CaptureWorker(Worker):
             reader.close()
 
     def _acquire(
-        self, facts: NodeFacts, state: SlotState, position: Position, safe: int
+        self, facts: NodeFacts, state: SlotState, position: Position, whole: int
     ) -> tuple[SlotReader, SlotState]:
         """Begin to read the slot, which continues exactly what the journal holds.
 
@@ -124,11 +124,11 @@ class CaptureWorker(Worker):
 
         def prove(found: SlotState) -> None:
             prove_continuity(
-                found, system_id=facts.system_id, timeline=facts.timeline, journal_lsn=position.lsn, safe_lsn=safe
+                found, system_id=facts.system_id, timeline=facts.timeline, journal_lsn=position.lsn, whole_lsn=whole
             )
 
         prove(state)
-        start = max(position.lsn + 1, safe)
+        start = max(position.lsn + 1, whole)
         reader = SlotReader(self.config.dsn, slot=facts.slot, publication=facts.publication, start_lsn=start)
         try:
             # From here on nobody else can read the slot. Until here somebody could, and the server silently skips what
@@ -170,7 +170,7 @@ class _Stream:
         reader: SlotReader,
         facts: NodeFacts,
         position: Position,
-        safe: int,
+        whole: int,
         state: SlotState,
     ) -> None:
         document = worker.document
@@ -184,8 +184,9 @@ class _Stream:
         self._framer = Framer(chain, position, key=facts.seal_key)
         self._outstanding: deque[tuple[Position, int]] = deque()
         self._outstanding_bytes = 0
-        self._safe = max(safe, position.lsn + 1)
-        self._ends = worker.ends_of(facts.incarnation, position, self._safe)
+        # What the journal has may not be on its disk yet: the broker tells.
+        self._safe = 0
+        self._ends = worker.ends_of(facts.incarnation, position, max(whole, position.lsn + 1))
         self._told_stands: bool | None = None
         self._watermark = 0
         self._next_confirm = self._next_watermark = self._next_ask = 0.0

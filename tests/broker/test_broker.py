@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -102,6 +104,30 @@ def test_frames_arrive_live_and_after_every_kind_of_restart(pair: tuple[Broker, 
     assert capture.position == frames[199].here
     capture.send(frames[200:])
     assert again.take(frames[-1].here) == frames[50:]
+
+
+def test_a_restarted_broker_says_at_once_what_its_journal_has_and_confirms_it_once_it_is_synced(
+    pair: tuple[Broker, Broker],
+) -> None:
+    one, _ = pair
+    frames = run_of(3)
+    capture = Capture(one)
+    capture.send(frames)
+    capture.link.send({"op": "watermark", "lsn": 500})
+    capture.wait_durable(frames[-1].here, 500)
+    one.kill(signal.SIGTERM)
+    (path,) = (one.state_dir / "journal").glob("1-*.db")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        # As on a slow disk: the journal can be read, and its writer cannot sync it again yet.
+        other.execute("BEGIN IMMEDIATE")
+        one.start()
+        capture = Capture(one)
+        # With less than that the slot, confirmed up to there, would look as if the journal had lost its end.
+        assert (capture.position, capture.watermark) == (frames[-1].here, 500)
+        capture.hear()
+        assert (capture.durable, capture.marked) == (Position(100), 0)
+        other.execute("ROLLBACK")
+    capture.wait_durable(frames[-1].here, 500)
 
 
 def test_a_large_transaction_is_begun_again_after_a_crash(pair: tuple[Broker, Broker]) -> None:

@@ -95,19 +95,23 @@ class Capture:
     def __init__(self, broker: Broker) -> None:
         self.link = broker.link("capture")
         opened, _ = self.link.request({"op": "chain.open", "incarnation": INCARNATION, "start": 100, "snapshot": False})
-        self.position = Position.parse(opened["position"])
-        self.durable = Position(0)
+        self.position, self.watermark = Position.parse(opened["position"]), int(opened["watermark"])
+        self.durable, self.marked = Position(0), 0
 
     def send(self, frames: list[Frame]) -> None:
         for one in frames:
             self.link.send({"op": "frame"}, one.header_bytes, one.body)
 
-    def wait_durable(self, position: Position) -> None:
+    def wait_durable(self, position: Position, watermark: int = 0) -> None:
         def reached() -> bool:
-            while (received := self.link.receive(0.1)) is not None:
-                if received[0]["op"] == "durable":
-                    self.durable = Position.parse(received[0]["position"])
-                assert received[0]["op"] != "error", received
-            return self.durable >= position
+            self.hear()
+            return self.durable >= position and self.marked >= watermark
 
-        eventually(reached, what=f"durable at {position}")
+        eventually(reached, what=f"durable at {position}, {watermark}")
+
+    def hear(self) -> None:
+        """Take what the broker has said."""
+        while (received := self.link.receive(0.1)) is not None:
+            if received[0]["op"] == "durable":
+                self.durable, self.marked = Position.parse(received[0]["position"]), int(received[0]["watermark"])
+            assert received[0]["op"] != "error", received

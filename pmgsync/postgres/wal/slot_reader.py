@@ -74,13 +74,13 @@ def read_slot_state(connection: psycopg2.extensions.connection, slot: str) -> Sl
     )  # fmt: skip
 
 
-def prove_continuity(state: SlotState, *, system_id: str, timeline: int, journal_lsn: int, safe_lsn: int) -> None:
+def prove_continuity(state: SlotState, *, system_id: str, timeline: int, journal_lsn: int, whole_lsn: int) -> None:
     """Check that a slot continues exactly what the journal holds. Pure.
 
     Args:
         system_id, timeline: the server's when the chain began.
         journal_lsn: commit LSN of the newest complete transaction in the journal.
-        safe_lsn: the LSN up to which the journal is known to hold everything; the slot was never confirmed beyond it.
+        whole_lsn: the LSN up to which the journal is known to hold everything; the slot was never confirmed beyond it.
 
     Raises:
         ChainBrokenError: when a hole cannot be ruled out. PostgreSQL would forward a start position that is older than
@@ -104,7 +104,7 @@ def prove_continuity(state: SlotState, *, system_id: str, timeline: int, journal
         raise ChainBrokenError(f"the replication slot uses the plugin {state.plugin}, not pgoutput", hint=hint)
     if state.wal_status == "lost":
         raise ChainBrokenError("the server has removed WAL that the replication slot needed", hint=hint)
-    newest = max(journal_lsn, safe_lsn)
+    newest = max(journal_lsn, whole_lsn)
     if state.current_lsn < newest:
         raise ChainBrokenError(
             f"the server's WAL ends at {format_lsn(state.current_lsn)}, before {format_lsn(newest)}, which was read "
