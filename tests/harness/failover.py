@@ -53,12 +53,14 @@ class Failover:
     Attributes:
         began: when something was first done to the master.
         asked: the promotions that were asked for, in their order.
+        witnesses: how many of them have joined.
     """
 
     cluster: Cluster
     seed: int
     began: float = 0.0
     asked: list[Asked] = field(default_factory=list)
+    witnesses: int = 0
 
     def __post_init__(self) -> None:
         self.nodes = list(self.cluster.nodes)
@@ -67,7 +69,7 @@ class Failover:
 
     @property
     def fenced(self) -> bool:
-        return len(self.nodes) > 2
+        return len(self.nodes) + self.witnesses > 2
 
     def load(self) -> Failover:
         """Start the clients, and let them write a while that the seed says."""

@@ -5,30 +5,24 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import psycopg2
 import pytest
 
-from cli.promote import read_plan
 from pmgsync.divergence_files import DivergenceFiles
-from pmgsync.wire.link import BrokerLink
 from tests.harness.cluster import Cluster, Node, eventually
 from tests.harness.command_line import refused
 from tests.harness.epochs import held, voted
+from tests.harness.failover import answers
+from tests.harness.promotions import again_until_master, await_step, begun, kill_service, plan_of
 from tests.harness.schema import STANDARD
 
 pytestmark = pytest.mark.cluster
 
 SWITCHOVER_STEPS = ("gets ready", "closes its tables", "members vote", "document is stored", "sequences", "tables open")
-FAILOVER_STEPS = ("promises to the master", "members vote", "document is stored", "sequences", "tables open")
-NO_STEP = 2.0
-"""Some steps may be over before they are seen; then it is killed this many seconds later."""
 
 
 class Writers:
@@ -75,13 +69,6 @@ class Writers:
 
     def written(self) -> set[int]:
         return {number for _, number in self.acknowledged}
-
-
-def plan_of(node: Node) -> dict[str, Any]:
-    """Return what a promotion of a node would do, from the broker itself: it is asked many times."""
-    with BrokerLink(node.run_dir / "broker.sock", "cli") as link:
-        link.hello()
-        return read_plan(link, force=False)
 
 
 def kill(*nodes: Node) -> None:
@@ -196,50 +183,15 @@ def test_two_nodes(new_cluster: Callable[..., Cluster]) -> None:
 # -- killed, and run again --------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def begun(node: Node, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Run `pmgcm promote --yes` beside the test."""
-    command = [sys.executable, "-m", "cli.main", "--config", str(node.config), "promote", "--yes", *arguments]
-    process = subprocess.Popen(
-        [*node.within, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def await_step(process: subprocess.Popen[str], step: str) -> str:
-    """Read what the command says until a step is shown; returns it."""
-    assert process.stdout is not None
-    text = ""
-    for line in process.stdout:
-        text += line
-        if step in line:
-            break
-    return text
-
-
 def killed_at(node: Node, step: str, service: str) -> None:
     """Promote a node, kill one of its services when a step is shown, and start it again."""
     with begun(node) as process:
         text = await_step(process, step)
-        workers = list(node.workers().values()) if service == "agent" else []
-        node.kill(service)
-        for worker in workers:
-            worker.kill()
+        kill_service(node, service)
         node.start()
         rest, _ = process.communicate(timeout=120)
         print(f"KILLED {service} at {step!r}: {text}{rest}")
-    eventually(lambda: _answers(node), what="the node is back")
-
-
-def _answers(node: Node) -> Any:
-    try:
-        return node.status()
-    except Exception:  # whatever it is, it is asked again
-        return None
+    eventually(lambda: answers(node), what="the node is back")
 
 
 @pytest.mark.campaign
@@ -259,37 +211,9 @@ def test_a_switchover_that_is_killed_at_any_step(new_cluster: Callable[..., Clus
     assert kept(cluster.nodes[0]) == kept(cluster.nodes[2]) == writers.written()
 
 
-def again_until_master(heir: Node) -> None:
-    """Run the command again, as its hints say, until the node is the master."""
-
-    def is_master() -> bool:
-        done = heir.pmgcm("promote", "--yes", check=False)
-        print(done.stdout, done.stderr)
-        return done.returncode == 0 or "already master" in done.stderr
-
-    eventually(is_master, within_s=120, what="the promotion succeeds when it is run again")
-
-
 def took_up(writers: Writers) -> None:
     count = len(writers.acknowledged)
     eventually(lambda: len(writers.acknowledged) > count + 20, what="the new master takes writes")
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("service", ["broker", "agent"])
-def test_a_failover_that_is_killed_at_any_step(new_cluster: Callable[..., Cluster], service: str) -> None:
-    cluster = new_cluster(nodes=3, schema=STANDARD)
-    master = cluster.nodes[0]
-    for number, step in enumerate(FAILOVER_STEPS):
-        heir = cluster.nodes[(cluster.nodes.index(master) + 1) % 3]
-        kill(master)
-        eventually(lambda: plan_of(heir)["way"] == "failover", what="the master's silence is noticed")  # noqa: B023
-        killed_at(heir, step, service)
-        again_until_master(heir)
-        heir.sql(f"INSERT INTO t VALUES ({8000 + number}, 'after it was killed')")
-        master.start()
-        in_sync(cluster, heir)
-        master = heir
 
 
 @pytest.mark.campaign
@@ -335,6 +259,31 @@ def test_a_member_that_has_voted_in_vain_is_fetched_back(new_cluster: Callable[.
     first.sql("INSERT INTO t VALUES (8100, 'it goes on')")
     entry = json.loads(third.pmgcm("history", "--json").stdout)["epochs"][-1]
     assert (entry["epoch"], entry["master"], entry["fork"], entry["forced"]) == (3, 1, None, False)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("way", ["switchover", "failover"])
+def test_nothing_diverges_when_an_idle_cluster_gets_another_master(
+    new_cluster: Callable[..., Cluster], way: str
+) -> None:
+    """Neither on the old master nor on a node that was away meanwhile; and neither fetches anything."""
+    cluster = new_cluster(nodes=3, schema=STANDARD)
+    first, second, third = cluster.nodes
+    if way == "switchover":
+        third.stop()
+        second.pmgcm("promote", "--yes")
+        third.start()
+    else:
+        kill(first)
+        eventually(lambda: plan_of(second)["way"] == "failover", what="the master's silence is noticed")
+        second.pmgcm("promote", "--yes")
+        first.start()
+    in_sync(cluster, second)
+    for node in cluster.nodes:
+        assert node.pmgcm("divergence", "list").stdout == "nothing has diverged on this node\n", node.name
+        assert "action=stale " not in node.log("agent"), node.name
+    second.sql("INSERT INTO t VALUES (9504, 'of the second')")
+    in_sync(cluster, second)
 
 
 # -- pmgcm sync -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import pytest
 from pmgsync.core.positions import parse_lsn
 from tests.harness.cluster import Cluster, Node, eventually
 from tests.harness.command_line import refused
+from tests.harness.failover import SEEDS, failovers
+from tests.harness.health import NewCluster
 from tests.harness.schema import STANDARD
 
 pytestmark = pytest.mark.cluster
@@ -29,7 +31,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def witness(cluster: Cluster, tmp_path: Path) -> Iterator[Node]:
+def witness(tmp_path: Path) -> Iterator[Node]:
     """A machine with a broker, which has not joined yet."""
     node = Node(tmp_path / "third", "third", profile="mirror", dbname="none", address="127.0.0.1")
     node.has_database = False
@@ -111,3 +113,23 @@ def test_a_slave_and_a_witness_are_a_majority(cluster: Cluster, witness: Node) -
     eventually(lambda: all(node["state"] == "A" for node in slave.status()["nodes"]), what="the old master is a slave")
     cluster.wait(node=slave)
     cluster.assert_equal(["t"])
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_killed_master_of_two_and_a_witness_returns_as_a_slave(
+    new_cluster: NewCluster, witness: Node, tmp_path: Path, seed: int
+) -> None:
+    """Nobody has to force anything, and every acknowledged write is accounted for."""
+    with failovers(new_cluster, tmp_path) as make:
+        scene = make(nodes=2, seed=seed)
+        witness.pmgcm(*scene.cluster.join_arguments(), "--witness")
+        eventually(lambda: fence(scene.cluster) == "lease", what="the fence comes in force")
+        scene.witnesses = 1
+        scene.load()
+        old, heir = scene.nodes
+        scene.kill_machine(old)
+        scene.promote(heir)
+        scene.await_open(heir)
+        scene.start_machine(old)
+        assert scene.settle().lost == ()
