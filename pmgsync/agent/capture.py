@@ -187,7 +187,7 @@ class _Stream:
         # What the journal has may not be on its disk yet: the broker tells.
         self._safe = 0
         self._ends = worker.ends_of(facts.incarnation, position, max(whole, position.lsn + 1))
-        self._told_stands: bool | None = None
+        self._told_proven: bool | None = None
         self._watermark = 0
         self._next_confirm = self._next_watermark = self._next_ask = 0.0
         self._next_slot_check = time.monotonic() + SLOT_CHECK_S
@@ -307,9 +307,9 @@ class _Stream:
 
     def _keep_time(self, caught_up: bool) -> None:
         now = time.monotonic()
-        if (stands := self._worker.hold.stands) != self._told_stands:
-            self._told_stands = stands
-            self._link.send({"op": "synchronous.told", "stands": stands})
+        if (proven := self._worker.hold.proven) != self._told_proven:
+            self._told_proven = proven
+            self._link.send({"op": "synchronous.told", "stands": proven})
         if now >= self._next_confirm:
             self._next_confirm = now + CONFIRM_S
             # Feedback goes out even when nothing is new: the server ends connections that are silent for a minute.

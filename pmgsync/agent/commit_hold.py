@@ -1,7 +1,9 @@
 """Synchronous mode in the agent: which commits capture may let return, and the thread that has the server wait for it.
 
 Three say something: the broker, what slaves have; the cluster document, whether this node is the master; and the
-server, whether it waits for capture at all. Commits of a master that was replaced must not be told to be done when they
+server, whether it waits for capture at all. That it does is proved by a commit of this thread's own before a new
+master opens its tables, and before anybody is told: until the server's checkpointer has followed the setting, commits
+return without a slave. Commits of a master that was replaced must not be told to be done when they
 are past the fork. So its sessions that still wait are ended before the server's setting is taken back.
 """
 
@@ -27,6 +29,10 @@ from pmgsync.wire.messages import Message
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
+PROVE_S = 0.05
+"""So often it is tried whether commits wait, until they do."""
+SLOW_S = 5.0
+"""When the server takes longer than that, status says so."""
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 5.0
 CONFIRM_S = 1.0
@@ -62,6 +68,8 @@ class CommitHold:
         self._position = ZERO
         self._heard_at = time.monotonic()
         self._names: Names | None = None
+        self._proving = self._proven = False
+        self._unproven_since = 0.0
         self._replaced_at: float | None = None
         self._let_go_in = 0
         self._problem = ""
@@ -95,6 +103,11 @@ class CommitHold:
         """True when the server lets commits wait for capture, or may."""
         return self._names not in {Names.NONE, Names.OTHERS}
 
+    @property
+    def proven(self) -> bool:
+        """True when the server was seen to have commits wait for capture."""
+        return self.stands and self._proven
+
     def position(self, incarnation: int) -> Position:
         """Return up to where commits may return, on an incarnation of the own chain; `EVERYTHING`: none is held."""
         known = self._document()
@@ -109,20 +122,29 @@ class CommitHold:
             return Position(fork.lsn) if fork is not None and fork.incarnation == incarnation else ZERO
         if not self._holds_in(document):
             return EVERYTHING
+        if self._proving:  # confirmed at once, the commit that proves it could not be seen to wait
+            return ZERO
         return self._position if self._holds is not None and self._holds[0] == document.epoch else ZERO
 
-    def await_names(self, document: ClusterDocument) -> bool:
-        """Wait a moment until the server waits for capture, when this master's document says so; False: not yet.
+    def await_proof(self, document: ClusterDocument) -> bool:
+        """Wait a moment until the server has commits wait, when this master's document says so; False: not yet.
 
         A new master opens its tables after that. When the server cannot be made to wait, status says so instead.
         """
         deadline = time.monotonic() + AWAIT_S
-        while document.synchronous and self._names is Names.NONE and self._holds_in(document) and not self._problem:
+        while document.synchronous and not self._proven and self._holds_in(document) and not self._gave_up(document):
             if time.monotonic() > deadline:
                 return False
             self._changed.set()
             time.sleep(POLL_S)
         return True
+
+    def _gave_up(self, document: ClusterDocument) -> bool:
+        """True when it is not waited for any longer that the server has commits wait."""
+        if self._names in {Names.OURS, Names.BY_HAND}:
+            patience_s = document.synchronous_wanted.patience_s
+            return patience_s is not None and self._unproven_s() > patience_s
+        return bool(self._problem)
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -139,20 +161,22 @@ class CommitHold:
         while True:
             try:
                 with closing(StandbyNames(self._dsn)) as session:
+                    self._proven = False  # the server may be another one, or have been started again
                     while True:
-                        self._look(session)
+                        proved = self._look(session)
                         backoff.succeeded()
-                        self._changed.wait(LOOK_S)
+                        self._changed.wait(LOOK_S if proved else PROVE_S)
                         self._changed.clear()
             except UnreachableError as error:
-                if self._names is None:
+                if self._names is None or self._unproven_since:
                     self._note(str(error))  # nothing is confirmed before; else capture reports that the server is away
                 log.info("action=synchronous-later error=%s", error)
             except PmgsyncError as error:
                 self._note(str(error))
             time.sleep(backoff.failed())
 
-    def _look(self, session: StandbyNames) -> None:
+    def _look(self, session: StandbyNames) -> bool:
+        """Have the server's setting be as it should; False when commits do not wait yet, and should."""
         names = self._names = session.now()
         wanted = self._wanted()
         if wanted and names is Names.NONE:
@@ -165,8 +189,35 @@ class CommitHold:
                 session.take_back()
                 log.info("action=synchronous-names reset")
                 names = session.now()
+        if names is Names.NONE:
+            self._proven = False
         self._names = names
-        self._note(_problem(names) if wanted else "")
+        if not wanted or names is Names.OTHERS:
+            self._unproven_since = 0.0
+            self._note(self._problem_of(names) if wanted else "")
+            return True
+        proved = self._prove(session)
+        self._note(self._problem_of(names))
+        return proved
+
+    def _prove(self, session: StandbyNames) -> bool:
+        """See that the server has commits wait, unless it was seen before."""
+        if self._proven:
+            return True
+        if not self._unproven_since:
+            self._unproven_since = time.monotonic()
+        self._proving = True
+        try:
+            self._proven = session.commits_wait()
+        finally:
+            self._proving = False
+        if self._proven:
+            log.info("action=synchronous-proven after_s=%.3f", self._unproven_s())
+            self._unproven_since = 0.0
+        return self._proven
+
+    def _unproven_s(self) -> float:
+        return time.monotonic() - self._unproven_since if self._unproven_since else 0.0
 
     def _wanted(self) -> bool | None:
         """Say whether the server is to wait for capture; None: as it is, for nothing is known yet."""
@@ -207,6 +258,19 @@ class CommitHold:
         self._let_go_in = document.epoch
         return True
 
+    def _problem_of(self, names: Names) -> str:
+        if names is Names.OTHERS:
+            return (
+                "commits do not wait for slaves: synchronous_standby_names has others' names; "
+                f"add capture by hand, for example ANY 2 (…, {OURS.partition('(')[2]}"
+            )
+        if not self._proven and (since_s := self._unproven_s()) > SLOW_S:
+            return (
+                f"commits do not wait for slaves yet: for {since_s:.0f} s the server's checkpointer has not followed "
+                "the change of synchronous_standby_names; a checkpoint that is under way delays that"
+            )
+        return ""
+
     def _note(self, problem: str) -> None:
         if problem != self._problem:
             self._problem = problem
@@ -224,12 +288,3 @@ def let_go(dsn: str, document: ClusterDocument, cid: int) -> None:
             log.warning("action=synchronous-degraded reason=the-agent-is-being-stopped")
     except PmgsyncError as error:
         log.warning("action=synchronous-names error=%s", error)
-
-
-def _problem(names: Names) -> str:
-    if names is Names.OTHERS:
-        return (
-            "commits do not wait for slaves: synchronous_standby_names has others' names; "
-            f"add capture by hand, for example ANY 2 (…, {OURS.partition('(')[2]}"
-        )
-    return ""

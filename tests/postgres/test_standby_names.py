@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Iterator
 
+import psutil
 import psycopg2
 import pytest
 
@@ -80,30 +82,60 @@ class Client(threading.Thread):
             self._told.append(str(error))
 
 
-def waiting_client(server: EmbeddedPostgres) -> Client:
-    """Return a client whose commit waits.
+def put_and_prove(session: StandbyNames) -> None:
+    """Set it, and wait until commits wait."""
+    session.put()
+    deadline = time.monotonic() + 20
+    while not session.commits_wait():
+        assert time.monotonic() < deadline, "no commit waits"
 
-    Sessions see the setting a moment before the checkpointer has it take effect; what commits between does not wait.
-    """
+
+def waiting_client(server: EmbeddedPostgres) -> Client:
+    """Return a client whose commit waits; it is the first one since that was proved."""
+    client = Client(server)
     deadline = time.monotonic() + 20
     with contextlib.closing(connect(server.dsn(), application_name="test")) as connection:
         connection.autocommit = True
         with connection.cursor() as cursor:
-            client = Client(server)
             while time.monotonic() < deadline:
                 cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
-                if cursor.fetchone() != (0,):
+                if cursor.fetchone() == (1,):
                     return client
-                if client.told():
-                    client = Client(server)
+                assert not client.told(), "a commit did not wait"
                 time.sleep(0.02)
     raise AssertionError("no commit waits")
+
+
+@pytest.mark.every_version
+def test_commits_wait_from_the_proof_on_and_not_from_the_setting_on(
+    server: EmbeddedPostgres, session: StandbyNames
+) -> None:
+    """Sessions see the setting before the checkpointer has it take effect; here that one is held up."""
+    with contextlib.closing(connect(server.dsn(), application_name="test")) as own, own, own.cursor() as cursor:
+        cursor.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'")
+        row = cursor.fetchone()
+    assert row is not None
+    checkpointer = psutil.Process(int(row[0]))
+    checkpointer.send_signal(signal.SIGSTOP)
+    try:
+        session.put()
+        assert session.now() is Names.OURS
+        client = Client(server)
+        client.join(20)
+        assert client.told() == "done", "this is what the proof is for"
+        assert not session.commits_wait()
+    finally:
+        checkpointer.send_signal(signal.SIGCONT)
+    put_and_prove(session)
+    waiting_client(server)
+    assert session.commits_wait(), "it waits for nobody else"
 
 
 def test_commits_wait_while_it_stands_and_return_when_it_is_taken_back(
     server: EmbeddedPostgres, session: StandbyNames
 ) -> None:
-    session.put()
+    assert not session.commits_wait()
+    put_and_prove(session)
     assert session.now() is Names.OURS
     client = waiting_client(server)
     # None of pmgsync's own sessions does.
@@ -119,7 +151,7 @@ def test_commits_wait_while_it_stands_and_return_when_it_is_taken_back(
 def test_a_client_whose_wait_is_ended_is_not_told_that_it_is_done(
     server: EmbeddedPostgres, session: StandbyNames
 ) -> None:
-    session.put()
+    put_and_prove(session)
     client = waiting_client(server)
     assert session.break_waits() == 1
     client.join(20)

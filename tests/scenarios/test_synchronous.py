@@ -8,16 +8,20 @@ import contextlib
 import itertools
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg2
 import pytest
 
 from tests.harness.cluster import Cluster, Node, eventually
 from tests.harness.failover import LEASE_S, SEEDS, Failover
+from tests.harness.health import alerts
 from tests.harness.ledger import SCHEMA, Outcome, write_profile
+from tests.harness.promotions import begun
 from tests.harness.schema import STANDARD
 
 pytestmark = pytest.mark.cluster
@@ -285,3 +289,43 @@ def test_a_switchover_in_synchronous_mode(new_cluster: NewCluster, tmp_path: Pat
         scene.ledger.stop()
     assert account.lost == () and account.exported == 0
     assert [names(node) for node in scene.nodes] == [OURS, "", ""]
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("patience", [["--wait"], ["--degrade", "6"]])
+def test_a_new_master_opens_when_commits_wait_and_not_when_sessions_show_the_setting(
+    new_cluster: NewCluster, patience: list[str]
+) -> None:
+    """Its checkpointer is held up, as by a checkpoint: until it goes on, no commit waits whatever the setting says."""
+    cluster = new_cluster(nodes=3, schema=STANDARD)
+    master, heir, other = cluster.nodes
+    master.pmgcm("synchronous", "2", *patience)
+    await_state(master, "synchronous")
+    ((pid,),) = heir.sql("SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'")
+    checkpointer = psutil.Process(pid)
+    checkpointer.suspend()
+    try:
+        with begun(heir):
+            eventually(lambda: names(heir) == OURS, what="sessions on the new master show the setting")
+            until = time.monotonic() + (10 if patience == ["--wait"] else 3)
+            while time.monotonic() < until:
+                commit = Commit(heir)
+                assert not commit.result(), "a commit returned that no slave need have"
+                assert "a majority of the members" in commit.error
+            assert mode(heir)["state"] == "starting"
+            if patience != ["--wait"]:
+                eventually(lambda: Commit(heir).result(), what="it opens without, after its patience")
+            assert "checkpointer has not followed" in alerts(heir, 2)
+    finally:
+        checkpointer.resume()
+    await_state(heir, "synchronous")
+    eventually(lambda: not alerts(heir, 2), what="it is well")
+    appliers = [slave.workers()["apply:2"] for slave in (master, other)]
+    for applier in appliers:
+        applier.suspend()
+    commit = Commit(heir)
+    eventually(lambda: hangs(heir), what="a commit waits")
+    assert not commit.over
+    for applier in appliers:
+        applier.resume()
+    assert commit.result()

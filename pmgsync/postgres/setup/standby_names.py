@@ -2,12 +2,17 @@
 
 It is the server's own and one for all of its databases, and an administrator may use it for physical standbys. So it is
 set when it is empty, taken back when it is exactly what was set, and otherwise left alone.
+
+That sessions show a value does not mean that commits wait. They look at a flag in shared memory, which the checkpointer
+sets when it has read its configuration again (`sync_standbys_defined` in PostgreSQL's syncrep.c); that may take as long
+as a checkpoint that is under way. Nothing shows the flag, so `commits_wait` proves it by a commit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 from collections.abc import Iterator
 from enum import Enum
@@ -59,6 +64,7 @@ class StandbyNames:
         Raises:
             UnreachableError: when the server does not let it in.
         """
+        self._dsn = dsn
         self._connection = connect(dsn, application_name="pmgsync synchronous")
         self._connection.autocommit = True
         self._run(f"SET statement_timeout = {STATEMENT_MS}")
@@ -73,12 +79,27 @@ class StandbyNames:
         return read_names(self._setting())
 
     def put(self) -> None:
-        """Have commits wait for capture. Only when nobody is named."""
+        """Have commits wait for capture, once `commits_wait`. Only when nobody is named."""
         self._change(f"ALTER SYSTEM SET synchronous_standby_names = '{OURS}'", Names.OURS)
 
     def take_back(self) -> None:
         """Undo `put`. Commits that wait return, as if they had been confirmed. Only when the setting is ours."""
         self._change("ALTER SYSTEM RESET synchronous_standby_names", Names.NONE)
+
+    def commits_wait(self) -> bool:
+        """Commit something in a session of its own; True when it was seen to wait: then every later commit does.
+
+        It is cancelled then, and needs no slave. A wait may be too short to be seen: nobody should confirm meanwhile.
+        """
+        with contextlib.closing(_OneCommit(self._dsn)) as commit:
+            while not commit.over(POLL_S):
+                waits = self._run(
+                    "SELECT pg_catalog.pg_cancel_backend(pid) FROM pg_catalog.pg_stat_activity "
+                    f"WHERE pid = {commit.pid} AND wait_event = 'SyncRep'"
+                )
+                if waits:
+                    return True
+        return False
 
     def break_waits(self) -> int:
         """End the sessions whose commit waits, and return how many: their clients must not be told that it is done."""
@@ -116,6 +137,53 @@ class StandbyNames:
         with _errors(), self._connection.cursor() as cursor:
             cursor.execute(statement)
             return cursor.fetchall() if cursor.description else []
+
+
+class _OneCommit:
+    """A commit in a session and a thread of its own; it waits for slaves, whatever the database's defaults are."""
+
+    def __init__(self, dsn: str) -> None:
+        """Begin it.
+
+        Raises:
+            UnreachableError: when the server does not let the session in.
+            PmgsyncError: when it refuses.
+        """
+        self._error: psycopg2.Error | None = None
+        self._connection = connect(dsn, application_name="pmgsync proof")
+        self._connection.autocommit = True
+        self.pid = self._connection.info.backend_pid
+        with _errors(), self._connection.cursor() as cursor:
+            cursor.execute("SET synchronous_commit = on")
+        self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with self._connection.cursor() as cursor:
+                # A message that capture only passes, as it does a barrier.
+                cursor.execute("SELECT pg_catalog.pg_logical_emit_message(true, 'pmgsync', 'proof')")
+        except psycopg2.Error as error:
+            self._error = error
+
+    def over(self, within_s: float) -> bool:
+        """Wait for its end for so long; True when it has ended.
+
+        Raises:
+            UnreachableError: when the session was lost.
+            PmgsyncError: when the server has refused it.
+        """
+        self._thread.join(within_s)
+        if self._error is not None:
+            with _errors():
+                raise self._error
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Wait until it returns, which it does at once when it was cancelled, and end the session."""
+        self._thread.join(BREAK_S)
+        with contextlib.suppress(psycopg2.Error):
+            self._connection.close()
 
 
 def forget_names(dsn: str, *, waits_return: bool = False) -> bool:
