@@ -351,7 +351,7 @@ class Promotion:
         result = result_of(
             run,
             document,
-            newest=self._survey.newest(run.master, fork.incarnation) if fork is not None else 0,
+            published=self._survey.published(run.master, fork) if fork is not None else 0,
             not_reached=set(document.cids - {self._cid} - self._answering()) | set(self._not_reached(document)),
             seconds=seconds,
         )

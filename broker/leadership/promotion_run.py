@@ -137,19 +137,19 @@ def reason_of(run: Run) -> str:
 
 
 def result_of(
-    run: Run, document: ClusterDocument, *, newest: int, not_reached: set[int], seconds: float
+    run: Run, document: ClusterDocument, *, published: int, not_reached: set[int], seconds: float
 ) -> dict[str, Any]:
     """Return the map of `pmgcm promote --json`; its contract is in README.md.
 
     Args:
         document: the one in force now.
-        newest: LSN of the newest end of the old master's chain that anybody has told of.
+        published: the LSN up to which the old master is known to have published.
         not_reached: CIDs of the members that do not know of the epoch.
     """
     entry, loss = document.history[-1], None
     fork = entry.fork
-    if fork is not None and run.plan.way is not Way.SWITCHOVER and newest > fork.lsn:
-        loss = {"after": format_lsn(fork.lsn), "upto": format_lsn(newest), "bytes": newest - fork.lsn}
+    if fork is not None and run.plan.way is not Way.SWITCHOVER and published > fork.lsn:
+        loss = {"after": format_lsn(fork.lsn), "upto": format_lsn(published), "bytes": published - fork.lsn}
     return {
         "cluster": document.name,
         "epoch": document.epoch,

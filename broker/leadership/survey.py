@@ -102,12 +102,16 @@ class Survey:
         version = self._document().version
         return [one.cid for one in self.others().values() if one.answers and one.version > version]
 
-    def newest(self, origin: int, incarnation: int) -> int:
-        """Return the LSN at which the newest end of a chain is that anybody has told of, 0 when nobody has."""
+    def published(self, origin: int, fork: Fork) -> int:
+        """Return the LSN up to which a chain is known to go on beyond a fork, the fork's own when it is not.
+
+        A copy of a database stands where its snapshot was taken, which the chain need not have reached then.
+        """
         told = [link.heartbeat.chains.get(origin) for link in self._members if link.heartbeat is not None]
         own = self._chains.held().get(origin)
         heads = [_journal(chain) for chain in (*told, own)]
-        return max((head.complete_lsn for head in heads if head and head.incarnation == incarnation), default=0)
+        newest = max((head.complete_lsn for head in heads if head and head.incarnation == fork.incarnation), default=0)
+        return newest if newest > self.whole(origin, fork.incarnation, fork.lsn) else fork.lsn
 
     def whole(self, origin: int, incarnation: int, lsn: int) -> int:
         """Return the LSN up to which nothing follows on a chain what ends at an LSN, as its origin has told."""
@@ -146,15 +150,12 @@ class Survey:
         """Return what a promotion of this node would do now."""
         seen = self.others()
         document = self._document()
-        heads = [one.journal for one in seen.values() if one.journal is not None]
-        have = self.have
-        same = [head for head in heads if have is None or head.incarnation == have.incarnation]
         return plan_promotion(
             document,
             self._cid,
-            have=have,
+            have=self.have,
             others={cid: Survivor(cid, one.answers, one.journal, one.first) for cid, one in seen.items()},
-            master_head=max(same, key=lambda head: head.complete_lsn, default=None),
+            published=lambda fork: self.published(document.master, fork),
             force=force,
             leads=self._voter.may_lead,
         )

@@ -11,7 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -96,7 +96,7 @@ def plan_promotion(
     *,
     have: ChainPoint | None,
     others: Mapping[int, Survivor],
-    master_head: ChainPoint | None = None,
+    published: Callable[[Fork], int] = lambda fork: fork.lsn,
     force: bool = False,
     leads: bool = True,
 ) -> Plan:
@@ -105,7 +105,8 @@ def plan_promotion(
     Args:
         have: how far this node has applied the master's chain.
         others: by CID; the master among them.
-        master_head: the newest end of the master's chain that anybody has heard of.
+        published: returns the LSN up to which the master is known to have published beyond a fork, the fork's own when
+            nothing is known.
         leads: this node acts as master when it is that; one that has voted for another, who did not become it, does
             not any more, and has to be voted for.
     """
@@ -132,9 +133,8 @@ def plan_promotion(
     )
     if master is not None and master.answers:
         return Plan(Way.SWITCHOVER, "the master answers: it closes its tables, and this node takes everything over")
-    loss = None
-    if master_head is not None and master_head.incarnation == incarnation and master_head.position.lsn > upto:
-        loss = (upto, master_head.position.lsn)
+    newest = published(fork)
+    loss = (upto, newest) if newest > upto else None
     reached = (
         f"{voters} of {len(document.voters)} members that have a vote can be reached, {document.majority} are needed"
     )

@@ -74,6 +74,19 @@ def test_a_master_that_dies_is_replaced_by_votes(nodes: LeadingNodes) -> None:
     nodes.until(lambda: nodes.masters() == {(2, 2)})
 
 
+@pytest.mark.parametrize(("copied_at", "loss"), [(140, None), (160, {"after": "0/64", "upto": "0/A0", "bytes": 60})])
+def test_where_a_copy_was_taken_nothing_need_have_been_published(
+    nodes: LeadingNodes, copied_at: int, loss: object
+) -> None:
+    """The master's chain ends at 100, and it has told that nothing follows up to 150."""
+    nodes.dead.add(1)
+    nodes.nodes[3].chains.journal[1] = nodes.nodes[3].chains.first[1] = copied_at
+    asked = nodes.promote(2)
+    nodes.until(lambda: asked.over)
+    assert asked.result is not None, asked.error
+    assert (asked.result["fork"], asked.result["known_loss"]) == ("0/64", loss)
+
+
 def test_a_master_that_falls_silent_while_it_is_asked(nodes: LeadingNodes) -> None:
     nodes.nodes[1].agent_up = False  # so that it does not answer the handover at once
     asked, other = nodes.promote(2), nodes.promote(3, agreed=False)

@@ -43,7 +43,7 @@ def test_a_survivor_that_has_more_is_asked_first() -> None:
         4: Survivor(4, answers=True, held=at(180, part=2)),
         5: Survivor(5, answers=True, held=at(10**6, life=8)),
     }
-    plan = plan_promotion(grown(5), 2, have=at(100), others=others, master_head=at(200))
+    plan = plan_promotion(grown(5), 2, have=at(100), others=others, published=lambda _: 200)
     assert plan.way is Way.FAILOVER
     assert plan.fetch == Fetch(4, LIFE, Position(179)), "the transaction that is half there does not count"
     assert plan.fork == Fork(LIFE, 179)
