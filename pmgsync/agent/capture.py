@@ -63,8 +63,8 @@ class CaptureWorker(Worker):
         self._facts: NodeFacts | None = None
         self._ends: tuple[int, Ends] | None = None
         fence = Fence()
-        self.upkeep = Upkeep(config.dsn, load_profile(config.profile), self._place, fence)
         self.hold = CommitHold(config.dsn, self._place, fence)
+        self.upkeep = Upkeep(config.dsn, load_profile(config.profile), self._place, fence, self.hold.may_open)
         self._lease = LeaseWorker(config, fence, self.hold)
 
     def ends_of(self, incarnation: int, position: Position, whole: int) -> Ends:

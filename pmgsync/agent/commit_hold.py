@@ -126,13 +126,17 @@ class CommitHold:
             return ZERO
         return self._position if self._holds is not None and self._holds[0] == document.epoch else ZERO
 
-    def await_proof(self, document: ClusterDocument) -> bool:
-        """Wait a moment until the server has commits wait, when this master's document says so; False: not yet.
+    def may_open(self, document: ClusterDocument) -> bool:
+        """Say whether a new master may open its tables: the server has commits wait, when the document says so.
 
-        A new master opens its tables after that. When the server cannot be made to wait, status says so instead.
+        When the server cannot be made to wait, status says so instead.
         """
+        return not document.synchronous or self._proven or not self._holds_in(document) or self._gave_up(document)
+
+    def await_opening(self, document: ClusterDocument) -> bool:
+        """Wait a moment until `may_open`; False: not yet."""
         deadline = time.monotonic() + AWAIT_S
-        while document.synchronous and not self._proven and self._holds_in(document) and not self._gave_up(document):
+        while not self.may_open(document):
             if time.monotonic() > deadline:
                 return False
             self._changed.set()

@@ -133,7 +133,7 @@ class LeaseWorker(Worker):
             return False
         if reign > self._passed:
             self._passed = self._session().reign()
-        return reign <= self._passed and self._hold.await_proof(self.document)
+        return reign <= self._passed and self._hold.await_opening(self.document)
 
     def _shut(self, link: BrokerLink, request: int) -> None:
         try:

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 ROUND_S = 1.0
 """Between two looks at the sequences."""
+OPEN_S = 0.05
+"""So often it is looked whether a master without a fence may open its tables, until it may."""
 KEEP_S = 5.0
 """Between two looks at guard and watch."""
 REPEAT_S = 15.0
@@ -60,18 +62,28 @@ class Upkeep:
         alerts: what is wrong, for the worker's report; replaced as a whole.
     """
 
-    def __init__(self, dsn: str, profile: Profile, document: Document, fence: Fence) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        profile: Profile,
+        document: Document,
+        fence: Fence,
+        may_open: Callable[[ClusterDocument], bool],
+    ) -> None:
         """Prepare.
 
         Args:
             document: returns this node's CID and the cluster document, None while they are not known.
             fence: what the broker says of a master's fence.
+            may_open: says whether a master may take its guard away, when nothing else keeps its tables closed.
         """
         self.alerts: list[dict[str, str]] = []
         self._dsn = dsn
         self._profile = profile
         self._document = document
         self._fence = fence
+        self._may_open = may_open
+        self._is_kept_closed = False
         self._ceilings = Ceilings()
         self._duties = {name: _duty(ROUND_S) for name in ("reign", "sequence")} | {
             name: _duty(KEEP_S) for name in ("guard", "watch")
@@ -94,7 +106,7 @@ class Upkeep:
                 with closing(UpkeepSession(self._dsn, self._profile)) as session:
                     backoff.succeeded()
                     while True:
-                        if self._fence.wait(ROUND_S):
+                        if self._fence.wait(OPEN_S if self._is_kept_closed else ROUND_S) or self._is_kept_closed:
                             self._duties["reign"].due = self._duties["guard"].due = 0.0
                         self._round(session)
             except UnreachableError as error:
@@ -131,6 +143,7 @@ class Upkeep:
     def _keep_guard(
         self, session: UpkeepSession, master: Member, document: ClusterDocument, *, is_master: bool
     ) -> None:
+        self._is_kept_closed = False
         if not is_master:
             session.keep_guard(master)
             self._fence.stands(document.epoch, fenced=False)
@@ -138,6 +151,9 @@ class Upkeep:
         fenced = self._fence.wanted
         if fenced is None:
             return  # the broker says so within a second
+        if not fenced and not self._may_open(document):
+            self._is_kept_closed = True
+            return
         settle = fenced and document.fence != "lease"
         session.keep_guard(master if fenced else None, fenced=fenced, settle=settle, reign=reign_began(document))
         self._fence.stands(document.epoch, fenced=fenced)
