@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +31,7 @@ class Peer:
         self.socket = socket
         self.name = name
         self._ids = itertools.count(1)
+        self._unasked: deque[tuple[Message, Sequence[bytes]]] = deque()
 
     def new_id(self) -> int:
         """Return a request id that this session has not used."""
@@ -48,6 +50,9 @@ class Peer:
 
     def receive(self, timeout_s: float) -> tuple[Message, Sequence[bytes]] | None:
         """Return the next message and its attachments, None when there was none in time."""
+        return self._unasked.popleft() if self._unasked else self._receive(timeout_s)
+
+    def _receive(self, timeout_s: float) -> tuple[Message, Sequence[bytes]] | None:
         if not self.socket.poll(max(0, round(timeout_s * 1000))):
             return None
         return self._next()
@@ -58,6 +63,8 @@ class Peer:
 
     def pending(self) -> Iterator[tuple[Message, Sequence[bytes]]]:
         """Yield the messages that have arrived, without waiting for more."""
+        while self._unasked:
+            yield self._unasked.popleft()
         while has_message(self.socket):
             yield self._next()
 
@@ -66,6 +73,9 @@ class Peer:
     ) -> tuple[Message, Sequence[bytes]]:
         """Send a request and return its answer; answers to earlier requests that were given up are dropped.
 
+        What comes meanwhile and answers nothing, such as a new cluster document, is what `receive` returns next: it is
+        sent only once.
+
         Raises:
             UnreachableError: when no answer came in time.
             PmgsyncError: the error that the peer answered with.
@@ -73,12 +83,14 @@ class Peer:
         request = self.new_id()
         self.send({**message, "id": request}, *attachments)
         deadline = time.monotonic() + timeout_s
-        while (received := self.receive(deadline - time.monotonic())) is not None:
+        while (received := self._receive(deadline - time.monotonic())) is not None:
             answer, parts = received
             if answer["op"] == "error" and answer.get("id") == 0:
                 # Not an answer: the broker was restarted and does not know this session.
                 raise error_from(answer)
-            if answer.get("id") == request:
+            if not answer.get("id"):
+                self._unasked.append(received)
+            elif answer["id"] == request:
                 if answer["op"] == "error":
                     raise error_from(answer)
                 return answer, parts
@@ -102,9 +114,11 @@ class Peer:
         )
         ended = False
         try:
-            while (received := self.receive(silence_s)) is not None:
+            while (received := self._receive(silence_s)) is not None:
                 answer, parts = received
                 if answer.get("id") != request:
+                    if not answer.get("id"):
+                        self._unasked.append(received)
                     continue
                 if answer["op"] == "error":
                     ended = True

@@ -7,10 +7,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from pmgsync.divergence_files import DivergenceFiles
 from tests.harness.cluster import Node, eventually
 from tests.harness.failover import SEEDS, Failover, agreed, answers, failovers
 from tests.harness.health import NewCluster
@@ -71,6 +71,12 @@ def killed_at(scene: Failover, heir: Node, step: str, killed: str) -> None:
     eventually(lambda: answers(heir), what="the node is back")
 
 
-def are_well(nodes: list[Node]) -> Any:
-    """True when all hold one document, and each knows that all are in sync."""
-    return agreed(nodes) and all(one["state"] == "A" for node in nodes for one in node.status()["nodes"])
+def are_well(nodes: list[Node]) -> bool:
+    """True when all hold one document, and each is in sync and lacks nothing: only then it may be promoted."""
+    stale = "SELECT count(*)::int FROM pmgsync.stale_table WHERE kind <> 'none'"
+    return (
+        agreed(nodes) is not None
+        and not any(DivergenceFiles(node.state_dir).pending() for node in nodes)
+        and all(one["state"] == "A" for node in nodes for one in node.status()["nodes"])
+        and all(node.sql(stale) == [(0,)] for node in nodes)
+    )
