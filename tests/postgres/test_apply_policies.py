@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,29 +11,12 @@ import pytest
 from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.core.merging import merge_rows
 from pmgsync.core.positions import LAST, Position
-from pmgsync.core.profile import MergeRule, Policy, Profile
+from pmgsync.core.profile import MergeRule, Policy
 from pmgsync.profile_file import load_profile
+from tests.harness.apply_pairs import MakePair
 from tests.harness.server import Pair, make_profile, rule
 
 pytestmark = pytest.mark.cluster
-
-MakePair = Callable[..., Pair]
-
-
-@pytest.fixture
-def make_pair(server: EmbeddedPostgres) -> Iterator[MakePair]:
-    made: list[Pair] = []
-
-    def make(schema: str, profile: Profile, *, origin: int = 2) -> Pair:
-        pair = Pair(server, profile, origin=origin)
-        made.append(pair)
-        pair.setup(schema)
-        return pair
-
-    yield make
-    for pair in made:
-        pair.close()
-
 
 OWNED = make_profile(rule("o", Policy.OWNED, owner="cid", local_columns=frozenset({"id"})), rule("l", Policy.LOCAL))
 SCHEMA = (
@@ -56,6 +38,7 @@ def test_an_owned_row_is_found_by_a_generated_key(make_pair: MakePair, server: E
         "CREATE TABLE g (cid int, rid int, k int GENERATED ALWAYS AS (cid * 1000 + rid) STORED, v text, "
         "PRIMARY KEY (cid, k))",
         make_profile(rule("g", Policy.OWNED, owner="cid")),
+        origin=2,
     )
     pair.run("ALTER PUBLICATION pmgsync SET (publish_generated_columns = stored)")
     pair.run("INSERT INTO g (cid, rid, v) VALUES (2, 3, 'was here')", on=pair.target)
@@ -69,7 +52,7 @@ def test_an_owned_row_is_found_by_a_generated_key(make_pair: MakePair, server: E
 
 
 def test_only_the_owners_changes_count(make_pair: MakePair) -> None:
-    pair = make_pair(SCHEMA, OWNED)
+    pair = make_pair(SCHEMA, OWNED, origin=2)
     pair.run(f"{ROWS}; INSERT INTO m VALUES (1); INSERT INTO l VALUES (1)")
     applier = pair.apply()
     assert owners(pair) == [(2, 10)]
@@ -91,7 +74,7 @@ def test_the_master_answers_for_nodes_that_are_gone(make_pair: MakePair) -> None
 
 
 def test_rows_that_change_hands(make_pair: MakePair) -> None:
-    pair = make_pair(SCHEMA, OWNED)
+    pair = make_pair(SCHEMA, OWNED, origin=2)
     pair.run(ROWS)
     pair.apply()
     pair.run(
@@ -105,7 +88,7 @@ def test_rows_that_change_hands(make_pair: MakePair) -> None:
 
 
 def test_what_was_purged_here_is_not_missed(make_pair: MakePair) -> None:
-    pair = make_pair(SCHEMA, OWNED)
+    pair = make_pair(SCHEMA, OWNED, origin=2)
     pair.run(ROWS)
     pair.apply()
     pair.run(
@@ -129,7 +112,7 @@ def test_what_was_purged_here_is_not_missed(make_pair: MakePair) -> None:
 
 def test_a_part_is_repeated_row_by_row(make_pair: MakePair) -> None:
     """Parts before it stay, its own rows meet what is here, and the whole is still one transaction."""
-    pair = make_pair(SCHEMA, OWNED)
+    pair = make_pair(SCHEMA, OWNED, origin=2)
     pair.run("INSERT INTO o (cid, rid, v) VALUES (2, 150, 'here')", on=pair.target)
     pair.run("INSERT INTO o (cid, rid, v) SELECT 2, g, repeat('v', 90) FROM generate_series(1, 300) g")
     messages = pair.messages()
@@ -148,7 +131,9 @@ def test_a_part_is_repeated_row_by_row(make_pair: MakePair) -> None:
 def test_owned_rows_without_a_key(make_pair: MakePair) -> None:
     profile = make_profile(rule("r", Policy.OWNED, owner="cid"))
     pair = make_pair(
-        "CREATE TABLE r (cid int, t text); ALTER TABLE r REPLICA IDENTITY FULL; CREATE INDEX ON r (cid)", profile
+        "CREATE TABLE r (cid int, t text); ALTER TABLE r REPLICA IDENTITY FULL; CREATE INDEX ON r (cid)",
+        profile,
+        origin=2,
     )
     pair.run("INSERT INTO r SELECT c, 'x' FROM generate_series(1, 3) c, generate_series(1, 5)")
     pair.apply()
@@ -185,7 +170,7 @@ def test_merged_rows_follow_the_model(make_pair: MakePair, keyed: bool) -> None:
     profile = make_profile(rule("t", Policy.MERGE, key=("k",), rules=RULES))
     key = "PRIMARY KEY" if keyed else "NOT NULL"
     columns = ", ".join(f"{name} {kind}" for name, (kind, _) in COLUMNS.items())
-    pair = make_pair(f"CREATE TABLE t (k int {key}, {columns}); ALTER TABLE t REPLICA IDENTITY FULL", profile)
+    pair = make_pair(f"CREATE TABLE t (k int {key}, {columns}); ALTER TABLE t REPLICA IDENTITY FULL", profile, origin=2)
     sets = [
         [{name: random_rows.choice(values) for name, (_, values) in COLUMNS.items()} for _ in range(3)]
         for _ in range(40)
@@ -247,7 +232,7 @@ PMG_RECEIVERS = (
 
 def test_receivers(make_pair: MakePair) -> None:
     """Rows come from their owner, states from anyone; what two nodes did to one row both survives."""
-    pair = make_pair(PMG_RECEIVERS, load_profile("pmg"))
+    pair = make_pair(PMG_RECEIVERS, load_profile("pmg"), origin=2)
     pair.run("INSERT INTO cmsreceivers SELECT 2, g, 'a@b', 'c@d', g, 'N', 'N', 0, 10 FROM generate_series(1, 20) g")
     pair.run("INSERT INTO cmsreceivers VALUES (3, 1, 'x', 'y', 1, 'N', 'N', 0, 10)")
     pair.apply()
@@ -276,7 +261,7 @@ def test_greylist(make_pair: MakePair) -> None:
         "rctime int NOT NULL, extime int NOT NULL, delay int DEFAULT 0 NOT NULL, blocked int NOT NULL,"
         "passed int NOT NULL, cid int NOT NULL, mtime int NOT NULL, PRIMARY KEY (sender, ipnet, receiver))"
     )
-    pair = make_pair(schema, load_profile("pmg"))
+    pair = make_pair(schema, load_profile("pmg"), origin=2)
     pair.run("INSERT INTO cgreylist VALUES ('10', 's', 'r', NULL, 100, 200, 0, 1, 0, 3, 100)", on=pair.target)
     pair.run(
         "INSERT INTO cgreylist VALUES ('10', 's', 'r', 'i', 90, 150, 5, 2, 0, 2, 120), ('11', 's', "

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from cli.demo.embedded import EmbeddedPostgres
-from pmgsync.core.profile import MergeRule, Policy, Profile
+from pmgsync.core.profile import MergeRule, Policy
 from pmgsync.postgres.copy.chain_restore import ChainRestore
 from pmgsync.postgres.copy.take import take_chain_snapshot
+from tests.harness.apply_pairs import MakePair
 from tests.harness.server import INCARNATION, Pair, make_profile, rule
 
 pytestmark = pytest.mark.cluster
-
-MakePair = Callable[..., Pair]
-
-
-@pytest.fixture
-def make_pair(server: EmbeddedPostgres) -> Iterator[MakePair]:
-    made: list[Pair] = []
-
-    def make(schema: str, profile: Profile, *, origin: int = 2) -> Pair:
-        pair = Pair(server, profile, origin=origin)
-        made.append(pair)
-        pair.setup(schema)
-        return pair
-
-    yield make
-    for pair in made:
-        pair.close()
 
 
 def resynchronise(pair: Pair) -> None:
@@ -121,7 +103,7 @@ def test_values_advance_the_same_way(make_pair: MakePair, keyed: bool) -> None:
     rules = {name: MergeRule("advance", order=values) for name, (_, values) in ADVANCING.items()}
     profile = make_profile(rule("t", Policy.MERGE, key=("k",), rules=rules, deletes=False))
     columns = ", ".join(f"{name} {kind}" for name, (kind, _) in ADVANCING.items())
-    pair = make_pair(f"CREATE TABLE t (k int{' PRIMARY KEY' if keyed else ' NOT NULL'}, {columns})", profile)
+    pair = make_pair(f"CREATE TABLE t (k int{' PRIMARY KEY' if keyed else ' NOT NULL'}, {columns})", profile, origin=2)
     mine, theirs, wanted = [], [], []
     for k, (left, right) in enumerate((left, right) for left in range(3) for right in range(3)):
         rows = [
@@ -162,7 +144,7 @@ def test_ties_are_decided_the_same_way(make_pair: MakePair, keyed: bool) -> None
     values = {"c": ("'A'", "'Z'"), "b": ("'f'", "'t'"), "i": ("'10.0.0.1'", "'10.0.0.9/8'"), "q": ("'A'", "'Z'")}
     schema = [f"CREATE TABLE t_{name} (k {key}, v {kind}, at int)" for name, (kind, _) in kinds.items()]
     schema += [f"CREATE TABLE g_{name} (k {key}, v {kind})" for name, (kind, _) in kinds.items() if name != "b"]
-    pair = make_pair(";".join(schema), profile)
+    pair = make_pair(";".join(schema), profile, origin=2)
     for name, (low, high) in values.items():
         mine = [f"(1, {low}, 5)", f"(2, {high}, 5)", f"(3, {low}, NULL)", "(4, NULL, 5)"]
         theirs = [f"(1, {high}, 5)", f"(2, {low}, 5)", f"(3, {high}, NULL)", f"(4, {low}, 5)"]
@@ -178,7 +160,7 @@ def test_ties_are_decided_the_same_way(make_pair: MakePair, keyed: bool) -> None
 
 def test_rows_whose_key_is_null_are_found(make_pair: MakePair) -> None:
     profile = make_profile(rule("t", Policy.MERGE, key=("a", "b"), rules={"v": MergeRule("greatest")}, deletes=False))
-    pair = make_pair("CREATE TABLE t (a int NOT NULL, b text, v int); CREATE INDEX ON t (a, b)", profile)
+    pair = make_pair("CREATE TABLE t (a int NOT NULL, b text, v int); CREATE INDEX ON t (a, b)", profile, origin=2)
     live, resynchronised = merged_both_ways(
         pair, "t", ["(1, NULL, 5)", "(2, NULL, 1)", "(3, 'x', 1)"], ["(1, NULL, 1)", "(2, NULL, 5)", "(3, 'y', 1)"]
     )

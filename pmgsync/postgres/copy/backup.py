@@ -11,7 +11,7 @@ import psycopg2.extensions
 
 from pmgsync.core.profile import InBackup, Profile
 from pmgsync.postgres.catalog import Sequence, Table, as_bytes, as_text, list_sequences, list_tables, synchronised
-from pmgsync.postgres.copy.exported import hold_tables, open_snapshot_session
+from pmgsync.postgres.copy.exported import estimated_size, hold_tables, open_snapshot_session
 from pmgsync.postgres.copy.take import Piece, retried, table_rows, wait_piece
 
 Connection = psycopg2.extensions.connection
@@ -59,24 +59,13 @@ def _take(dsn: str, profile: Profile, statistics: bool) -> Generator[Piece, None
         left_out = [(table.label, rule.backup) for table, rule in candidates if rule.backup not in wanted]
         for text in hold_tables(connection, dsn, tables):
             yield wait_piece(text)
-        yield _plan(connection, tables) | {"left_out": left_out}, None
+        size, facts = estimated_size(connection, tables), server_facts(connection)
+        yield {"kind": "plan", "facts": facts, "left_out": left_out, **size}, None
         counts = [0, 0]
         for table in tables:
             yield from table_rows(connection, table, table.copied(), None, counts)
         values = [_value(connection, each) for each in _sequences_of(connection, tables, everything=profile.all_tables)]
         yield {"kind": "sequences", "values": values}, None
-
-
-def _plan(connection: Connection, tables: Collection[Table]) -> dict[str, Any]:
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT coalesce(sum(greatest(reltuples, 0)), 0)::bigint, coalesce(sum(pg_table_size(oid)), 0)::bigint "
-            "FROM pg_class WHERE oid = ANY(%s::oid[])",
-            ([table.oid for table in tables],),
-        )
-        row = cursor.fetchone()
-        assert row is not None
-    return {"kind": "plan", "facts": server_facts(connection), "rows": int(row[0]), "bytes": int(row[1])}
 
 
 def _sequences_of(connection: Connection, tables: Collection[Table], *, everything: bool) -> Iterator[Sequence]:

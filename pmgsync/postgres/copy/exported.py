@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 
 import psycopg2
 import psycopg2.extensions
@@ -131,6 +131,23 @@ def export_snapshot(dsn: str) -> Generator[str, None, ExportedSnapshot]:
                 replicating.cancel()
                 over.wait(POLL_S)
             replicating.close()
+
+
+def estimated_size(connection: Connection, tables: Collection[Table]) -> dict[str, int]:
+    """Return how much these tables have, as `rows` (as far as PostgreSQL has counted them) and `bytes`.
+
+    Raises:
+        psycopg2.Error: when the server does not answer.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT coalesce(sum(greatest(reltuples, 0)), 0)::bigint, coalesce(sum(pg_table_size(oid)), 0)::bigint "
+            "FROM pg_class WHERE oid = ANY(%s::oid[])",
+            ([table.oid for table in tables],),
+        )
+        row = cursor.fetchone()
+        assert row is not None
+    return {"rows": int(row[0]), "bytes": int(row[1])}
 
 
 def hold_tables(connection: Connection, dsn: str, tables: list[Table]) -> Iterator[str]:

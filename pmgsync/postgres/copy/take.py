@@ -32,6 +32,7 @@ from pmgsync.postgres.copy.dump import SchemaBusyError, dump_schema
 from pmgsync.postgres.copy.exported import (
     ExportedSnapshot,
     SnapshotChangedError,
+    estimated_size,
     export_snapshot,
     hold_tables,
     open_snapshot_session,
@@ -262,13 +263,6 @@ WHERE d.datname = current_database() AND s.setrole = 0
 def _plan(connection: Connection, tables: Sequence[Table]) -> dict[str, Any]:
     """Return the plan: estimates, and what the receiving server must have or be told: roles, settings, owner."""
     with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT coalesce(sum(greatest(reltuples, 0)), 0)::bigint, coalesce(sum(pg_table_size(oid)), 0)::bigint "
-            "FROM pg_class WHERE oid = ANY(%s::oid[])",
-            ([table.oid for table in tables],),
-        )
-        row = cursor.fetchone()
-        assert row is not None
         cursor.execute(_ROLES)
         roles = [name for (name,) in cursor.fetchall()]
         cursor.execute(_DATABASE_SETTINGS)
@@ -277,7 +271,7 @@ def _plan(connection: Connection, tables: Sequence[Table]) -> dict[str, Any]:
         owner = cursor.fetchone()
         assert owner is not None
     return {
-        "kind": "plan", "tables": len(tables), "rows": int(row[0]), "bytes": int(row[1]),
+        "kind": "plan", "tables": len(tables), **estimated_size(connection, tables),
         "roles": roles, "settings": settings, "owner": owner[0],
     }  # fmt: skip
 
