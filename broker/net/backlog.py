@@ -6,8 +6,10 @@ has really taken is TCP: the kernel counts the bytes that the other end has ackn
 
 from __future__ import annotations
 
+import errno
 import os
 import socket as tcp
+import stat
 import struct
 from dataclasses import dataclass
 
@@ -65,5 +67,17 @@ def acknowledged(descriptor: int, place: tuple[str, int]) -> int:
 
 def duplicate(descriptor: int) -> tcp.socket:
     """Return a connection under a descriptor of its own: libzmq may close its own at any instant, and the number may
-    be another connection's then."""
-    return tcp.socket(fileno=os.dup(descriptor))
+    be another connection's then, or a file's.
+
+    Raises:
+        OSError: when there is no connection under that number any more.
+    """
+    # Looked at first, because closing a copy of a journal's descriptor would end the locks that SQLite has on it.
+    if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+    copy = os.dup(descriptor)
+    try:
+        return tcp.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise

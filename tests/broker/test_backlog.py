@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from broker.net.backlog import MAX_BACKLOG, Backlog
+from broker.net.backlog import MAX_BACKLOG, Backlog, duplicate
 from tests.harness.cluster import eventually
 
 BLOCK = 1 << 20
@@ -85,3 +86,12 @@ def test_a_connection_that_is_another_by_now_is_not_asked(sender: Sender) -> Non
     sender.backlog.place = ("127.0.0.1", 1)
     for _ in range(2 * MAX_BACKLOG // BLOCK):
         assert sender.backlog.takes(1, BLOCK)
+
+
+def test_a_number_that_is_a_files_by_now_is_refused_and_nothing_stays_open() -> None:
+    with Path(__file__).open() as file:
+        before = sorted(path.name for path in Path("/proc/self/fd").iterdir())
+        for _ in range(3):
+            with pytest.raises(OSError, match="non-socket"):
+                duplicate(file.fileno())
+        assert sorted(path.name for path in Path("/proc/self/fd").iterdir()) == before
