@@ -106,7 +106,6 @@ def waiting_client(server: EmbeddedPostgres) -> Client:
     raise AssertionError("no commit waits")
 
 
-@pytest.mark.every_version
 def test_commits_wait_from_the_proof_on_and_not_from_the_setting_on(
     server: EmbeddedPostgres, session: StandbyNames
 ) -> None:
