@@ -81,10 +81,8 @@ def test_where_a_copy_was_taken_nothing_need_have_been_published(
     """The master's chain ends at 100, and it has told that nothing follows up to 150."""
     nodes.dead.add(1)
     nodes.nodes[3].chains.journal[1] = nodes.nodes[3].chains.first[1] = copied_at
-    asked = nodes.promote(2)
-    nodes.until(lambda: asked.over)
-    assert asked.result is not None, asked.error
-    assert (asked.result["fork"], asked.result["known_loss"]) == ("0/64", loss)
+    plan = nodes.nodes[2].leading.plan(force=False)
+    assert (plan["way"], plan["fork"], plan["known_loss"]) == ("failover", "0/64", loss)
 
 
 def test_a_master_that_falls_silent_while_it_is_asked(nodes: LeadingNodes) -> None:
