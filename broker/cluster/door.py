@@ -220,6 +220,10 @@ class Door:
         document = self._cluster.master_document()
         newcomer = _newcomer(message, caller.key)
         known = document.by_key(newcomer.curve_key)
+        if token and known is None and (problem := self._tokens.problem(token, caller.key)):
+            # It was good when it was shown; another node has used it since, or its time is over.
+            self._wrong(caller, f"its token is {problem}")
+            return
         if known is not None and known.cid == document.master:
             raise MembershipError("this node is the cluster's master")
         if known is not None and known.state != "joining":
@@ -231,7 +235,7 @@ class Door:
             # It began to join under another name or address; that entry is replaced.
             document, known = without_member(document, known.cid), None
         changed = document if known is not None else with_member(document, newcomer)
-        if token:
+        if token and known is None:
             self._tokens.use(token, caller.key)
         signed = self._cluster.change_document(changed)
         member = signed.document.by_key(newcomer.curve_key)

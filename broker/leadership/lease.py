@@ -203,11 +203,9 @@ class LeaseKeeper:
 
     def _answer_waiting(self, now: float) -> None:
         waiting, self._waiting = self._waiting, []
-        if not waiting:
-            return
-        kept = self._leads and is_kept(self._document, self._voter.holding)
         for deadline, done in waiting:
-            if kept:
+            # Each may change the document: the next one waits for that.
+            if self._leads and is_kept(self._document, self._voter.holding):
                 done(None)
             elif now > deadline or not self._leads:
                 done(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,37 @@ def test_a_token_lets_one_node_in_once(one: FaultyBroker, tmp_path: Path) -> Non
     held = StateDirectory(one.state_dir).document()
     assert held is not None
     assert len(held.document.members) == 2
+
+
+@pytest.mark.campaign
+def test_a_token_lets_one_node_in_once_also_while_the_cluster_cannot_be_changed(tmp_path: Path) -> None:
+    keys = [stranger(tmp_path) for _ in range(4)]
+    with running_brokers(tmp_path, 3) as brokers, ExitStack() as stack:
+        master, *others = brokers
+        first, shared, expiring = new_token(master), new_token(master), new_token(master, ttl_s=2)
+        eventually(lambda: master.status_map()["lease"]["acknowledged"] == [1, 2, 3], what="all have the document")
+        for broker in others:
+            broker.signal(signal.SIGSTOP)
+        doors = []
+        for number, (key, token) in enumerate(zip(keys, (first, shared, shared, expiring), strict=True)):
+            door = stack.enter_context(connected(zmq.DEALER, key, master.member().curve_key, master.ports[2]))
+            member = newcomer(key, f"newcomer{number}").to_map()
+            member |= {"curve_key": key.curve_public, "sign_key": key.sign_public}
+            door.send(pack({**member, "op": "admit", "id": 1, "token": token, "version": 1}))
+            doors.append(door)
+            if not number:
+                # From here on the document waits for a majority, and those that follow wait for it.
+                eventually(lambda: len(master.status()) == 4, what="the first is admitted")
+        time.sleep(2.1)  # the last token's time is what is waited for
+        new_token(master)
+        assert not any(door.poll(0) for door in doors)
+        for broker in others:
+            broker.signal(signal.SIGCONT)
+        answers = [msgpack.unpackb(door.recv_multipart()[0]) for door in doors if door.poll(15_000)]
+        assert [answer["op"] for answer in answers] == ["admitted", "admitted", "error", "error"], answers
+        assert {answer["error"] for answer in answers[2:]} == {"bad_token"}
+        assert master.alive
+        assert len(master.status()) == 5
 
 
 def test_guessing_at_tokens_closes_the_door(one: FaultyBroker, tmp_path: Path) -> None:
