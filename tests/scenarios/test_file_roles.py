@@ -104,6 +104,31 @@ def test_a_promotion_turns_the_configuration(new_cluster: Callable[..., Cluster]
     assert len([name for name in listing(spools[2]) if name.startswith("spam/0a/")]) == 30
 
 
+def test_a_switchover_does_not_wait_until_a_spool_is_complete(
+    new_cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    files = Files(new_cluster, tmp_path, 2)
+    first, second = files.cluster.nodes
+    (files.etc(1) / "own.pem").unlink()
+    arrives(files.etc(1), files.etc(2))
+    arrives(files.spool(1, 1), files.spool(2, 1))
+    for number in range(20):
+        (files.spool(1, 1) / f"spam/large-{number}").write_bytes(b"%d" % number + bytes(20 << 20))
+    name = "/var/spool/gateway/cluster/1"
+    eventually(lambda: trees(second, 2)[name]["behind"], what="the new master is behind")
+    print(second.pmgcm("promote").stdout)
+    assert trees(second, 2)[name]["behind"], "the spool was complete already"
+    assert not trees(second, 2)[name]["of_master"] and trees(second, 2)["/etc/gateway"]["of_master"]
+    # Before an edit both have to have looked at the tree in their new roles: else what was there before is kept beside.
+    eventually(lambda: (tree := trees(first, 1)["/etc/gateway"])["owner"] == 2 and not tree["behind"])
+    (files.etc(2) / "main.conf").write_text("written on the new master")
+    (files.spool(1, 1) / "spam/later").write_text("later")
+    arrives(files.etc(1), files.etc(2))
+    eventually((files.spool(2, 1) / "spam/later").exists, what="what is new comes first")
+    arrives(files.spool(1, 1), files.spool(2, 1), within_s=180)
+    assert first.pmgcm("divergence", "list").stdout == "nothing has diverged on this node\n"
+
+
 def test_a_join_or_create_removes_nothing_of_a_spool(new_cluster: Callable[..., Cluster], tmp_path: Path) -> None:
     files = Files(new_cluster, tmp_path, 2)
     cluster = files.cluster
