@@ -29,6 +29,8 @@ ROUND_S = 1.0
 """Between two looks at the sequences."""
 OPEN_S = 0.05
 """So often it is looked whether a master without a fence may open its tables, until it may."""
+REIGN_S = 0.2
+"""Between two attempts to pass the sequences of a new master: its tables stay closed so long."""
 KEEP_S = 5.0
 """Between two looks at guard and watch."""
 REPEAT_S = 15.0
@@ -83,7 +85,7 @@ class Upkeep:
         self._document = document
         self._fence = fence
         self._may_open = may_open
-        self._is_kept_closed = False
+        self._pause_s = ROUND_S
         self._ceilings = Ceilings()
         self._duties = {name: _duty(ROUND_S) for name in ("reign", "sequence")} | {
             name: _duty(KEEP_S) for name in ("guard", "watch")
@@ -101,14 +103,16 @@ class Upkeep:
         backoff = Backoff(ROUND_S, RECONNECT_LONGEST_S)
         pause_s = ROUND_S
         while True:
-            time.sleep(pause_s)
+            self._fence.wait(pause_s)
             try:
                 with closing(UpkeepSession(self._dsn, self._profile)) as session:
                     backoff.succeeded()
+                    hurries = True
                     while True:
-                        if self._fence.wait(OPEN_S if self._is_kept_closed else ROUND_S) or self._is_kept_closed:
+                        if hurries:
                             self._duties["reign"].due = self._duties["guard"].due = 0.0
-                        self._round(session)
+                        self.round(session)
+                        hurries = self._fence.wait(self._pause_s) or self._pause_s < ROUND_S
             except UnreachableError as error:
                 # Capture and apply report that the database is away.
                 log.info("action=upkeep-later error=%s", error)
@@ -116,21 +120,30 @@ class Upkeep:
             # Whether the newest message was committed is not known.
             self._ceilings.forget()
 
-    def _round(self, session: UpkeepSession) -> None:
+    def round(self, session: UpkeepSession) -> None:
+        """Do what is due.
+
+        Raises:
+            UnreachableError: when the session is lost.
+        """
         known = self._document()
         if known is None:
             return
         cid, document = known
-        master = document.member(document.master)
+        master, reign = document.member(document.master), reign_began(document)
         is_master = document.master == cid
-        if is_master and reign_began(document) > self._reign:
-            self._do("reign", lambda: self._begin_reign(session, reign_began(document)))
+        self._pause_s = ROUND_S
+        if is_master and reign > self._reign:
+            self._do("reign", lambda: self._begin_reign(session, reign))
+            if reign > self._reign:
+                self._pause_s = REIGN_S
+        # Before what takes longer: writers of a new master wait for it.
+        if master is not None:
+            self._do("guard", lambda: self._keep_guard(session, master, document, is_master=is_master))
         if is_master and len(document.members) > 1:
             self._do("sequence", lambda: self._publish_sequences(session))
         else:
             self._ceilings.forget()
-        if master is not None:
-            self._do("guard", lambda: self._keep_guard(session, master, document, is_master=is_master))
         self._do("watch", session.keep_publication)
         self.alerts = [{"kind": kind, "text": duty.problem} for kind, duty in self._duties.items() if duty.problem]
 
@@ -143,16 +156,16 @@ class Upkeep:
     def _keep_guard(
         self, session: UpkeepSession, master: Member, document: ClusterDocument, *, is_master: bool
     ) -> None:
-        self._is_kept_closed = False
         if not is_master:
             session.keep_guard(master)
             self._fence.stands(document.epoch, fenced=False)
             return
-        fenced = self._fence.wanted
+        # By the document of the epoch that the broker speaks of: one that was replaced in this very moment would open.
+        fenced = self._fence.wanted(document.epoch)
         if fenced is None:
             return  # the broker says so within a second
         if not fenced and not self._may_open(document):
-            self._is_kept_closed = True
+            self._pause_s = OPEN_S
             return
         settle = fenced and document.fence != "lease"
         session.keep_guard(master if fenced else None, fenced=fenced, settle=settle, reign=reign_began(document))
