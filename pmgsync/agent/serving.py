@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import Any
 
 from pmgsync.errors import PmgsyncError, UnreachableError
-from pmgsync.wire.link import BrokerLink
+from pmgsync.wire.link import Peer
 from pmgsync.wire.messages import Message, error_map
 from pmgsync.wire.waiting import Wakeup
 
@@ -23,6 +23,9 @@ QUEUED_PIECES = 4
 """Pieces of at most 1 MiB that are made ahead of the receiver's credit."""
 MAX_SERVED = 16
 """Calls of one node that a worker answers at once."""
+STALLED_S = 60.0
+"""After so long without credit the receiver is taken to be gone. Its connection may have ended without anybody being
+told, and a snapshot that goes on waiting for it keeps the server's WAL and its dead rows."""
 WAIT_NOTICE_S = 3.0
 """After this much silence the receiver is told that something is being waited for."""
 
@@ -39,7 +42,7 @@ class Serving:
         self.result: Mapping[str, Any] | None = None
         self.caller = caller
         self._credit = credit
-        self._heard = time.monotonic()
+        self._heard = self._credited = time.monotonic()
         self._wakeup = wakeup
         self._cancelled = threading.Event()
         self._queue: queue.Queue[Piece | PmgsyncError] = queue.Queue(QUEUED_PIECES)
@@ -49,12 +52,13 @@ class Serving:
     def add_credit(self, size: int) -> None:
         """Note that the receiver takes so many bytes more."""
         self._credit += size
+        self._credited = time.monotonic()
 
     def cancel(self) -> None:
         """Stop making pieces; what the thread holds is let go of with it."""
         self._cancelled.set()
 
-    def send(self, link: BrokerLink, request: int) -> bool:
+    def send(self, link: Peer, request: int) -> bool:
         """Send what is ready and may be sent; True when the call is over."""
         while self._credit > 0:
             try:
@@ -75,6 +79,11 @@ class Serving:
             message: Message = {"op": "data", "id": request, "bytes": size, "piece": described}
             link.send(message, *parts)
             self._credit -= size
+        if self._credit <= 0 and time.monotonic() - max(self._heard, self._credited) > STALLED_S:
+            log.warning("action=call-stalled id=%d", request)
+            self.cancel()
+            link.send(error_map(request, UnreachableError(f"nothing of the answer was taken for {STALLED_S:.0f} s")))
+            return True
         if self._credit > 0 and time.monotonic() - self._heard > WAIT_NOTICE_S:
             self._heard = time.monotonic()
             link.send({"op": "data", "id": request, "bytes": 0, "piece": {"kind": "wait"}})
@@ -122,7 +131,7 @@ class Servings:
         credit = int(message.get("credit", 0))
         self._open[int(message["id"])] = Serving(pieces, credit, self._wakeup, caller=caller)
 
-    def take(self, link: BrokerLink, message: Message, begin: Callable[[Message], None]) -> bool:
+    def take(self, link: Peer, message: Message, begin: Callable[[Message], None]) -> bool:
         """Take a message about a call; False when it is about something else.
 
         Args:
@@ -146,7 +155,7 @@ class Servings:
                 return False
         return True
 
-    def send(self, link: BrokerLink) -> dict[int, Serving]:
+    def send(self, link: Peer) -> dict[int, Serving]:
         """Send what is ready, and return the calls that are over now, by request."""
         over = {request: serving for request, serving in self._open.items() if serving.send(link, request)}
         for request in over:
