@@ -71,8 +71,9 @@ class Handshake:
                 )
             elif event == zmq.EVENT_CONNECT_RETRIED and time.monotonic() - begun > REFUSED_S:
                 raise UnreachableError(
-                    f"the master at {self._where} is unreachable: the connection was refused",
-                    hint="check address and port, and that pmgsync-broker runs on the master",
+                    # libzmq does not tell which of the two it was.
+                    f"the master at {self._where} is unreachable: the connection was refused, or nothing leads there",
+                    hint="check address, port and firewall, and that pmgsync-broker runs on the master",
                 )
         if connected:
             raise UnreachableError(
