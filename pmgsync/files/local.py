@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ EMPTIED_S = 60.0
 """A tree that loses all its files within this time is taken for one whose disk is gone."""
 SLICE_S = 0.1
 """When many files come at once, what was found of them is told after so long, while the rest is looked at."""
+LEFT_AT_ONCE = 5000
+"""More of what was left is not looked at again with it: names are sorted, and that takes a while, too."""
 SCAN_S = 300.0
 SCAN_SHARE = 1000
 """A scan comes after so many seconds, and after so many times its own duration: it catches what a watch has missed."""
@@ -108,8 +111,9 @@ class LocalTree:
         touched = self._watch.take()
         if touched.lost or time.monotonic() >= self._scan_due:
             return self._scan()
-        names = touched.names | self.found.unsettled | self._scanner.left
-        deep = touched.deep | self._scanner.left_deep
+        left = set(itertools.islice(self._scanner.left, LEFT_AT_ONCE))
+        names = touched.names | self.found.unsettled | left
+        deep = touched.deep | (self._scanner.left_deep & left)
         if not names and not deep:
             return []
         before = self.found.manifest.files

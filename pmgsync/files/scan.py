@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from pmgsync.core.filenames import MAX_COMPONENT, MAX_DEPTH, MAX_NAME, Selection, parents
 from pmgsync.core.manifests import Change, Entry, Manifest
-from pmgsync.files.directories import FilesError, Root, explain
+from pmgsync.files.directories import FilesError, Neighbour, Root, explain
 from pmgsync.files.hashing import ChangedMeanwhileError, LongHash, hash_file
 from pmgsync.files.owners import group_name, user_name
 
@@ -91,6 +91,7 @@ class Scanner:
         self._restamped: set[bytes] = set()
         self._settling = True
         self._until = math.inf
+        self._begun = 0
         self._reading: dict[bytes, LongHash] = {}
         self.left: set[bytes] = set()
         self.left_deep: set[bytes] = set()
@@ -134,8 +135,8 @@ class Scanner:
         Args:
             deep: directories whose content is looked at too.
             settling: False when it was this process that wrote them, and nobody else is likely to be at it.
-            within_s: after so long what is left of the names is put into `left` and `left_deep`; a large file is only
-                read for so long, and then left, too.
+            within_s: after so long what is left of the names, and of what is new in a directory, is put into `left` and
+                `left_deep`; a large file is only read for so long, and then left, too.
 
         Raises:
             FilesError: when the tree holds more than it may.
@@ -143,19 +144,23 @@ class Scanner:
         whole, self._settling = set(deep), settling
         # Large files that are being read come last: they take all the time there is.
         chosen = sorted({*names, *whole}, key=lambda name: (name in self._reading, name))
-        self._until = time.monotonic() + within_s
+        self._until, self._begun = time.monotonic() + within_s, self.found.hashed
         self.left.difference_update(chosen)
         self.left_deep -= whole
-        for at, name in enumerate(chosen):
-            if at and time.monotonic() > self._until:
-                self.left.update(chosen[at:])
-                self.left_deep |= whole.intersection(chosen[at:])
-                break
-            if any(map(self._selection.excludes, (name, *parents(name)))):
-                continue
-            if not (self._selection.takes(name) or self._selection.enters(name)):
-                continue
-            self._look(name, deep=name in whole)
+        neighbour = Neighbour(self.root)
+        try:
+            for at, name in enumerate(chosen):
+                if at and time.monotonic() > self._until:
+                    self.left.update(chosen[at:])
+                    self.left_deep |= whole.intersection(chosen[at:])
+                    break
+                if any(map(self._selection.excludes, (name, *parents(name)))):
+                    continue
+                if not (self._selection.takes(name) or self._selection.enters(name)):
+                    continue
+                self._look(neighbour, name, deep=name in whole)
+        finally:
+            neighbour.close()
         self._stop_reading(self.left)
         self._settling = True
         return self._taken()
@@ -171,22 +176,22 @@ class Scanner:
 
     # -- one name -----------------------------------------------------------------------------------------------------
 
-    def _look(self, name: bytes, *, deep: bool) -> None:
+    def _look(self, neighbour: Neighbour, name: bytes, *, deep: bool) -> None:
         self.found.unsettled.discard(name)
         known = self.found.manifest.get(name)
         # Only what was a directory has something below it: looking for that means looking at every name of the tree.
         was_directory = known.kind == "d" if known is not None else not self._selection.takes(name)
         inner = self.found.manifest.below(name) if was_directory else []
         try:
-            with self.root.parent(name) as (fd, last):
-                status = os.stat(last, dir_fd=fd, follow_symlinks=False)
-                is_directory = self._visit(fd, last, name, status)
-                if not is_directory:
-                    if stat.S_ISDIR(status.st_mode):
-                        return
-                    self._forget(inner, ())
-                elif deep:
-                    self._descend(fd, last, name, inner)
+            fd, last = neighbour.parent(name)
+            status = os.stat(last, dir_fd=fd, follow_symlinks=False)
+            is_directory = self._visit(fd, last, name, status)
+            if not is_directory:
+                if stat.S_ISDIR(status.st_mode):
+                    return
+                self._forget(inner, ())
+            elif deep:
+                self._descend(fd, last, name, inner)
         except (FileNotFoundError, NotADirectoryError):
             self._forget([name, *inner], ())
             self.found.findings.pop(name, None)
@@ -223,7 +228,13 @@ class Scanner:
                 except FileNotFoundError:
                     continue
                 seen.add(name)
-                if self._visit(fd, last, name, status):
+                if not self._visit(fd, last, name, status):
+                    continue
+                if self._is_late():
+                    self.left.add(name)
+                    self.left_deep.add(name)
+                    unread.append(name)
+                else:
                     self._enter(fd, last, name, seen, unread)
 
     def _enter(self, fd: int, last: bytes, name: bytes, seen: set[bytes], unread: list[bytes]) -> None:
@@ -270,6 +281,9 @@ class Scanner:
             and known.mtime_ns == max(0, status.st_mtime_ns)
         ):
             return
+        if self._is_late():
+            self.left.add(name)
+            return
         if self._settling and 0 <= time.time() - status.st_ctime < SETTLE_S:
             self.found.unsettled.add(name)
             return
@@ -303,6 +317,10 @@ class Scanner:
                 return None
             reading = self._reading[name] = LongHash(fd, last)
         return reading.result() if reading.go_on(self._until) else None
+
+    def _is_late(self) -> bool:
+        """True when what is new is to be left; something of it is hashed before, however short the time was."""
+        return self.found.hashed > self._begun and time.monotonic() > self._until
 
     def _stop_reading(self, kept: Container[bytes] = ()) -> None:
         for name in [name for name in self._reading if name not in kept]:

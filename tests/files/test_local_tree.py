@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -330,3 +331,35 @@ def test_a_large_file_is_read_in_parts_and_others_are_told_meanwhile(
         assert entry.digest == blake2b((root / large).read_bytes(), digest_size=32).digest()
     eventually(lambda: tree.changes() == [] and tree.due_s() > 0)
     assert b"gone" not in tree.found.manifest
+
+
+def test_of_many_new_files_some_are_told_while_the_others_are_read(
+    new_tree: Callable[[Tree], LocalTree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_module, "SLICE_S", 0.0)
+    monkeypatch.setattr(local_module, "LEFT_AT_ONCE", 7)
+    tree = new_tree(SPOOL)
+    settled(tree)
+    made = tmp_path / "made"
+    for number in range(40):
+        path = made / f"{number % 4}"
+        path.mkdir(parents=True, exist_ok=True)
+        (path / str(number)).write_text(f"mail {number}")
+    time.sleep(0.1)
+    made.rename(tree.root.path / "made")
+    told: list[Change] = []
+    looks = 0
+    while changes := tree.changes():
+        told += changes
+        looks += 1
+    assert looks > 10
+    assert len(told) == len({name for name, _ in told}) == 45
+    assert all(entry is not None for _, entry in told)
+    # What goes meanwhile is not told as new, and nothing is told as gone that is there.
+    (tree.root.path / "made").rename(tree.root.path / "again")
+    tree.changes()
+    shutil.rmtree(tree.root.path / "again/3")
+    until_known(tree, lambda: tree.due_s() > 1)
+    assert {os.fsdecode(name) for name, _ in tree.found.manifest.items()} == {
+        str(path.relative_to(tree.root.path)) for path in tree.root.path.rglob("*") if ".pmgsync" not in path.parts
+    }
