@@ -16,10 +16,13 @@ from pmgsync.files.directories import FilesError, Neighbour, Root, explain
 from pmgsync.files.hashing import ChangedMeanwhileError, LongHash, hash_file
 from pmgsync.files.owners import group_name, user_name
 
-SETTLE_S = 0.02
-"""A file is hashed when its times are at least so old. The kernel stamps changes with a clock that ticks every 1 to 10
-ms. A second write in the same tick would leave inode, size and times as they were when the first was hashed, and nobody
-would ever look again."""
+_TICKING = 5
+"""CLOCK_REALTIME_COARSE of Linux: the kernel stamps changes with this clock, which ticks every 1 to 10 ms. A file is
+hashed when it has gone on since the file was changed. A second write in the same tick would leave inode, size and times
+as they were when the first was hashed, and nobody would ever look again."""
+SETTLE_S = time.clock_getres(_TICKING)
+STEPPED_NS = 1_000_000_000
+"""A stamp that is further ahead was made before the clock was set back: it is not waited for."""
 LARGE_BYTES = 32 << 20
 """A larger file is read in parts, and other files are looked at in between."""
 MAX_READING = 4
@@ -284,7 +287,7 @@ class Scanner:
         if self._is_late():
             self.left.add(name)
             return
-        if self._settling and 0 <= time.time() - status.st_ctime < SETTLE_S:
+        if self._settling and 0 <= status.st_ctime_ns - time.clock_gettime_ns(_TICKING) < STEPPED_NS:
             self.found.unsettled.add(name)
             return
         try:
