@@ -134,14 +134,30 @@ class FollowedTree(TreeThread):
             self._compare(intake)
         while not self._doubted.empty():
             intake.refetch(self._doubted.get())
-        while not self.stopping and (batch := intake.batch()) is not None:
+        try:
+            self._work_off(intake)
+        except (UnreachableError, FilesError):
+            # What is on its way can be put in place all the same.
+            self._place_begun(intake)
+            raise
+        self._note(intake)
+
+    def _work_off(self, intake: Intake) -> None:
+        while not self.stopping:
+            batch = intake.batch()
+            if intake.under_way.batch is not None and (
+                batch is None or intake.under_way.overtaken or not intake.may_wait(batch)
+            ):
+                self._place_begun(intake)
+                continue
+            if batch is None:
+                return
             self._take_in(intake, batch)
             self._note(intake)
             self._hear(intake)
             if self._compare_due:
                 # A first sync takes minutes; what is new since is to come before the rest of it.
                 self._compare(intake)
-        self._note(intake)
 
     def _rest(self, seconds: float, *, for_owner: bool) -> None:
         """Wait before the next try; `for_owner`: an owner that was out of reach and is heard again ends it."""
@@ -196,12 +212,24 @@ class FollowedTree(TreeThread):
         if lost:
             batch = intake.without(batch, lost)
             self._retry_later()
-        if not batch.steps and not batch.names:
+        if not batch.steps and not batch.entries:
             return
         paths = [profile_path(self.tree, step.name) for step in batch.steps]
         commands = self._actions.expect(paths)
+        self._place_begun(intake)
+        if not commands and intake.may_wait(batch):
+            intake.begin(batch)
+            return
         intake.place(batch)
         self._actions.request(commands, self.tree.owner, self._lsn)
+        self._placed(intake)
+
+    def _place_begun(self, intake: Intake) -> None:
+        if intake.under_way.batch is not None:
+            intake.place_begun()
+            self._placed(intake)
+
+    def _placed(self, intake: Intake) -> None:
         if intake.errors:
             self._retry_later()
         if intake.kept:
@@ -240,6 +268,9 @@ class FollowedTree(TreeThread):
                     except WrongContentError:
                         # The owner read it while it was written; it will announce the new content.
                         lost.add(need.digest)
+                if intake.under_way.is_synced:
+                    # The owner goes on sending meanwhile, as far as its credit reaches.
+                    self._place_begun(intake)
         finally:
             pieces.close()
             intake.contents.let_go(large=False)

@@ -14,8 +14,6 @@ then what is gone. A pass that a crash cut off is finished when the tree is open
 from __future__ import annotations
 
 import contextlib
-import os
-import stat
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,17 +24,17 @@ from pmgsync.core.renames import check_shape, plan_pass
 from pmgsync.core.trees import Tree, looks_vanished
 from pmgsync.errors import ProtocolError
 from pmgsync.files.attributes import localised
-from pmgsync.files.batches import Batch, choose_names, is_large
+from pmgsync.files.batches import Batch, UnderWay, choose_names, is_large
 from pmgsync.files.cache import Cache, Row
 from pmgsync.files.contents import Contents, Need
-from pmgsync.files.directories import FilesError, Neighbour, TreeStoppedError
-from pmgsync.files.hashing import ChangedMeanwhileError, hash_file
+from pmgsync.files.directories import FilesError, TreeStoppedError
 from pmgsync.files.local import LocalTree
 from pmgsync.files.marker import ACCEPT_HINT, check_marker, open_root, write_marker
 from pmgsync.files.passes import drop_record, finish_pass, record_pass
-from pmgsync.files.placing import Placer
+from pmgsync.files.placing import FEW, Placer
+from pmgsync.files.reading import find_standing
 from pmgsync.files.scan import Limits
-from pmgsync.files.space import check_room
+from pmgsync.files.space import check_room, sync_file_system
 from pmgsync.files.staging import Staging
 
 DIVERGED, REPLACED, STAMP = "divergence", "replaced", "files-%Y%m%dT%H%M%S"
@@ -58,6 +56,7 @@ class Intake:
         held: what is in place here of that.
         known: `owner` is complete: it was compared with the owner since this was made.
         contents: what is being fetched.
+        under_way: the batch that is staged, and not in place.
         kept: paths of copies of what was written here against the owner.
         errors: by name, why it is not in place.
         postponed: names that are left out of the next batches.
@@ -103,6 +102,7 @@ class Intake:
         self.owner = self.held.copy()
         self.contents = Contents(self.root, self._staging)
         self.contents.learn(self.held.items())
+        self.under_way = UnderWay()
         # What was heard of last comes first: a new mail is not behind all those of a first sync. What one comparison
         # finds comes in the order in which it was made, which is that of the rows that wait for it.
         self._pending: dict[bytes, None] = {}
@@ -115,6 +115,7 @@ class Intake:
     def close(self) -> None:
         """Close all descriptors."""
         self.contents.let_go()
+        self.under_way.close()
         with contextlib.suppress(FilesError):  # what is not noted is compared again
             self.flush()
         self._staging.close()
@@ -140,6 +141,7 @@ class Intake:
                 self._pending.pop(name, None)
                 if entry is not None or not self.tree.gone:
                     self._pending[name] = None
+        self.under_way.told(name for name, _ in changes)
         most = self._limits.max_count
         if len(self.owner) > most or self.owner.text_bytes > most * NAME_BYTES:
             raise ProtocolError(
@@ -221,7 +223,8 @@ class Intake:
             )
         wanted, actual, names = self._configuration() if self.local is not None else self._spool()
         if not names:
-            self.flush()
+            if self.under_way.batch is None:
+                self.flush()
             if not self._pending and not self.postponed:
                 self._settled()
             return None
@@ -232,7 +235,7 @@ class Intake:
             if step.what == "put" and step.entry is not None and step.entry.digest not in self._staging.whole
         }
         check_room(self.root, sum(need.entry.size - self._begun(need) for need in needs.values()))
-        return Batch(steps, list(needs.values()), names)
+        return Batch(steps, list(needs.values()), {name: self.owner.get(name) for name in names})
 
     def _begun(self, need: Need) -> int:
         """Return how much of a content is here; small ones come whole."""
@@ -249,24 +252,20 @@ class Intake:
         names = [name for name, entry in wanted.items() if actual.get(name) != entry]
         names += [name for name in actual if name not in wanted and name not in self._placer.remaining]
         if not names and self._pending:
-            self._note(list(self._pending))
+            self._note({name: self.owner.get(name) for name in self._pending})
         names = [name for name in names if name not in self.postponed]
         return wanted, actual.entries, names
 
     def _spool(self) -> tuple[Entries, Entries, list[bytes]]:
-        names = choose_names(self._pending, self.postponed, self.owner)
+        names = choose_names(self._pending, self.postponed, self.owner, self.under_way)
         # A file needs the directories above it, with their modes, in the same batch or before.
-        above = {outer for name in names for outer in parents(name) if outer in self._pending}
+        outers = {outer for name in names for outer in parents(name) if outer in self._pending}
+        above = {outer for outer in outers if not self.under_way.has(outer, None)}
         names = sorted(above.union(names))
         actual = dict(self._as_here(self.held, names))
         wanted = self._as_here(self.owner, names)
-        neighbour = Neighbour(self.root)
-        try:
-            for name, entry in wanted.items():
-                if self.held.get(name) is None and (here := self._on_disk(neighbour, name, entry)) is not None:
-                    actual[name] = here
-        finally:
-            neighbour.close()
+        unknown = [(name, entry) for name, entry in wanted.items() if self.held.get(name) is None]
+        actual.update(find_standing(self.root, unknown))
         return wanted, actual, names
 
     @property
@@ -274,22 +273,6 @@ class Intake:
         """True when a batch of a large file is to be left for one of others."""
         waiting = (name for name in reversed(self._pending) if name not in self.postponed)
         return any(not is_large(self.owner.get(name)) for name in waiting)
-
-    def _on_disk(self, neighbour: Neighbour, name: bytes, wanted: Entry) -> Entry | None:
-        """Return what stands under a name that was never put in place here, None when nothing does."""
-        try:
-            fd, last = neighbour.parent(name)
-            status = os.stat(last, dir_fd=fd, follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode):
-                # As if nothing were there: making it sets its mode, too.
-                return wanted._replace(mode=-1) if wanted.kind == "d" else Entry("d", 0, "", "")
-            if stat.S_ISREG(status.st_mode):
-                return Entry("f", -1, "", "", status.st_size, 0, hash_file(fd, last)[0])
-        except ChangedMeanwhileError:
-            return Entry("f", -1, "", "")
-        except OSError:
-            return None  # nothing is there; the pass says when something is wrong
-        return None
 
     def _as_here(self, manifest: Manifest, names: Iterable[bytes]) -> Entries:
         trusted = self.tree.is_config
@@ -302,12 +285,36 @@ class Intake:
         self.postponed |= lost
         if self.tree.is_config:
             # A set that changed together becomes visible together, or not at all.
-            return Batch([], [], [])
+            return Batch([], [], {})
         return Batch(
             [step for step in batch.steps if step.name not in lost],
             [need for need in batch.needs if need.digest not in digests],
-            [name for name in batch.names if name not in lost],
+            {name: entry for name, entry in batch.entries.items() if name not in lost},
         )
+
+    def may_wait(self, batch: Batch) -> bool:
+        """True when a batch may be under way while the next is fetched; False when it is to be done by itself."""
+        return self.local is None and len(batch.needs) > FEW and batch.adds_only
+
+    def begin(self, batch: Batch) -> None:
+        """Begin to bring what is staged for a batch to the disk; `place_begun` goes on."""
+        self.under_way.begin(batch, lambda: sync_file_system(self.root.fd))
+
+    def place_begun(self) -> list[bytes]:
+        """Do the batch that is under way, if there is one; return the names whose content changed here.
+
+        Raises:
+            FilesError: when the disk refuses to keep it.
+        """
+        try:
+            batch = self.under_way.take()
+        except OSError as error:
+            self.contents.let_go()
+            raise self._placer.not_synced(error) from error
+        if batch is None:
+            return []
+        self._placer.synced()
+        return self._place(batch)
 
     def place(self, batch: Batch) -> list[bytes]:
         """Do a batch whose needs are staged; return the names whose content changed here.
@@ -316,6 +323,9 @@ class Intake:
             FilesError: when the disk refuses to keep it.
         """
         self._placer.sync_contents(batch.steps)
+        return self._place(batch)
+
+    def _place(self, batch: Batch) -> list[bytes]:
         if self.tree.is_config and len(batch.steps) > 1:
             record_pass(self.root, batch.steps, self.owner.entries)
         done = set(self._placer.run(batch.steps))
@@ -323,13 +333,13 @@ class Intake:
         self.kept += self._placer.kept
         self._placer.kept.clear()
         if self.local is not None:
-            self.local.look(batch.names)
+            self.local.look(list(batch.entries))
             self._remaining_at = (self.local.found.manifest.digest, self.local.scans)
             self._find_refused(batch)
         # A name without a step was as wanted already.
         failed = set(self.errors)
         self.postponed |= failed
-        self._note([name for name in batch.names if name not in failed])
+        self._note({name: entry for name, entry in batch.entries.items() if name not in failed})
         if self.tree.is_config or len(self._unnoted) > NOTED_ROWS:
             self.flush()
         if self.tree.is_config:
@@ -350,12 +360,12 @@ class Intake:
                     hint="another program writes it, or its file system does not keep such a mode, owner or time",
                 )
 
-    def _note(self, names: list[bytes]) -> None:
-        for name in names:
-            entry = self.owner.get(name)
+    def _note(self, entries: Mapping[bytes, Entry | None]) -> None:
+        for name, entry in entries.items():
             self._unnoted.append((name, entry, None))
             self.held.set(name, entry)
-            self._pending.pop(name, None)
+            if self.owner.get(name) == entry:
+                self._pending.pop(name, None)
             if entry is not None:
                 self.contents.learn([(name, entry)])
 

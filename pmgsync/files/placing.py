@@ -54,8 +54,7 @@ class Placer:
         try:
             if len(needed) > FEW:
                 sync_file_system(self._root.fd)
-                # What was put in place before is on disk with it.
-                self._touched.clear()
+                self.synced()
                 return
             for digest in needed:
                 file = os.open(digest.hex(), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._staging.fd)
@@ -64,10 +63,17 @@ class Placer:
                 finally:
                     os.close(file)
         except OSError as error:
-            # A second try may succeed without the bytes being there: they are fetched again.
-            with contextlib.suppress(OSError):
-                self._staging.keep_only(set())
-            raise explain(error, f"cannot bring what is staged for {self._root.path} to the disk") from error
+            raise self.not_synced(error) from error
+
+    def not_synced(self, error: OSError) -> FilesError:
+        """Throw away what is staged, for the disk has refused it: a second try may succeed without the bytes there."""
+        with contextlib.suppress(OSError):
+            self._staging.keep_only(set())
+        return explain(error, f"cannot bring what is staged for {self._root.path} to the disk")
+
+    def synced(self) -> None:
+        """Note that the whole file system was synced after the newest step."""
+        self._touched.clear()
 
     def run(self, steps: Sequence[Step]) -> list[bytes]:
         """Do all the steps and return the names that are now as wanted; `sync` brings them to the disk."""

@@ -1,11 +1,14 @@
-"""Contents on their way out: files are read in pieces, small ones together, for whoever asked for them."""
+"""Reading files: contents in pieces, small ones together, for whoever asked for them; and what stands under a name."""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 
+from pmgsync.core.manifests import Entry
 from pmgsync.files.directories import Neighbour, Root, open_regular
+from pmgsync.files.hashing import ChangedMeanwhileError, hash_file
 
 PIECE_BYTES = 1 << 20
 """The most that one message may carry (PROTOCOL.md, section 8)."""
@@ -61,3 +64,42 @@ def read_contents(root: Root, wanted: Iterable[tuple[int, bytes, int]]) -> Itera
         neighbour.close()
     if parts:
         yield parts, b"".join(held)
+
+
+def find_standing(root: Root, wanted: Iterable[tuple[bytes, Entry]]) -> Iterator[tuple[bytes, Entry]]:
+    """Yield names, of those that were never put in place here, under which something stands, and what that is.
+
+    Args:
+        wanted: names, those in one directory one after the other, and what they are to become.
+    """
+    neighbour = Neighbour(root)
+    missing: bytes | None = None
+    try:
+        for name, entry in wanted:
+            outer = name.rpartition(b"/")[0]
+            if outer == missing:
+                continue
+            try:
+                fd, last = neighbour.parent(name)
+            except OSError:
+                missing = outer
+                continue
+            if (here := _standing(fd, last, entry)) is not None:
+                yield name, here
+    finally:
+        neighbour.close()
+
+
+def _standing(fd: int, last: bytes, wanted: Entry) -> Entry | None:
+    try:
+        status = os.stat(last, dir_fd=fd, follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            # As if nothing were there: making it sets its mode, too.
+            return wanted._replace(mode=-1) if wanted.kind == "d" else Entry("d", 0, "", "")
+        if stat.S_ISREG(status.st_mode):
+            return Entry("f", -1, "", "", status.st_size, 0, hash_file(fd, last)[0])
+    except ChangedMeanwhileError:
+        return Entry("f", -1, "", "")
+    except OSError:
+        return None  # nothing is there; the pass says when something is wrong
+    return None
