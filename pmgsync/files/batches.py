@@ -7,7 +7,7 @@ batch's plan does not depend on whether the one before is in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -104,14 +104,16 @@ class UnderWay:
 
 
 def choose_names(
-    pending: dict[bytes, None], postponed: Container[bytes], owner: Manifest, under_way: UnderWay
+    pending: dict[bytes, None], postponed: Collection[bytes], owner: Manifest, held: Manifest, under_way: UnderWay
 ) -> list[bytes]:
     """Return the names of a spool's next batch, what was heard of last first.
 
-    A large file is a batch of its own, when nothing else is left: it is fetched in parts, and others go before it.
+    A large file is a batch of its own, when nothing else is left: it is fetched in parts, and others go before it. Then
+    come directories that go, or make room for a file: all that was in them must have gone before.
     """
     names: list[bytes] = []
     large: list[bytes] = []
+    emptied: list[bytes] = []
     size = 0
     for name in reversed(pending):
         if name in postponed:
@@ -122,8 +124,12 @@ def choose_names(
         if is_large(entry):
             large.append(name)
             continue
+        here = held.get(name)
+        if here is not None and here.kind == "d" and (entry is None or entry.kind != "d"):
+            emptied.append(name)
+            continue
         size += entry.size if entry is not None else 0
         if names and (len(names) >= BATCH_NAMES or size > BATCH_BYTES):
             break
         names.append(name)
-    return names or large[:1]
+    return names or large[:1] or ([] if postponed or under_way.batch is not None else emptied)

@@ -257,16 +257,20 @@ class Intake:
         return wanted, actual.entries, names
 
     def _spool(self) -> tuple[Entries, Entries, list[bytes]]:
-        names = choose_names(self._pending, self.postponed, self.owner, self.under_way)
+        names = choose_names(self._pending, self.postponed, self.owner, self.held, self.under_way)
         # A file needs the directories above it, with their modes, in the same batch or before.
         outers = {outer for name in names for outer in parents(name) if outer in self._pending}
-        above = {outer for outer in outers if not self.under_way.has(outer, None)}
+        above = {outer for outer in outers if self._is_made(outer) and not self.under_way.has(outer, None)}
         names = sorted(above.union(names))
         actual = dict(self._as_here(self.held, names))
         wanted = self._as_here(self.owner, names)
         unknown = [(name, entry) for name, entry in wanted.items() if self.held.get(name) is None]
         actual.update(find_standing(self.root, unknown))
         return wanted, actual, names
+
+    def _is_made(self, outer: bytes) -> bool:
+        entry = self.owner.get(outer)
+        return entry is not None and entry.kind == "d"
 
     @property
     def others_wait(self) -> bool:

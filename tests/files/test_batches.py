@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -78,6 +79,34 @@ def test_what_is_changed_or_deleted_on_its_way_is_brought_in_line(pair: Pair) ->
     assert pair.intake.held.get(os.fsencode(changed)) == batch.entries[os.fsencode(changed)]
     pair.sync()
     pair.assert_equal()
+
+
+def test_a_directory_that_goes_waits_for_what_is_on_its_way_into_it(pair: Pair) -> None:
+    pair.intake.begin(next_batch(pair))
+    for path in (pair.here / "spam").iterdir():
+        path.unlink()
+    (pair.here / "spam").rmdir()
+    (pair.here / "other").write_text("so that it is not empty")
+    hear(pair)
+    assert pair.intake.under_way.overtaken
+    pair.intake.place_begun()
+    pair.sync()
+    pair.assert_equal()
+    assert not (pair.there / "spam").exists()
+
+
+def test_a_directory_goes_after_all_that_was_in_it(pair: Pair) -> None:
+    (pair.here / "virus").mkdir()
+    for number in range(50):
+        (pair.here / f"virus/{number}").write_text(f"virus {number}")
+    pair.sync()
+    pair.assert_equal()
+    shutil.rmtree(pair.here / "spam")
+    shutil.rmtree(pair.here / "virus")
+    (pair.here / "virus").write_text("a file by now")
+    pair.sync()
+    pair.assert_equal()
+    assert sorted(path.name for path in pair.there.iterdir()) == [".pmgsync", "virus"]
 
 
 def test_a_content_that_is_on_its_way_is_not_taken_for_the_next_batch_too(pair: Pair) -> None:
