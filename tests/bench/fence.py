@@ -13,14 +13,13 @@ import threading
 import time
 from collections.abc import Iterator
 
-import psutil
-
 from cli.demo.embedded import EmbeddedPostgres
 from pmgsync.core.membership import Member
 from pmgsync.postgres.programs import pg_tool, tool_environment
 from pmgsync.postgres.setup.guard import ensure_guard
 from pmgsync.postgres.setup.lease import LeaseSession
 from pmgsync.profile_file import load_profile
+from tests.bench.processes import server_cpu_s
 from tests.bench.work import PGBENCH_CLIENTS, pgbench_schema
 from tests.harness.database import Database
 
@@ -61,12 +60,7 @@ def cpu_s(server: EmbeddedPostgres, database: Database) -> float:
     """Return the CPU seconds of the server, its sessions that have ended included."""
     while database.sql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'pgbench'"):
         time.sleep(0.01)
-    living = 0.0
-    for one in psutil.Process(server.pid).children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            living += sum(one.cpu_times()[:2])
-    times = psutil.Process(server.pid).cpu_times()
-    return float(times.user + times.system + times.children_user + times.children_system + living)
+    return server_cpu_s(server.pid)
 
 
 def run(

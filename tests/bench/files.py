@@ -21,16 +21,18 @@ from pathlib import Path
 
 import psutil
 
-from tests.bench.processes import Meter
+from tests.bench.processes import Meter, server_cpu_s
 from tests.bench.report import percentile
+from tests.bench.row_lag import RowLag
 from tests.harness.cluster import Cluster, Node
 
 NEW_FILES, NEW_BYTES = 20_000, 20_000
 TREE_FILES, SMALL_BYTES, CHANGED = 100_000, 200, 100
 RATE_PER_S, RATE_S, RATE_BYTES = 1000, 10, 2000
-REST_S = 60.0
+REST_S, LAG_S = 60.0, 5.0
+ROWS, SHARES = 200_000, (100, 20)
 IN_DIRECTORY = 200
-LINES = ("new", "changed", "rest", "rate")
+LINES = ("new", "beside", "changed", "rest", "verify", "rate")
 PROFILE = """
 name = "files"
 all_tables = true
@@ -107,7 +109,9 @@ class Bench:
         self._rsync = rsync
         profile = directory / "files.toml"
         profile.write_text(PROFILE)
-        schema = "CREATE TABLE t (id int PRIMARY KEY)"
+        schema = (
+            "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE mail (id int PRIMARY KEY, sender text, subject text)"
+        )
         self.cluster = Cluster(directory / "cluster", profile=str(profile), schema=schema, extra=EXTRA)
         self.cluster.start()
         for node in self.cluster.nodes:
@@ -162,7 +166,11 @@ class Bench:
 
         def theirs(turn: int) -> float:
             assert self._rsync is not None
-            return self._rsync(source(turn), f"new{turn}")
+            took, begun = self._rsync(source(turn), f"new{turn}"), time.monotonic()
+            os.sync()
+            to_disk = time.monotonic() - begun
+            self.costs.append(f"rsync of as many: CPU s {self._rsync.cpu_s:.2f}; on the disk {to_disk:.1f} s later")
+            return took
 
         def ours(turn: int) -> float:
             files = source(turn)
@@ -188,6 +196,58 @@ class Bench:
             await_files(self.there / path.relative_to(self.here) for path in files_of(self.here))
         if self._rsync is not None:
             self._rsync(self.here)
+
+    def beside(self) -> None:
+        """Rows while many new files are copied."""
+        number, master, other = self.count(NEW_FILES), *self.cluster.nodes
+        with RowLag(master, other) as quiet:
+            time.sleep(LAG_S)
+        files = self._directory / "beside"
+        write_files(files, number, NEW_BYTES)
+        os.sync()
+        wanted = [self.there / files.name / each.relative_to(files) for each in files_of(files)]
+        with RowLag(master, other) as busy:
+            begun = time.monotonic()
+            files.rename(self.here / files.name)
+            await_files(wanted)
+            took = time.monotonic() - begun
+        self._files += number
+        self.costs.append(
+            f"rows at rest: {quiet.text()}; while {number} files were copied in {took:.1f} s: {busy.text()}"
+        )
+        what = f"a row while {number} new files of {NEW_BYTES // 1000} KB are copied"
+        for word, share in (("median", 0.5), ("99th percentile", 0.99)):
+            self._row(f"{what}: {word}", "ms", [], [percentile(busy.lags_ms, share)])
+
+    def verify(self) -> None:
+        """`pmgcm verify` while rows are written."""
+        number, (master, other) = self.count(ROWS), self.cluster.nodes
+        master.sql(
+            "INSERT INTO mail SELECT id, md5(id::text) || '@example.com', repeat(md5(id::text), 3)"
+            f" FROM generate_series(1, {number}) AS id ON CONFLICT DO NOTHING"
+        )
+        self.cluster.wait()
+        for share in SHARES:
+            servers = -self._servers_cpu_s()
+            with Meter(self._agents, sample=True) as meter, RowLag(master, other) as lag:
+                begun = time.monotonic()
+                said = master.pmgcm("verify", "--share", str(share), timeout_s=900).stdout.strip()
+                took = time.monotonic() - begun
+            servers += self._servers_cpu_s()
+            self._cost(f"verify --share {share}: {took:.1f} s, {said}; {lag.text()}; servers {servers:.2f}", meter)
+            what = f"pmgcm verify --share {share}: {number} rows, {self._files} files, two nodes"
+            self._row(what, "s", [], [took])
+
+    def _servers_cpu_s(self) -> float:
+        return sum(server_cpu_s(node.server.pid) for node in self.cluster.nodes)
+
+    def _agents(self) -> dict[int, str]:
+        found = self._processes()
+        for node in self.cluster.nodes:
+            found |= {
+                process.pid: f"{node.name}: {name}" for name, process in node.workers().items() if name != "files"
+            }
+        return found
 
     def changed(self) -> None:
         """A few files of a large tree are written anew."""
@@ -297,7 +357,7 @@ def main() -> None:
     try:
         bench = Bench(chosen.directory, chosen.scale, chosen.rounds, rsync)
         for line in lines:
-            if line in {"changed", "rest"}:
+            if line in {"changed", "rest", "verify"}:
                 bench.grow()
             getattr(bench, line)()
         print("\n".join(["", *bench.costs, "", table(bench.rows)]))

@@ -87,6 +87,16 @@ class Meter:
         return found
 
 
+def server_cpu_s(pid: int) -> float:
+    """Return the CPU seconds of a PostgreSQL server so far, those of sessions that are over among them."""
+    living = 0.0
+    for one in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            living += sum(one.cpu_times()[:2])
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system + times.children_user + times.children_system + living)
+
+
 def children(pid: int) -> Iterator[tuple[int, str]]:
     """Yield the processes under one: id and the last word of the command line that is no option's."""
     with contextlib.suppress(psutil.Error):
