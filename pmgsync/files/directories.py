@@ -145,7 +145,7 @@ class Root:
             OSError: as the system tells it; ELOOP when it is not a regular file.
         """
         with self.parent(name) as (fd, last):
-            return open_regular(fd, last)
+            return open_regular(fd, last)[0]
 
     def lstat(self, name: bytes) -> os.stat_result | None:
         """Return what a name is, None when there is nothing."""
@@ -188,17 +188,21 @@ class Neighbour:
             self._name = None
 
 
-def open_regular(fd: int, last: bytes) -> int:
+def open_regular(fd: int, last: bytes) -> tuple[int, os.stat_result]:
     """Open a regular file in an open directory for reading; no link is followed, and a device or pipe does not hang.
+
+    Returns:
+        the descriptor, and what the file is.
 
     Raises:
         OSError: as the system tells it; ELOOP when it is not a regular file.
     """
     found = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=fd)
-    if not stat.S_ISREG(os.fstat(found).st_mode):
+    status = os.fstat(found)
+    if not stat.S_ISREG(status.st_mode):
         os.close(found)
         raise OSError(errno.ELOOP, "it is not a regular file")
-    return found
+    return found, status
 
 
 def own_directory(root: Root, part: bytes = b"") -> bytes:

@@ -33,9 +33,8 @@ def hash_file(directory: int, last: bytes) -> tuple[bytes, os.stat_result]:
         ChangedMeanwhileError: when it was written meanwhile.
         OSError: when it cannot be read.
     """
-    fd = open_regular(directory, last)
+    fd, before = open_regular(directory, last)
     try:
-        before = os.fstat(fd)
         digest = hash_descriptor(fd, before.st_size)
         if identity(os.fstat(fd)) != identity(before):
             raise ChangedMeanwhileError
@@ -53,8 +52,7 @@ class LongHash:
         Raises:
             OSError: when it cannot be read.
         """
-        self._fd = open_regular(directory, last)
-        self._before = os.fstat(self._fd)
+        self._fd, self._before = open_regular(directory, last)
         self._state = new_hash()
 
     def is_of(self, status: os.stat_result) -> bool:

@@ -33,20 +33,23 @@ def read_contents(root: Root, wanted: Iterable[tuple[int, bytes, int]]) -> Itera
     try:
         for number, name, start in wanted:
             try:
-                file = open_regular(*neighbour.parent(name))
+                file, status = open_regular(*neighbour.parent(name))
             except OSError:
                 parts.append((number, -1, 0, True))
                 continue
             try:
-                if size and PIECE_BYTES - size < os.fstat(file).st_size <= PIECE_BYTES:
+                expected = status.st_size
+                if size and PIECE_BYTES - size < expected <= PIECE_BYTES:
                     # What fits into one piece is not divided: it is staged in one step then.
                     yield parts, b"".join(held)
                     parts, held, size = [], [], 0
                 offset = os.lseek(file, start, os.SEEK_SET) if start else 0
                 ended = False
                 while not ended:
+                    if offset > expected:
+                        expected = os.fstat(file).st_size  # it has grown
                     # One byte more than it has shows that it has grown; and room costs time, see hash_descriptor.
-                    room = min(PIECE_BYTES - size, max(0, os.fstat(file).st_size - offset) + 1)
+                    room = min(PIECE_BYTES - size, max(0, expected - offset) + 1)
                     data = os.read(file, room)
                     # Less than was asked for is the end of a regular file; a full piece may have more behind it.
                     ended = len(data) < room
