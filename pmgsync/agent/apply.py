@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from pmgsync.agent.apply_thread import ApplyThread
 from pmgsync.agent.departing import ChainOverError, end_chain
+from pmgsync.agent.export import Export, held_of
 from pmgsync.agent.named_files import AwaitedFiles
 from pmgsync.agent.resync import Resync
 from pmgsync.agent.worker import REPORT_S, SessionOverError, Worker
@@ -19,6 +20,7 @@ from pmgsync.core.document import Epoch
 from pmgsync.core.frames import read_frames
 from pmgsync.core.positions import Position
 from pmgsync.core.profile import Policy
+from pmgsync.core.stretches import Stretch
 from pmgsync.divergence_files import DivergenceFiles
 from pmgsync.errors import PmgsyncError, ResyncRequiredError, UnreachableError
 from pmgsync.postgres.apply import Applier
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 CREDIT_BYTES = 8 << 20
 """Bytes of frames that may wait here to be applied."""
 CREDIT_STEP = CREDIT_BYTES // 8
+SHORT_BYTES = 1 << 20
+"""A stretch that does not count any more of at most so many bytes of WAL is looked at here."""
 """Credit is given back when it comes to so much: a lone transaction needs no message for it."""
 ALERT_COUNT = 20
 
@@ -59,13 +63,13 @@ class ApplyWorker(Worker):
         pending = [one for one in self._divergence.pending() if one.epoch <= epoch]
         return f"{len(pending)} stretches of chains that do not count any more are exported first" if pending else ""
 
-    def _end_stretches(self, known: tuple[int, Position] | None) -> None:
+    def _end_stretches(self, link: BrokerLink, known: tuple[int, Position] | None) -> None:
         """Tell where the stretches of this chain end here that do not count any more: nothing after it is applied."""
         incarnation, position = known if known is not None else (0, Position(0))
         for stretch in self._divergence.pending():
             if stretch.origin != self.origin or stretch.upto is not None or stretch.epoch > self.document.epoch:
                 continue
-            ended = stretch.ended(position.lsn if stretch.incarnation == incarnation else 0)
+            ended = self._exported(link, stretch.ended(position.lsn if stretch.incarnation == incarnation else 0))
             # What was left out of a table of this chain, or fetched with more than counts, is to be fetched from the
             # master of now: this chain's origin does not answer for it any more.
             tables = tuple(
@@ -73,10 +77,27 @@ class ApplyWorker(Worker):
                 for key, table in self._stale.tables.items()
                 if self._mirrors(*key) and (table.kind != "none" or table.until > stretch.after)
             )
-            if ended.empty and not tables:
+            tables = tuple(dict.fromkeys((*ended.tables, *tables)))
+            if (ended.empty or (ended.exported and not ended.lost)) and not tables:
                 self._divergence.done(stretch)
             else:
                 self._divergence.keep(replace(ended, tables=tables))
+
+    def _exported(self, link: BrokerLink, stretch: Stretch) -> Stretch:
+        """Export a short stretch that the journal has, and return it so; else as it was, for the divergence worker.
+
+        After a switchover there is mostly nothing in it that only the master may write, and what the new master writes
+        waits for that to be known: starting the worker takes longer.
+        """
+        upto = stretch.upto
+        if upto is None or stretch.empty or stretch.gained or upto - stretch.after > SHORT_BYTES:
+            return stretch
+        held = held_of(link, stretch.origin)
+        if held.incarnation != stretch.incarnation or held.since > stretch.after or held.whole < upto:
+            return stretch
+        export = Export(link, self._divergence, self._profile, self.document, other=self.handle)
+        tables, lost = export.run(stretch, held)
+        return replace(stretch, exported=True, tables=tuple(tables), lost=lost)
 
     def _pass_those_gone(self) -> None:
         """Have everything of the master's fetched when a master before it is gone, and its chain not wholly applied
@@ -201,7 +222,7 @@ class ApplyWorker(Worker):
         )
         try:
             known = applier.connect()
-            self._end_stretches(known)
+            self._end_stretches(link, known)
             try:
                 incarnation, position = self._begins(link, known)
                 opened, _ = link.request(
