@@ -12,7 +12,16 @@ import msgpack
 import typer
 
 from cli.console import CommandFailedError, note, printable, say, say_json
-from pmgsync.core.comparisons import Difference, Row, compare_rows, compare_trees, differing_chunks, lasting
+from pmgsync.core.comparisons import (
+    Difference,
+    Row,
+    Sum,
+    compare_rows,
+    compare_trees,
+    differing_chunks,
+    in_groups,
+    lasting,
+)
 from pmgsync.core.filenames import show
 from pmgsync.core.manifests import Entry, unpack_changes
 from pmgsync.core.trees import Tree, trees_of
@@ -33,6 +42,10 @@ PAUSE_S = 3.0
 QUIET_LOOKS = 3
 """Status, a second apart, in which nothing is being fetched any more."""
 SHOWN = 20
+ROWS_AT_ONCE = 20_000
+"""Of one table and node, so many rows are looked at together."""
+ENOUGH = 1000
+"""Of a table that differs in so many rows, no more are looked for: all of it is fetched anyway."""
 DEFAULT_SHARE = 50
 
 
@@ -157,15 +170,28 @@ class _Verifying:
         self, found: Verified, name: tuple[bytes, bytes], chunks: int, holders: list[int]
     ) -> list[Difference]:
         args = {"table": list(name), "chunks": chunks}
-        answers = {}
-        for cid in holders:
-            sums = self._unpacked(cid, "rows.sums", {**args, "share": self._share})
-            answers[cid] = {chunk: (count, int(total)) for chunk, count, total in sums}
+        answers = self._sums(args, holders)
         found.tables += 1
         found.compared_rows += sum(count for count, _ in answers[self._document.master].values())
         suspicious = differing_chunks(answers)
+        if not suspicious:
+            return []
         # Each node was read at a moment of its own: what is under way must be told from what is wrong.
-        return self._lasting_rows(args, suspicious, holders, name) if suspicious else []
+        self._in_step()
+        answers = self._sums(args, holders)
+        lasted: list[Difference] = []
+        for group in in_groups(sorted({*suspicious} & {*differing_chunks(answers)}), answers, ROWS_AT_ONCE):
+            lasted += self._lasting_rows(args, group, holders, name)
+            if len(lasted) >= ENOUGH:
+                break
+        return lasted
+
+    def _sums(self, args: Mapping[str, Any], holders: list[int]) -> dict[int, dict[int, Sum]]:
+        answers: dict[int, dict[int, Sum]] = {}
+        for cid in holders:
+            sums = self._unpacked(cid, "rows.sums", {**args, "share": self._share})
+            answers[cid] = {chunk: (count, int(total)) for chunk, count, total in sums}
+        return answers
 
     def _lasting_rows(
         self, args: Mapping[str, Any], chunks: list[int], holders: list[int], name: tuple[bytes, bytes]

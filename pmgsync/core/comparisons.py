@@ -46,6 +46,20 @@ def differing_chunks(answers: Mapping[int, Mapping[int, Sum]]) -> list[int]:
     return sorted(number for number in numbers if len({sums.get(number) for sums in answers.values()}) > 1)
 
 
+def in_groups(chunks: Iterable[int], answers: Mapping[int, Mapping[int, Sum]], most: int) -> list[list[int]]:
+    """Return chunks in groups that have at most so many rows on any node, or one chunk."""
+    groups: list[list[int]] = []
+    size = most
+    for chunk in chunks:
+        rows = max(sums.get(chunk, (0, 0))[0] for sums in answers.values())
+        size += rows
+        if not groups or size > most:
+            groups.append([])
+            size = rows
+        groups[-1].append(chunk)
+    return groups
+
+
 def compare_rows(
     rule: TableRule, answers: Mapping[int, Mapping[bytes, Row]], *, master: int, members: Collection[int]
 ) -> list[Difference]:

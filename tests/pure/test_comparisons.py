@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmgsync.core.comparisons import Difference, Row, compare_rows, compare_trees, differing_chunks, lasting
+from pmgsync.core.comparisons import Difference, Row, compare_rows, compare_trees, differing_chunks, in_groups, lasting
 from pmgsync.core.manifests import Entry
 from pmgsync.core.profile import MergeRule, Policy, TableRule
 
@@ -68,6 +68,15 @@ def test_chunks_differ_where_anybody_has_another_sum(answers: dict[int, dict[int
     for number in range(6):
         sums = [held.get(number) for held in answers.values()]
         assert (number in differing_chunks(answers)) == any(each != sums[0] for each in sums)
+
+
+@given(st.dictionaries(st.integers(0, 40), st.integers(0, 50)), st.integers(1, 60))
+def test_every_chunk_is_in_one_group_and_no_group_is_too_large(rows: dict[int, int], most: int) -> None:
+    answers = {1: {chunk: (count, 0) for chunk, count in rows.items()}, 2: {}}
+    groups = in_groups(sorted(rows), answers, most)
+    assert [chunk for group in groups for chunk in group] == sorted(rows)
+    assert all(group for group in groups)
+    assert all(len(group) == 1 or sum(rows[chunk] for chunk in group) <= most for group in groups)
 
 
 def test_files_that_were_purged_elsewhere_are_no_difference_in_a_spool() -> None:

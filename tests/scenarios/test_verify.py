@@ -23,7 +23,8 @@ def test_what_was_damaged_is_found_and_repaired_and_nothing_else(new_cluster: Ne
     cluster = files.cluster
     master, second = cluster.master, cluster.nodes[1]
     master.sql("INSERT INTO loose VALUES (1, 'x'), (1, 'x'), (2, NULL)")
-    master.sql("INSERT INTO t SELECT generate_series(1, 3000)")
+    # More rows than are looked at together, and nobody has counted them yet.
+    master.sql("INSERT INTO t SELECT generate_series(1, 60000)")
     master.sql("INSERT INTO named SELECT g, 'row ' || g FROM generate_series(1, 500) AS g")
     large(files.spool(3, 3) / "virus/sample", 2 << 20, 1)
     arrives(files.spool(3, 3), files.spool(2, 3), files.spool(1, 3))
@@ -35,7 +36,7 @@ def test_what_was_damaged_is_found_and_repaired_and_nothing_else(new_cluster: Ne
     # A row changed, one gone, one too many, one of two equal ones gone; a byte of a file flipped, its times set back.
     second.sql(
         "SET session_replication_role = replica; UPDATE named SET name = 'damaged' WHERE id = 7;"
-        "DELETE FROM t WHERE id = 2999; INSERT INTO named VALUES (9999, 'extra');"
+        "DELETE FROM t WHERE id = 59999; INSERT INTO named VALUES (9999, 'extra');"
         "DELETE FROM loose WHERE ctid = (SELECT min(ctid) FROM loose WHERE a = 1)"
     )
     sample = files.spool(2, 3) / "virus/sample"
@@ -50,7 +51,7 @@ def test_what_was_damaged_is_found_and_repaired_and_nothing_else(new_cluster: Ne
     stop = threading.Event()
 
     def write() -> None:
-        number = 10_000
+        number = 100_000
         while not stop.is_set():
             number += 1
             master.sql("INSERT INTO t VALUES (%s)", (number,))
@@ -73,7 +74,7 @@ def test_what_was_damaged_is_found_and_repaired_and_nothing_else(new_cluster: Ne
     assert rows == {
         ("public.named", "(7)", 2, 1, "differs"),
         ("public.named", "(9999)", 2, 1, "extra"),
-        ("public.t", "(2999)", 2, 1, "missing"),
+        ("public.t", "(59999)", 2, 1, "missing"),
         ("public.loose", "(1,x)", 2, 1, "differs"),
     }
     assert found["differing_trees"] == [

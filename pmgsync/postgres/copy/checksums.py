@@ -22,8 +22,10 @@ from pmgsync.postgres.session import connect, quote_ident, quote_literal
 
 MAX_CHUNKS = 4096
 ROWS_IN_CHUNK = 1000
-MAX_ROWS = 20_000
-"""So many rows of one table are told apart; of a table that differs in more, more is not needed to see it."""
+BYTES_OF_ROW = 500
+"""Chunks are reckoned with at least a row for so many bytes: PostgreSQL's own number may be old, or missing."""
+MAX_ROWS = 300_000
+"""So many rows may be in the chunks that are asked for at once. Fewer would be told of as if they were all."""
 APPLICATION = "pmgsync verify"
 
 
@@ -75,7 +77,10 @@ def compared_tables(connection: psycopg2.extensions.connection, profile: Profile
             named = tuple(map(as_bytes, rule.key)) or table.primary_key or table.replica_key or columns
             # A key that this node makes by itself names nothing on another.
             key = named if set(named) <= set(columns) else columns
-            cursor.execute("SELECT greatest(reltuples, 0)::bigint FROM pg_class WHERE oid = %s", (table.oid,))
+            cursor.execute(
+                "SELECT greatest(reltuples, pg_relation_size(oid) / %s)::bigint FROM pg_class WHERE oid = %s",
+                (BYTES_OF_ROW, table.oid),
+            )
             row = cursor.fetchone()
             found.append(Compared(table, rule, key, columns, int(row[0]) if row else 0))
     return found
@@ -95,13 +100,17 @@ def chunk_sums(connection: psycopg2.extensions.connection, table: Compared, chun
 def rows_in_chunks(
     connection: psycopg2.extensions.connection, table: Compared, chunks: int, wanted: Collection[int]
 ) -> dict[bytes, Row]:
-    """Return the rows of some chunks by key: digest and owner; equal rows of a table without a key are counted."""
+    """Return the rows of some chunks by key: digest and owner; equal rows of a table without a key are counted.
+
+    Raises:
+        ProtocolError: when there are more than `MAX_ROWS`.
+    """
     owner = quote_ident(as_bytes(table.rule.owner)) + b"::text" if table.rule.owner else b"''"
     with connection.cursor() as cursor:
         cursor.execute(
             b"SELECT %s, md5(string_agg(x.digest, '' ORDER BY x.digest)), min(x.owner) FROM "
             b"(SELECT %s AS chunk, %s AS key, %s AS digest, %s AS owner FROM ONLY %s) AS x "
-            b"WHERE x.chunk IN (%s) GROUP BY x.key ORDER BY x.key LIMIT %d"
+            b"WHERE x.chunk IN (%s) GROUP BY x.key LIMIT %d"
             % (
                 b"x.key",
                 _chunk(table, chunks),
@@ -110,9 +119,14 @@ def rows_in_chunks(
                 owner,
                 table.table.quoted,
                 b", ".join(b"%d" % number for number in wanted),
-                MAX_ROWS,
+                MAX_ROWS + 1,
             )
         )
+        if cursor.rowcount > MAX_ROWS:
+            raise ProtocolError(
+                f"more than {MAX_ROWS} rows are in the {len(wanted)} of {chunks} chunks that were asked for",
+                hint="ANALYZE the table on the master; then it is divided into more chunks",
+            )
         return {bytes(key): (bytes(digest), bytes(who or b"")) for key, digest, who in cursor.fetchall()}
 
 
