@@ -115,30 +115,45 @@ class Survey:
 
     def whole(self, origin: int, incarnation: int, lsn: int) -> int:
         """Return the LSN up to which nothing follows on a chain what ends at an LSN, as its origin has told."""
+        head, watermark = self._told(origin, incarnation)
+        return lsn if head is None or head > Position(lsn) else max(lsn, watermark)
+
+    def _told(self, origin: int, incarnation: int) -> tuple[Position | None, int]:
+        """Return the newest end of a life of a chain that its origin has told of, None when it has not, and the LSN up
+        to which nothing follows it.
+        """
         link = self._members.link(origin)
         heartbeat = link.heartbeat if link is not None else None
-        own, head = (heartbeat.own, heartbeat.chains.get(origin)) if heartbeat is not None else (None, None)
-        if own is None or head is None or own.incarnation != incarnation or head.head > Position(lsn):
-            return lsn
-        return max(lsn, own.watermark)
+        own, chain = (heartbeat.own, heartbeat.chains.get(origin)) if heartbeat is not None else (None, None)
+        if own is None or chain is None or own.incarnation != incarnation:
+            return None, 0
+        return chain.head, own.watermark
 
     def reachable(self, have: ChainPoint) -> Position:
         """Return how far this node can follow the master's chain, from where it is, by what it and others have."""
         return furthest(Position(have.complete_lsn), self._ranges(have.incarnation))
 
+    def _empty_since(self, have: ChainPoint) -> Position | None:
+        """Return after where the master's chain has nothing up to a place, as the master has told; None: not known."""
+        head, watermark = self._told(self._document().master, have.incarnation)
+        return head if head is not None and head.complete and watermark >= have.complete_lsn else None
+
     def fork(self, have: ChainPoint) -> Fork:
         """Return where a new epoch is to leave the master's chain, when this node has applied it up to `have`."""
-        document, seen = self._document(), self.others().values()
-        others = [
-            Position(one.applied.complete_lsn)
-            for one in seen
-            if one.answers
-            and one.applied is not None
-            and one.applied.incarnation == have.incarnation
-            and one.cid in document.databases
-        ]
-        ranges = self._ranges(have.incarnation)
-        return Fork(have.incarnation, fork_position(Position(have.complete_lsn), others, ranges).lsn)
+        document, seen = self._document(), self.others()
+        found = {
+            cid: Position(one.applied.complete_lsn)
+            for cid, one in seen.items()
+            if one.applied is not None and one.applied.incarnation == have.incarnation and cid in document.databases
+        }
+        fork = fork_position(
+            Position(have.complete_lsn),
+            [at for cid, at in found.items() if seen[cid].answers],
+            self._ranges(have.incarnation),
+            since=self._empty_since(have),
+            standing=[found.get(cid, ZERO) for cid in document.databases - {self._cid, document.master}],
+        )
+        return Fork(have.incarnation, fork.lsn)
 
     def _ranges(self, incarnation: int) -> list[tuple[Position, Position]]:
         own = self._chains.held().get(self._document().master)

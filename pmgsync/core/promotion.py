@@ -177,19 +177,32 @@ def furthest(begin: Position, ranges: Iterable[tuple[Position, Position]]) -> Po
     return begin
 
 
-def fork_position(have: Position, others: Iterable[Position], ranges: Iterable[tuple[Position, Position]]) -> Position:
+def fork_position(
+    have: Position,
+    others: Iterable[Position],
+    ranges: Iterable[tuple[Position, Position]],
+    *,
+    since: Position | None = None,
+    standing: Iterable[Position] = (),
+) -> Position:
     """Return where on the master's chain a new epoch is to begin, when this node has applied it up to `have`.
 
     A copy may lie beyond the newest frame, and a broker that was killed may have handed on frames that it did not keep.
     The others wait until they have applied the chain up to the fork, so it must not lie where no frame leads. What this
-    node has beyond it they fetch.
+    node has beyond it they fetch. Where a copy is all that this node has, the fork is no later than where any of the
+    others stands, reached or not: while nobody writes, no frame comes that would lead it on.
 
     Args:
         others: how far the other databases that are reached have applied the chain.
         ranges: as in `furthest`, this node's own journal included.
+        since: the chain has nothing between this and `have`; None: not known.
+        standing: how far every other database had applied it when it was last heard, `ZERO` when it never was.
     """
     ranges = list(ranges)
-    return min(have, max((furthest(one, ranges) for one in others), default=have))
+    fork = min(have, max((furthest(one, ranges) for one in others), default=have))
+    if since is None:
+        return fork
+    return min(fork, *(max(since, furthest(one, ranges)) for one in standing), have)
 
 
 class Step(Enum):

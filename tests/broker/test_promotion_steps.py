@@ -85,6 +85,19 @@ def test_where_a_copy_was_taken_nothing_need_have_been_published(
     assert (plan["way"], plan["fork"], plan["known_loss"]) == ("failover", "0/64", loss)
 
 
+def test_whoever_stands_where_a_copy_was_taken_is_not_left_behind_a_fork(nodes: LeadingNodes) -> None:
+    """The master's chain ends at 100 and nobody writes: no frame would lead node 3 from 120 to the new master's 140."""
+    nodes.dead |= {1, 3}
+    for cid, lsn in ((2, 140), (3, 120)):
+        chains = nodes.nodes[cid].chains
+        chains.journal[1] = chains.first[1] = lsn
+        chains.applied[1] = Applied(LIFE, Position(lsn), Position(lsn))
+    asked = nodes.promote(2, force=True)
+    nodes.until(lambda: asked.over)
+    assert asked.result is not None, asked.error
+    assert (asked.result["way"], asked.result["fork"], asked.result["known_loss"]) == ("forced", "0/78", None)
+
+
 def test_a_master_that_falls_silent_while_it_is_asked(nodes: LeadingNodes) -> None:
     nodes.nodes[1].agent_up = False  # so that it does not answer the handover at once
     asked, other = nodes.promote(2), nodes.promote(3, agreed=False)

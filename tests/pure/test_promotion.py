@@ -157,7 +157,28 @@ def test_a_copy_beyond_the_newest_frame_is_no_place_to_leave_the_chain() -> None
     assert fork_position(Position(12), [], []) == Position(12)
 
 
+def test_nobody_is_left_where_no_frame_leads_to_the_fork() -> None:
+    def fork(*standing: int, since: int = 5) -> int:
+        places = [Position(one) for one in standing]
+        return fork_position(Position(12), [Position(12)], [], since=Position(since), standing=places).lsn
+
+    assert fork(12) == 12
+    assert fork(12, 9) == 9, "the chain has nothing after 5"
+    assert fork(12, 2) == 5, "it gets to 5 by frames, or has to be copied anew"
+    assert fork(9, 0) == 5, "one was never heard, and may stand anywhere"
+    assert fork(9, since=12) == 12, "there are frames up to 12"
+
+
 lsns = st.integers(0, 20).map(Position)
+
+
+@given(lsns, lsns, st.lists(lsns, max_size=3), st.lists(st.tuples(lsns, lsns), max_size=5))
+def test_whoever_stands_where_nothing_follows_is_at_the_fork_or_beyond(
+    have: Position, since: Position, others: list[Position], ranges: list[tuple[Position, Position]]
+) -> None:
+    fork = fork_position(have, others, ranges, since=since, standing=others)
+    assert min(since, fork_position(have, others, ranges)) <= fork <= have
+    assert since >= have or all(furthest(one, ranges) >= fork for one in others if one >= since)
 
 
 @given(lsns, st.lists(lsns, max_size=3), st.lists(st.tuples(lsns, lsns), max_size=5))
