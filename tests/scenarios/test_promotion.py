@@ -12,6 +12,7 @@ from collections.abc import Callable
 import psycopg2
 import pytest
 
+from pmgsync.core.positions import parse_lsn
 from pmgsync.divergence_files import DivergenceFiles
 from tests.harness.cluster import Cluster, Node, eventually
 from tests.harness.command_line import refused
@@ -142,10 +143,18 @@ def test_a_node_becomes_master(new_cluster: Callable[..., Cluster]) -> None:
     in_sync(cluster, third)
 
 
+def knows_that_nothing_follows(node: Node, cid: int, origin: int) -> bool:
+    """True when a node, with number `cid`, has heard that a chain has nothing after what it has applied of it."""
+    watermark, applied = node.node_status(origin)["watermark"], node.node_status(cid)["positions"].get(str(origin))
+    return watermark is not None and applied is not None and parse_lsn(watermark) >= parse_lsn(applied)
+
+
 @pytest.mark.campaign
 def test_without_a_majority_only_by_force(new_cluster: Callable[..., Cluster]) -> None:
+    """Nobody writes: the second and the third stand where each had its copy, and no frame leads one to the other."""
     cluster = new_cluster(nodes=3, schema=STANDARD)
     first, second, third = cluster.nodes
+    eventually(lambda: knows_that_nothing_follows(third, 3, 1), what="the third has heard the master's watermark")
     kill(first, second)
     eventually(lambda: plan_of(third)["way"] == "refused", what="the silence of both is noticed")
     refused(
