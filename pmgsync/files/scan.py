@@ -98,6 +98,8 @@ class Scanner:
         self._reading: dict[bytes, LongHash] = {}
         self.left: set[bytes] = set()
         self.left_deep: set[bytes] = set()
+        # Of what is left: directories of which nothing was known, so that nothing known can be below them.
+        self._fresh: set[bytes] = set()
 
     def scan(self, *, settling: bool = True) -> list[Change]:
         """Look at the whole tree; return the entries that changed.
@@ -112,7 +114,7 @@ class Scanner:
         unread: list[bytes] = []
         self.found.unsettled.clear()
         self._stop_reading()
-        self.left, self.left_deep = set(), set()
+        self.left, self.left_deep, self._fresh = set(), set(), set()
         self._settling, self._until = settling, math.inf
         self._entered(b"")
         try:
@@ -184,7 +186,8 @@ class Scanner:
         known = self.found.manifest.get(name)
         # Only what was a directory has something below it: looking for that means looking at every name of the tree.
         was_directory = known.kind == "d" if known is not None else not self._selection.takes(name)
-        inner = self.found.manifest.below(name) if was_directory else []
+        inner = self.found.manifest.below(name) if was_directory and name not in self._fresh else []
+        self._fresh.discard(name)
         try:
             fd, last = neighbour.parent(name)
             status = os.stat(last, dir_fd=fd, follow_symlinks=False)
@@ -231,9 +234,12 @@ class Scanner:
                 except FileNotFoundError:
                     continue
                 seen.add(name)
+                is_fresh = taken and name not in self.found.manifest
                 if not self._visit(fd, last, name, status):
                     continue
                 if self._is_late():
+                    if is_fresh:
+                        self._fresh.add(name)
                     self.left.add(name)
                     self.left_deep.add(name)
                     unread.append(name)
