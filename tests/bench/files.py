@@ -196,6 +196,8 @@ class Bench:
             await_files(self.there / path.relative_to(self.here) for path in files_of(self.here))
         if self._rsync is not None:
             self._rsync(self.here)
+        # What rsync leaves unwritten would be written by the other's syncfs.
+        os.sync()
 
     def beside(self) -> None:
         """Rows while many new files are copied."""
@@ -266,6 +268,7 @@ class Bench:
             return self._rsync(self.here)
 
         def ours(turn: int) -> float:
+            os.sync()
             last = {self.there / path.relative_to(self.here): path.read_bytes() for path in edit(turn)}
             begun = time.monotonic()
             while last:
