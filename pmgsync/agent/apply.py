@@ -17,6 +17,7 @@ from pmgsync.agent.resync import Resync
 from pmgsync.agent.worker import REPORT_S, SessionOverError, Worker
 from pmgsync.config import NodeConfig
 from pmgsync.core.document import Epoch
+from pmgsync.core.forks import forks_before
 from pmgsync.core.frames import read_frames
 from pmgsync.core.positions import Position
 from pmgsync.core.profile import Policy
@@ -58,9 +59,13 @@ class ApplyWorker(Worker):
     def _history(self) -> Sequence[Epoch]:
         return self.document.history
 
-    def _holds(self, epoch: int) -> str:
-        """Return what has to be worked off here before changes that the master of an epoch made may be applied."""
-        pending = [one for one in self._divergence.pending() if one.epoch <= epoch]
+    def _holds(self) -> str:
+        """Return what has to be worked off here before changes that a later master made may be applied.
+
+        A stretch has the epoch of the document with which this node learned of it. It may have ceased to count in an
+        earlier one, so those of every epoch wait.
+        """
+        pending = [one for one in self._divergence.pending() if one.epoch <= self.document.epoch]
         return f"{len(pending)} stretches of chains that do not count any more are exported first" if pending else ""
 
     def _end_stretches(self, link: BrokerLink, known: tuple[int, Position] | None) -> None:
@@ -106,6 +111,7 @@ class ApplyWorker(Worker):
         document = self.document
         if self.origin != document.master:
             return
+        forks = forks_before(document.history)
         for before, entry in pairwise(document.history):
             fork = entry.fork
             if fork is None or before.master == self.cid or before.master in document.cids | self.departed:
@@ -114,7 +120,7 @@ class ApplyWorker(Worker):
             if incarnation == fork.incarnation and lsn < fork.lsn:
                 reason = f"node {before.master}, the master before, is gone, and not all that it wrote came here"
                 tables = mirrored_tables(self.config.dsn, self._profile)
-                fetch_from_master(self.config.dsn, document.master, tables, reason=reason)
+                fetch_from_master(self.config.dsn, document.master, tables, forks=forks, reason=reason)
                 pass_chain(self.config.dsn, before.master, fork.lsn)
 
     def _fetch_mirrors(self) -> None:
@@ -132,7 +138,8 @@ class ApplyWorker(Worker):
             return
         reason = f"not all that node {self.origin}, a master before, wrote came here"
         tables = mirrored_tables(self.config.dsn, self._profile)
-        fetch_from_master(self.config.dsn, document.master, tables, reason=reason)
+        others = {cid: fork for cid, fork in forks_before(document.history).items() if cid != self.origin}
+        fetch_from_master(self.config.dsn, document.master, tables, forks=others, reason=reason)
 
     def _mirrors(self, schema: bytes, name: bytes) -> bool:
         rule = self._profile.rule_for(*(part.decode(errors="surrogateescape") for part in (schema, name)))

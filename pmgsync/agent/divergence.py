@@ -16,6 +16,7 @@ from dataclasses import replace
 from pmgsync.agent.export import Export, Held, held_of
 from pmgsync.agent.worker import REPORT_S, Worker
 from pmgsync.config import NodeConfig
+from pmgsync.core.forks import forks_before
 from pmgsync.core.positions import format_lsn
 from pmgsync.core.stretches import Stretch
 from pmgsync.divergence_files import DivergenceFiles
@@ -146,7 +147,8 @@ class DivergenceWorker(Worker):
             return
         # What comes of the master's own chain is left out until the copy is there, which has all that was before.
         before = stretch.origin if stretch.origin not in {self.cid, self.document.master} else 0
-        fetch_from_master(self.config.dsn, self.document.master, tables, before=before, fork=stretch.after)
+        master, forks = self.document.master, forks_before(self.document.history)
+        fetch_from_master(self.config.dsn, master, tables, before=before, after=stretch.after, forks=forks)
 
 
 def _label(stretch: Stretch) -> str:

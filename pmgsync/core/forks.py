@@ -101,6 +101,12 @@ def last_of_reign(history: Sequence[Epoch], origin: int) -> Fork | None:
     return fork_after(history, numbers[-1]) if numbers else None
 
 
+def forks_before(history: Sequence[Epoch]) -> dict[int, Fork]:
+    """Return where the chain of each master before the one of now was left: all that counts of it, the latter has."""
+    found = {origin: last_of_reign(history, origin) for origin in {entry.master for entry in history}}
+    return {origin: fork for origin, fork in found.items() if fork is not None and fork != NOTHING}
+
+
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """A stretch of one chain whose changes to master-owned tables do not count (any more), though a node has them.

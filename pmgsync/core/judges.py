@@ -16,9 +16,9 @@ from pmgsync.core.owners import Writers
 from pmgsync.core.positions import format_lsn
 from pmgsync.errors import AwaitedError, UnknownEpochError
 
-Awaits = Callable[[int, Fork, int], str]
-"""Takes the master before, the fork on its chain, and the epoch that begins there; returns what is still to be waited
-for before changes of that epoch may be applied, "" when nothing is."""
+Awaits = Callable[[int, Fork], str]
+"""Takes the master before and the fork on its chain; returns what is still to be waited for before changes of the epoch
+that begins there may be applied, "" when nothing is."""
 
 
 class Judge:
@@ -62,7 +62,7 @@ class Judge:
         assert verdict.number is not None
         if verdict.number not in self._begun:
             entry, before = self._history[verdict.number], self._history[verdict.number - 1]
-            reason = self._awaits(before.master, entry.fork or NOTHING, entry.epoch)
+            reason = self._awaits(before.master, entry.fork or NOTHING)
             if reason:
                 raise AwaitedError(f"what node {self._origin} wrote as master of epoch {entry.epoch} waits: {reason}")
             self._begun.add(verdict.number)

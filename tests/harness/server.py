@@ -43,7 +43,7 @@ class Pair:
         self.master, self.members = ORIGIN, {ORIGIN, 2, 3}
         self.history: tuple[Epoch, ...] = ()
         self.elsewhere = 0
-        self.held: dict[int, str] = {}
+        self.held = ""
         self.epoch = 1
         self.names = (f"source{number}", f"target{number}")
         self.slot = f"slot{number}"
@@ -122,7 +122,7 @@ class Pair:
         applier = Applier(
             self.server.dsn(self.names[1]), self.profile, origin=self.origin, own_cid=99,
             history=lambda: self.history or (Epoch(1, self.master),), members=lambda: self.members,
-            elsewhere=lambda: self.elsewhere, holds=lambda epoch: self.held.get(epoch, ""),
+            elsewhere=lambda: self.elsewhere, holds=lambda: self.held,
         )  # fmt: skip
         try:
             applier.connect()

@@ -75,6 +75,22 @@ def test_a_killed_master_returns_as_a_slave(failover: Callable[..., Failover], n
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_a_killed_master_returns_after_two_more_promotions(failover: Callable[..., Failover], seed: int) -> None:
+    scene = failover(nodes=3, seed=seed).load()
+    old, *others = scene.nodes
+    first, second = scene.random.sample(others, 2)
+    scene.kill_machine(old)
+    for heir in (first, second):
+        scene.promote(heir)
+        scene.await_open(heir)
+        scene.pause(0.5, 1.5)
+    # What it alone had stands in the way of what the master in between has written.
+    scene.start_machine(old)
+    account = scene.settle()
+    assert account.lost == ()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_master_that_was_paused_wakes_as_a_slave(failover: Callable[..., Failover], seed: int) -> None:
     scene = failover(nodes=3, seed=seed).load()
     old, heir = scene.nodes[0], scene.random.choice(scene.nodes[1:])

@@ -63,7 +63,7 @@ class Applier:
         members: returns all members' CIDs.
         followed: returns the CIDs of those whose chains are applied here.
         elsewhere: returns the newest epoch of the other side while the origin is there in a split, else 0.
-        holds: takes an epoch; returns why changes that its master made may not be applied yet, "" when they may.
+        holds: returns why changes that a later master made may not be applied yet, "" when they may.
         stale: what is known of stale tables, when it is to outlive this object.
         files: looks for the files that rows name, and waits for them; None: no row waits.
         waits: True: a commit waits for the disk; False: it is visible before, and `flush` makes it durable.
@@ -86,7 +86,7 @@ class Applier:
         members: Callable[[], Collection[int]],
         followed: Callable[[], Collection[int]] | None = None,
         elsewhere: Callable[[], int] = lambda: 0,
-        holds: Callable[[int], str] = lambda epoch: "",
+        holds: Callable[[], str] = lambda: "",
         stale: StaleTables | None = None,
         waits: bool = True,
         files: Files | None = None,
@@ -286,7 +286,7 @@ class Applier:
             self._judge, self._judged = Judge(self.origin, *known, self._awaits), known
         return self._judge
 
-    def _awaits(self, before: int, fork: Fork, epoch: int) -> str:
+    def _awaits(self, before: int, fork: Fork) -> str:
         """Return what has to be applied here before what a master wrote whose time began at a fork."""
         if fork.lsn and before != self._own_cid and before in self._followed():
             with self._session.cursor() as cursor:
@@ -295,7 +295,7 @@ class Applier:
             # Of another life it was copied whole, after that fork.
             if not found or (found[0][0] == b"%d" % fork.incarnation and _lsn(found[0][1]) < fork.lsn):
                 return f"the chain of node {before}, the master before, is not applied up to {fork} here yet"
-        reason = self._holds(epoch)
+        reason = self._holds()
         self._begins = not reason
         return reason
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 
 import psycopg2
 import psycopg2.extensions
 
+from pmgsync.core.document import Fork
 from pmgsync.core.membership import Member
 from pmgsync.core.positions import format_lsn, parse_lsn
 from pmgsync.core.profile import Policy, Profile
@@ -88,14 +90,23 @@ def incomplete_tables(dsn: str, origin: int) -> list[str]:
 
 
 def fetch_from_master(
-    dsn: str, master: int, tables: Collection[TableName], *, before: int = 0, fork: int = 0, reason: str = REASON
+    dsn: str,
+    master: int,
+    tables: Collection[TableName],
+    *,
+    before: int = 0,
+    after: int = 0,
+    forks: Mapping[int, Fork] = MappingProxyType({}),
+    reason: str = REASON,
 ) -> None:
     """Have tables fetched anew from the master, whose changes of them are left out until then.
 
     Args:
         tables: schema and name.
-        before: CID of the master before, when this node follows its chain; 0: it does not.
-        fork: LSN on that chain up to which the master's copy has everything, so that it is not applied once more.
+        before: CID of a master before whose chain had more here than counts, and was left out in part; 0: none.
+        after: LSN on that chain up to which it counts.
+        forks: masters before, and where on their chains the master's copy has everything. What is still to come of
+            them up to there must not meet rows that are to be replaced.
 
     Raises:
         UnreachableError: when the server does not answer.
@@ -115,10 +126,23 @@ def fetch_from_master(
             cursor.execute(
                 b"UPDATE pmgsync.stale_table SET kind = 'none', until = '%s' WHERE origin = %d "
                 b"AND (schema, name) IN (SELECT t.schema::name, t.name::name FROM (VALUES %s) AS t (schema, name))"
-                % (format_lsn(fork).encode(), before, listed)
+                % (format_lsn(after).encode(), before, listed)
             )
+        for origin, fork in forks.items():
+            cursor.execute(
+                b"INSERT INTO pmgsync.stale_table AS s (origin, schema, name, kind, reason, lsn, until) "
+                b"SELECT p.origin, t.schema::name, t.name::name, 'none', %s, '0/0', '%s' "
+                b"FROM pmgsync.position AS p, (VALUES %s) AS t (schema, name) "
+                b"WHERE p.origin = %d AND p.incarnation = %d AND p.lsn < '%s' "
+                b"ON CONFLICT (origin, schema, name) DO UPDATE "
+                b"SET kind = 'none', until = greatest(s.until, EXCLUDED.until)"
+                % (
+                    quote_literal(reason.encode()), format_lsn(fork.lsn).encode(), listed,
+                    origin, fork.incarnation, format_lsn(fork.lsn).encode(),
+                )
+            )  # fmt: skip
         cursor.execute(b"COMMIT")
-        _look_again(cursor, master, before)
+        _look_again(cursor, master, before, *forks)
     log.warning("action=fetch-from-master master=%d tables=%d reason=%s", master, len(tables), reason)
 
 
