@@ -28,9 +28,12 @@ SETTLED = 20
 GROWTH_KIB = 64.0
 """Most that a process may grow a round after that, by a fit to the medians of five rounds each.
 
-What is measured from outside has in it what glibc keeps free between blocks in use, and that is what grows: by 34 KiB a
-round in the worker that sends the snapshots, by 20 to 34 in the master's broker. What is in use there, as `mallinfo2`
-and Python count it, stayed the same to 0.1 % of it a round. Sessions, sockets and files that stay are counted apart.
+What is measured from outside has in it what glibc keeps free between blocks in use, and that is what grows: by 15 to 35
+KiB a round in the worker that sends the snapshots and in the master's broker. What is in use stays: in 36 rounds
+Python's allocated blocks went from 149 900 to 150 784 in that broker, most of them for sessions of clients, which are
+forgotten after two minutes, and from 115 100 to 116 333 in that worker, where a node that was removed keeps its place
+in the vector. Of malloc's bytes 9.3 and 5.2 MiB were in use before and after. Sessions, sockets and files that stay are
+counted apart.
 """
 
 _COUNTS = """
@@ -206,7 +209,7 @@ def test_nothing_stays_of_nodes_that_came_and_went(churn: tuple[Cluster, Node], 
     cluster.wait()
     cluster.assert_equal(TABLES)
     found = {
-        f"{name}, {what}": growth([one[name][what] for one in series[SETTLED:]])
+        f"{name}, {what}": growth([one[name][what] for one in series[SETTLED:] if what in one[name]])
         for name, last in series[-1].items()
         for what in last
         if what.endswith("KiB") and len(series) > 2 * SETTLED
