@@ -25,9 +25,10 @@ campaign: $(STAMP)
 soak: $(STAMP)
 	PMGSYNC_ROUNDS=$(ROUNDS) PMGSYNC_SEED=$(SEED) $(BIN)/pytest -s -m soak -o addopts= tests
 
-# Beside PostgreSQL's own logical replication; `make bench BENCH="--scale 0.1"` is a first answer.
+# Beside PostgreSQL's own logical replication, then beside rsync; `make bench BENCH="--scale 0.1"` is a first answer, of rows.
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench $(BENCH)
+	$(if $(BENCH),,$(BIN)/python -m tests.bench.files)
 
 check: $(STAMP)
 	$(BIN)/ruff check
