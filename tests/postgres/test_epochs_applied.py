@@ -16,6 +16,7 @@ from pmgsync.core.frames import Frame
 from pmgsync.core.positions import LAST, Position, format_lsn
 from pmgsync.core.profile import MergeRule, Policy
 from pmgsync.errors import AwaitedError, UnknownEpochError
+from pmgsync.postgres.setup.returning import fetch_from_master
 from pmgsync.postgres.setup.sequence_values import publish_sequences
 from tests.harness.server import INCARNATION, Pair, make_profile, rule
 from tests.harness.session import examples
@@ -171,6 +172,21 @@ def test_a_new_master_waits_for_what_it_had_of_the_one_before(pair: Pair) -> Non
     write(pair, 3)
     pair.apply()
     assert ids(pair, "id FROM m") == [3001], "a chain that was begun anew was copied after the fork"
+
+
+def test_what_a_master_in_between_wrote_does_not_meet_rows_that_are_to_be_fetched(pair: Pair) -> None:
+    """A master that was away for two epochs has rows of its own, that do not count, where the next one wrote others."""
+    write(pair, 1)
+    pair.apply()
+    pair.run("INSERT INTO m VALUES (2001, 0)", on=pair.target)
+    write(pair, 2)
+    before = pair.frames()
+    write(pair, 3)
+    dsn, tables = pair.server.dsn(pair.names[1]), [(b"public", b"m")]
+    fetch_from_master(dsn, 2, tables, forks={1: fork(end(before))})
+    pair.apply([*before, *pair.frames()])
+    assert ids(pair, "id FROM m") == [1001, 2001, 3001] and ids(pair, "v FROM m WHERE id = 2001") == [0]
+    assert ids(pair, "rid FROM o") == [1001, 2001, 3001], "other tables go on"
 
 
 @pytest.mark.parametrize("counts", [True, False])
