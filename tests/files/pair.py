@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pmgsync.core.filenames import Selection
@@ -62,6 +63,13 @@ class Pair:
         self.cache.close()
         self.cache = Cache(self.tmp_path / "state/files.db")
         self.intake = self._open()
+
+    def fill(self, count: int) -> None:
+        """Have the owner hold so many small files, each newer than the one before."""
+        (self.here / "spam").mkdir(parents=True)
+        for number in range(count):
+            (self.here / f"spam/{number}").write_text(f"mail {number}")
+            os.utime(self.here / f"spam/{number}", (1000 + number, 1000 + number))
 
     def compare(self) -> None:
         """Hear from the owner what it holds."""

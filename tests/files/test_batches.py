@@ -26,10 +26,7 @@ def pair(new_pair: Callable[[Tree], Pair], monkeypatch: pytest.MonkeyPatch) -> P
     """A spool of 100 files, of which nothing was fetched."""
     monkeypatch.setattr(batches_module, "BATCH_NAMES", NAMES)
     pair = new_pair(SPOOL)
-    (pair.here / "spam").mkdir(parents=True)
-    for number in range(100):
-        (pair.here / f"spam/{number}").write_text(f"mail {number}")
-        os.utime(pair.here / f"spam/{number}", (1000 + number, 1000 + number))
+    pair.fill(100)
     pair.compare()
     return pair
 

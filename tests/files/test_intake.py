@@ -113,10 +113,7 @@ def test_what_is_new_does_not_wait_for_all_that_was_there(
 ) -> None:
     monkeypatch.setattr(batches_module, "BATCH_NAMES", 10)
     pair = new_pair(SPOOL)
-    (pair.here / "spam").mkdir(parents=True)
-    for number in range(100):
-        (pair.here / f"spam/{number}").write_text(f"mail {number}")
-        os.utime(pair.here / f"spam/{number}", (1000 + number, 1000 + number))
+    pair.fill(100)
     pair.compare()
     batch = pair.intake.batch()
     assert batch is not None
