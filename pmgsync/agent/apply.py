@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 CREDIT_BYTES = 8 << 20
 """Bytes of frames that may wait here to be applied."""
 CREDIT_STEP = CREDIT_BYTES // 8
+"""Credit is given back when it comes to so much: a lone transaction needs no message for it."""
 SHORT_BYTES = 1 << 20
 """A stretch that does not count any more of at most so many bytes of WAL is looked at here."""
-"""Credit is given back when it comes to so much: a lone transaction needs no message for it."""
 ALERT_COUNT = 20
 
 
