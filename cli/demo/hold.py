@@ -30,7 +30,7 @@ ADDRESS = "127.0.0.1"
 PORTS_OF_A_NODE = 4
 """Events, control, join and key."""
 KEEP = b"keep\n"
-PORTS = range(17_000, 32_000)
+PORTS = range(30_000, 32_768)
 """Below the range that outgoing connections take theirs from."""
 
 

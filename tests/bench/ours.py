@@ -25,7 +25,7 @@ from tests.bench.servers import Servers, ask, await_mark
 SERVICES = {"broker": "broker.main", "agent": "pmgsync.agent.supervisor"}
 ADDRESS = "127.0.0.1"
 STOP_S, COMMAND_S, CAPTURED_S = 20.0, 600.0, 300.0
-PORTS = range(17_000, 32_000)
+PORTS = range(30_000, 32_768)
 """Below the range that outgoing connections take theirs from."""
 _BACKENDS = """
 SELECT pid, CASE WHEN backend_type = 'walsender' THEN 'walsender' ELSE 'backend of ' || application_name END

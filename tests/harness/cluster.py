@@ -29,7 +29,8 @@ from pmgsync.wire.link import BrokerLink
 from tests.harness.schema import STANDARD
 from tests.harness.template import CopiedServer, Template
 
-# Below the ports that the kernel gives to outgoing connections, which would take one between its choice and its use.
+# Below the ports that the kernel gives to outgoing connections, which would take one between its choice and its use,
+# and below those that a demo or a benchmark takes, which run beside tests.
 FIRST_PORT, BLOCK, BLOCKS = 12_000, 300, 60
 WAIT_S = 150
 

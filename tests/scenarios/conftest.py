@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.demo.hold import free_ports
+from tests.harness.cluster import free_ports
 from tests.harness.command_line import Node
 
 

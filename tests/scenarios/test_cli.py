@@ -14,9 +14,9 @@ from broker.cluster.door_client import DoorClient
 from broker.cluster.state_directory import StateDirectory
 from broker.net import sockets
 from broker.net.keys import NodeKeys
-from cli.demo.hold import free_ports
 from pmgsync.core.membership import Member, first_document, sign, with_member, without_member
 from pmgsync.errors import MembershipError, UnreachableError
+from tests.harness.cluster import free_ports
 from tests.harness.command_line import Node, pmgcm, refused
 
 FINGERPRINT = ":".join(["AB"] * 32)

@@ -146,8 +146,12 @@ def test_an_interrupted_create_leaves_nothing(node: Node, server: EmbeddedPostgr
         )
         assert process.stderr is not None
         # The slot waits for the open transaction, and says so.
-        waited = next(line for line in process.stderr if str(open_transaction.info.backend_pid) in line)
-        assert "waiting" in waited
+        told = []
+        for line in process.stderr:
+            told.append(line)
+            if str(open_transaction.info.backend_pid) in line:
+                break
+        assert "waiting for the transaction" in "".join(told[-1:]), (process.poll(), told)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 128 + signal.SIGINT
