@@ -2,9 +2,10 @@
 
 It takes the same plans as the row executor, and passes on to that what cannot be done in sets: groups of fewer than 40
 changes, tables without a unique index on their key, array and composite types (unnest would take them apart), changes
-of a key, merges. The changes of one table are executed together: COPY for inserts, and one `DELETE` or `UPDATE … FROM
+of a key. The changes of one table are executed together: COPY for inserts, and one `DELETE` or `UPDATE … FROM
 unnest($1::t[], …)` for up to 5000 rows. Several changes of one row become one where no constraint but the key could see
-the values between: 5000 transfers on ten branches are ten updates.
+the values between: 5000 transfers on ten branches are ten updates. Merges are not folded, for each may owe a repair:
+they are done in sets of different keys, one statement a set.
 
 That is sound because no foreign key fires in replica role, so tables are independent of each other; tables whose
 triggers or rules fire all the same keep their place in the order. Each set must hit exactly the rows that it names.
@@ -19,13 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.core.changes import flat_values, key_reader, read_row, read_update
 from pmgsync.core.folding import Phase
+from pmgsync.core.levels import Levels
 from pmgsync.core.pgoutput import UNCHANGED, Row, Value
+from pmgsync.postgres.apply.merge_sql import merge_set
 from pmgsync.postgres.apply.plan import Item, PlanItem, RowsItem, UpdateItem, changes_in
 from pmgsync.postgres.apply.rows import SCRIPT_BYTES, RowExecutor, copy_rows
 from pmgsync.postgres.apply.target import Target
@@ -43,20 +46,26 @@ RESTING_BATCHES = 100
 """A table on which bulk execution failed is done row by row for so many batches."""
 
 
+_Merges = Levels[Literal["I", "U", "D"], Row]
+
+
 class _Work:
-    """What is to be done on one table, in order: phases, and runs of items for the row executor."""
+    """What is to be done on one table, in order: phases or merges, and runs of items for the row executor."""
 
     __slots__ = ("key", "key_of", "resting", "steps", "target")
 
     def __init__(self, target: Target, *, resting: bool) -> None:
         self.target = target
         self.resting = resting
-        self.key: Callable[[Row], Any] | None = itemgetter(*target.key) if target.as_sets else None
+        sets = target.as_sets or target.merges_sets
+        self.key: Callable[[Row], Any] | None = itemgetter(*target.key) if sets else None
         self.key_of = key_reader(target.key) if target.as_sets else None
-        self.steps: list[Phase | list[Item]] = []
+        self.steps: list[Phase | _Merges | list[Item]] = []
 
     def add(self, item: Item) -> None:
         """Add a change."""
+        if self.target.merges_sets and not self.resting and self._merge(item):
+            return
         if not self.resting and self._fits(item):
             last = self.steps[-1] if self.steps else None
             if type(last) is Phase and _take(last, item):
@@ -81,6 +90,18 @@ class _Work:
                 self.steps.append(phase)
                 return
         self.add(Item(item.target, "U", None, read_update(item.message).new))
+
+    def _merge(self, item: Item) -> bool:
+        """Add a row that is merged; False when it is none, or not whole."""
+        if item.new is None or UNCHANGED in item.new:
+            return False
+        assert self.key is not None
+        last = self.steps[-1] if self.steps else None
+        if type(last) is not Levels:
+            last = Levels()
+            self.steps.append(last)
+        last.add(self.key(item.new), item.kind, item.new)
+        return True
 
     def _phase(self) -> Phase:
         return Phase(self.key, self.key_of, folds=self.target.folds)
@@ -182,6 +203,8 @@ class BulkExecutor:
             for step in work.steps:
                 if isinstance(step, list):
                     self._rows.batch(cursor, step, script)
+                elif isinstance(step, Levels):
+                    self._merge(cursor, work.target, step, script)
                 else:
                     self._execute(cursor, work.target, step, script)
         works.clear()
@@ -214,6 +237,18 @@ class BulkExecutor:
         if inserted or phase.messages:
             self._rows.send(cursor, script)
             copy_rows(cursor, target, inserted, phase.messages)
+
+    def _merge(self, cursor: Cursor, target: Target, levels: _Merges, script: list[bytes]) -> None:
+        for kind, rows in levels:
+            if len(rows) < LEAST_ROWS:
+                self._rows.batch(cursor, [Item(target, kind, None, row) for row in rows], script)
+                continue
+            self._rows.lock(target, script)
+            # As in a single statement for one row.
+            returns = kind == "U" and target.rule.deletes
+            for some in _slices(rows):
+                columns = [[row[place] for row in some] for place in target.columns]
+                self._call(cursor, target, (b"merge", returns), columns, script)
 
     # -- statements
 
@@ -257,12 +292,17 @@ class BulkExecutor:
         self, cursor: Cursor, target: Target, shape: tuple[Any, ...], columns: Sequence[Sequence[Value]],
         script: list[bytes],
     ) -> None:  # fmt: skip
-        name = self._rows.prepared.name(cursor, target, shape, lambda: set_statement(target, *shape))
+        name = self._rows.prepared.name(cursor, target, shape, lambda: self._statement(target, *shape))
         literals = b",".join([array_literal(target, values) for values in columns])
         script.append(b"EXECUTE %s(%s)" % (name, literals))
         if sum(map(len, script)) > SCRIPT_BYTES:
             self._rows.send(cursor, script)
             self._rows.prepared.trim(cursor)
+
+    def _statement(self, target: Target, what: bytes, detail: Any = ()) -> tuple[bytes, list[bytes]]:
+        if what == b"merge":
+            return merge_set(target, origin=self._rows.origin, returns=detail)
+        return set_statement(target, what, detail)
 
 
 def set_statement(target: Target, what: bytes, written: tuple[int, ...] = ()) -> tuple[bytes, list[bytes]]:

@@ -1,4 +1,4 @@
-"""The SQL that merges rows into a table, whether they come one by one from a chain or all together from a snapshot.
+"""The SQL that merges rows into a table, whether they come one by one or many from a chain, or all from a snapshot.
 
 `same_key` says when two rows have one key, `merged` what they become. Both are here and nowhere else, so that a row
 becomes the same in whatever way it came. Pure; nothing is executed here.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pmgsync.core.merging import Sides, merge_expressions
 from pmgsync.postgres.apply.statements import NEW, Builder, Statement, names, output
 from pmgsync.postgres.apply.target import LocalColumn, Target
-from pmgsync.postgres.session import quote_literal
+from pmgsync.postgres.session import quote_ident, quote_literal
 
 _CHARACTER_OID = 1042
 
@@ -142,7 +142,8 @@ def merge_row(
     conflicting = may_insert and bool(target.arbiter) and all(target.columns[p].not_null for p in target.arbiter)
     found = merged(target, given, b"mine.", b"excluded." if conflicting else b"theirs.")
     assignments = _assignments(target, found)
-    lost = _lost(builder, found)
+    came_as = {place: builder.parameter(NEW, place) for place in (*target.key, *_ruled(target, found))}
+    lost = _lost(target, found, b"mine.", came_as) + b" AS lost"
     if conflicting:
         insert = b"INSERT INTO %s AS mine (%s) OVERRIDING SYSTEM VALUE VALUES (%s) ON CONFLICT (%s) DO %s" % (
             target.name,
@@ -155,7 +156,8 @@ def merge_row(
             return builder.build(insert)
         came = b"mine.xmax = 0" if returns else b"false"
         hit = b"hit AS (%s RETURNING %s, %s AS came)" % (insert, lost, came)
-        return builder.build(_noted(builder, found, origin, b"hit WHERE hit.came OR true = ANY (hit.lost)"), hit)
+        owed = b"hit WHERE hit.came OR true = ANY (hit.lost)"
+        return builder.build(_noted(target, found, origin, came_as, owed), hit)
     same = same_key(target, b"mine.", b"theirs.")
     incoming = b", ".join(b"%s AS %s" % (value, c.name) for value, c in zip(parameters, columns, strict=True))
     change = (
@@ -166,56 +168,115 @@ def merge_row(
     )
     tables = b"theirs AS (SELECT %s), hit AS (%s)" % (incoming, change)
     if not may_insert:
-        return builder.build(_noted(builder, found, origin, b"hit WHERE true = ANY (hit.lost)"), tables)
+        return builder.build(_noted(target, found, origin, came_as, b"hit WHERE true = ANY (hit.lost)"), tables)
     came = b"'{}'::boolean[] AS lost, %s AS came" % (b"true" if returns else b"false")
     tables += (
         b", made AS (INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE SELECT * FROM theirs "
         b"WHERE NOT EXISTS (SELECT FROM hit) RETURNING %s)" % (target.name, names(columns), came)
     )
     both = b"(SELECT lost, false AS came FROM hit UNION ALL SELECT lost, came FROM made) AS hit"
-    return builder.build(
-        _noted(builder, found, origin, both + b" WHERE hit.came OR true = ANY (hit.lost)"), tables
+    owed = both + b" WHERE hit.came OR true = ANY (hit.lost)"
+    return builder.build(_noted(target, found, origin, came_as, owed), tables)
+
+
+def merge_set(target: Target, *, origin: int, returns: bool) -> tuple[bytes, list[bytes]]:
+    """Return the statement that merges many whole rows, each as `merge_row` does, and its parameters' types: an array
+    for each column.
+
+    No two rows may have one key. It fails when they have, where there is a unique index.
+
+    Args:
+        origin, returns: as in `merge_row`.
+    """
+    columns = list(target.columns.values())
+    lost, came = (_free_name(target, word) for word in (b"lost", b"came"))
+    arrays = b", ".join(b"$%d" % (number + 1) for number in range(len(columns)))
+    rows = b"SELECT * FROM unnest(%s) AS given (%s)" % (arrays, names(columns))
+    insert = b"INSERT INTO %s AS mine (%s) OVERRIDING SYSTEM VALUE SELECT * FROM theirs" % (
+        target.name, names(columns),
     )  # fmt: skip
+    found = merged(target, list(target.columns), b"mine.", b"excluded." if target.arbiter else b"theirs.")
+    assignments = _assignments(target, found)
+    theirs = {place: b"theirs." + column.name for place, column in target.columns.items()}
+    losing = _lost(target, found, b"mine.", theirs)
+    same = same_key(target, b"mine.", b"theirs.")
+    if target.arbiter:
+        insert += b" ON CONFLICT (%s) DO " % names(target.columns[place] for place in target.arbiter)
+        insert += b"UPDATE SET " + assignments if assignments else b"NOTHING"
+        tables = b"theirs AS (%s)" % rows
+        seen = b", ".join(b"mine." + target.columns[place].name for place in (*target.key, *found))
+        back = b"mine.xmax = 0" if returns else b"false"
+        tables += b", mine AS (%s RETURNING %s, %s AS %s)" % (insert, seen, back, came)
+        hit = b"SELECT theirs.*, %s AS %s, mine.%s FROM mine JOIN theirs ON %s" % (losing, lost, came, same)
+    else:
+        tables = b"theirs AS (%s), known AS (%s)" % (
+            rows,
+            b"UPDATE %s%s AS mine SET %s FROM theirs WHERE %s RETURNING theirs.*, %s AS %s"
+            % (target.only, target.name, assignments, same, losing, lost)
+            if assignments
+            else b"SELECT theirs.*, '{}'::boolean[] AS %s FROM %s%s AS mine JOIN theirs ON %s"
+            % (lost, target.only, target.name, same),
+        )
+        insert += b" WHERE NOT EXISTS (SELECT FROM known AS mine WHERE %s) RETURNING %s" % (same, names(columns))
+        tables += b", made AS (%s)" % insert
+        hit = b"SELECT *, false AS %s FROM known UNION ALL SELECT *, '{}'::boolean[], %s FROM made" % (
+            came, b"true" if returns else b"false",
+        )  # fmt: skip
+    types = [column.type_name + b"[]" for column in columns]
+    if target.arbiter and not assignments:
+        return b"WITH theirs AS (%s) %s" % (rows, insert), types
+    came_as = {place: b"hit." + column.name for place, column in target.columns.items()}
+    owed = b"(%s) AS hit WHERE hit.%s OR true = ANY (hit.%s)" % (hit, came, lost)
+    return b"WITH %s %s" % (tables, _noted(target, found, origin, came_as, owed, b"hit." + lost)), types
+
+
+def _free_name(target: Target, word: bytes) -> bytes:
+    """Return a name that no column has."""
+    while quote_ident(word) in {column.name for column in target.columns.values()}:
+        word += b"_"
+    return word
 
 
 def _assignments(target: Target, found: Places) -> bytes:
     return b", ".join(b"%s = %s" % (target.columns[place].name, value) for place, value in found.items())
 
 
-def _lost(builder: Builder, found: Places) -> bytes:
+def _lost(target: Target, found: Places, mine: bytes, came_as: Places) -> bytes:
     """Return which of the columns that have a rule are another than they came."""
-    target, tests = builder.target, []
+    tests = []
     for place in _ruled(target, found):
-        column, given = target.columns[place], builder.parameter(NEW, place)
+        here, given = mine + target.columns[place].name, came_as[place]
         if target.rule.rules[name_of(target, place)].kind in {"greatest", "least"}:
-            tests.append(b"mine.%s IS DISTINCT FROM %s" % (column.name, given))
+            tests.append(b"%s IS DISTINCT FROM %s" % (here, given))
         else:
-            texts = output(b"mine." + column.name), output(given)
-            tests.append(b'(%s) COLLATE pg_catalog."C" IS DISTINCT FROM %s' % texts)
-    return b"ARRAY[%s]::boolean[] AS lost" % b", ".join(tests)
+            tests.append(b'(%s) COLLATE pg_catalog."C" IS DISTINCT FROM %s' % (output(here), output(given)))
+    return b"ARRAY[%s]::boolean[]" % b", ".join(tests)
 
 
 def _ruled(target: Target, found: Places) -> list[int]:
     return [place for place in found if name_of(target, place) in target.rule.rules]
 
 
-def _noted(builder: Builder, found: Places, origin: int, rows: bytes) -> bytes:
+def _noted(
+    target: Target, found: Places, origin: int, came_as: Places, rows: bytes, lost: bytes = b"hit.lost"
+) -> bytes:
     """Return the query that calls pmgsync.merged for rows of `hit`."""
-    target, rules = builder.target, builder.target.rule.rules
+    rules = target.rule.rules
     ruled = _ruled(target, found)
 
     def texts(values: Iterable[bytes]) -> bytes:
         return b"ARRAY[%s]::text[]" % b", ".join(values)
 
-    return b"SELECT pmgsync.merged(%d, %d, %s, %s, %s::name[], %s, %s, %s, hit.lost, %s) FROM %s" % (
+    return b"SELECT pmgsync.merged(%d, %d, %s, %s, %s::name[], %s, %s, %s, %s, %s) FROM %s" % (
         target.number,
         origin,
         quote_literal(target.relation.namespace),
         quote_literal(target.relation.name),
         texts(quote_literal(target.relation.columns[place].name) for place in target.key),
-        texts(output(builder.parameter(NEW, place)) for place in target.key),
+        texts(output(came_as[place]) for place in target.key),
         texts(quote_literal(target.relation.columns[place].name) for place in ruled),
         texts(quote_literal(rules[name_of(target, place)].kind.encode()) for place in ruled),
-        texts(output(builder.parameter(NEW, place)) for place in ruled),
+        lost,
+        texts(output(came_as[place]) for place in ruled),
         rows,
     )

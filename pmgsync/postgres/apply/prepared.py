@@ -13,7 +13,11 @@ MAX_PREPARED = 1000
 
 
 class PreparedStatements:
-    """Names statements and drops them; what is known of them stands in their targets."""
+    """Names statements and drops them; what is known of them stands in their targets.
+
+    Attributes:
+        tables: the names of the tables that statements were prepared for, by the target's number.
+    """
 
     def __init__(self, always: bytes = b"") -> None:
         """Begin with none.
@@ -24,6 +28,7 @@ class PreparedStatements:
         self._always = always
         self._count = 0
         self._targets: list[Target] = []
+        self.tables: dict[int, str] = {}
 
     def name(
         self, cursor: Cursor, target: Target, shape: object, make: Callable[[], tuple[bytes, Sequence[bytes]]]
@@ -44,6 +49,7 @@ class PreparedStatements:
         """Prepare a statement and return its name; the caller keeps it in the target."""
         if not target.prepared:
             self._targets.append(target)
+        self.tables[target.number] = target.relation.qualified
         self._count += 1
         name = b"p%d_%d" % (target.number, self._count)
         cursor.execute(b"PREPARE %s%s AS %s" % (name, b"(%s)" % b", ".join(types) if types else b"", sql))

@@ -61,23 +61,23 @@ class RowExecutor:
     """Executes plans on a session. One session, one executor: it knows what is prepared there.
 
     Attributes:
+        origin: CID of the node whose changes they are.
         prepared: the session's prepared statements.
     """
 
     def __init__(self, origin: int, stats: ApplyStats, stale: StaleTables) -> None:
-        self._origin = origin
+        self.origin = origin
         self._stale = stale
         self._stats = stats
         self.prepared = PreparedStatements(PREPARE_MOVE)
         self._locked: set[int] = set()
-        self._labels: dict[int, str] = {}
 
     def count_lost(self, noticed: Iterable[str]) -> None:
         """Count the conflicts that pmgsync.merged has told of: a target's number and the columns that lost."""
         for told in noticed:
             number, _, columns = told.strip().partition(" ")
             for column in columns.split(","):
-                rule = f"{self._labels.get(int(number), '')}.{column}"
+                rule = f"{self.prepared.tables.get(int(number), '')}.{column}"
                 self._stats.conflicts += 1
                 self._stats.lost[rule] = self._stats.lost.get(rule, 0) + 1
 
@@ -122,7 +122,7 @@ class RowExecutor:
                     copy_rows(cursor, target, [other[3] for other in items[at - 1 : until]])  # type: ignore[misc]
                     at, size = until, 0
                     continue
-            self._lock(target, script)
+            self.lock(target, script)
             statement = self._call(cursor, item, exact=False)
             script.append(statement)
             size += len(statement)
@@ -144,7 +144,7 @@ class RowExecutor:
                 raise ProtocolError("a row has a value with a byte 0, which PostgreSQL never writes")
             cursor.execute(text)
 
-    def _lock(self, target: Target, script: list[bytes]) -> None:
+    def lock(self, target: Target, script: list[bytes]) -> None:
         """Have the lock taken under which rows are merged without a unique key: two appliers must not both find that
         a row is not here. One lock a table, for locks are a bounded resource of the server's."""
         if target.rule.policy is Policy.MERGE and not target.arbiter and target.oid not in self._locked:
@@ -168,7 +168,7 @@ class RowExecutor:
         owned_insert = item.kind == "I" and target.rule.policy is Policy.OWNED and target.arbiter
         self.prepared.trim(cursor)
         lock: list[bytes] = []
-        self._lock(target, lock)
+        self.lock(target, lock)
         self.send(cursor, lock)
         self.send(cursor, [self._call(cursor, item, exact=True, variant="nothing" if owned_insert else "")])
         hits = cursor.rowcount
@@ -185,7 +185,7 @@ class RowExecutor:
             cursor.execute(
                 b"INSERT INTO pmgsync.conflict (origin, schema, name, row_key, column_name, rule) "
                 b"VALUES (%d, %s, %s, ARRAY[%s]::text[], '*', 'owned: the row that was here')"
-                % (self._origin, quote_literal(target.relation.namespace), quote_literal(target.relation.name), key)
+                % (self.origin, quote_literal(target.relation.namespace), quote_literal(target.relation.name), key)
             )
         elif hits < 1 and not target.strict:
             self._stats.missing += 1
@@ -282,14 +282,13 @@ class RowExecutor:
         exact, variant, kind, same_key, nulls, written = shape
         name = target.relation.qualified
         try:
-            statement = _statement(target, self._origin, variant, kind, same_key, nulls, written)
+            statement = _statement(target, self.origin, variant, kind, same_key, nulls, written)
         except ValueError as error:
             raise ApplyError(
                 f"{name} has nothing that a row could be found by", table=name,
                 hint="give the table a primary key, or name a key in the profile",
             ) from error  # fmt: skip
         merged = target.rule.policy is Policy.MERGE
-        self._labels[target.number] = name
         if not exact and kind != "I" and not (merged and kind == "U"):
             otherwise = b"pmgsync.diverged()" if target.strict else b"pmgsync.missing(%d)" % target.number
             statement = statements.checked(statement, otherwise)

@@ -66,6 +66,7 @@ class Target:
         merges: rows are merged, column by column.
         copies: rows can be inserted by COPY, whatever was inserted with them.
         as_sets: updates and deletes of many rows can be one statement: a unique index finds each by its key.
+        merges_sets: merges of many rows of different keys can be one statement.
         prepared: what an executor has prepared for this target.
     """
 
@@ -90,6 +91,7 @@ class Target:
     merges: bool = field(init=False)
     copies: bool = field(init=False)
     as_sets: bool = field(init=False)
+    merges_sets: bool = field(init=False)
     differs: bool = field(init=False)
     strict: bool = field(init=False)
     always: bool = field(init=False)
@@ -104,11 +106,23 @@ class Target:
             place in self.columns and self.columns[place].in_arrays and self.columns[place].equals is not None
             for place in self.key
         ) and not self.merges  # fmt: skip
+        self.merges_sets = self.merges and not self.fires and self._keys_tell(
+            [self.columns[place] for place in self.key]
+        ) and all(column.in_arrays for column in self.columns.values())  # fmt: skip
         known = self.columns | self.derived
         pairs = [(self.relation.columns[place], column) for place, column in known.items()]
         self.differs = any(
             (theirs.type_oid, theirs.typmod) != (mine.type_oid, mine.typmod) or mine.type_oid >= FIRST_USER_OID
             for theirs, mine in pairs
+        )
+
+    def _keys_tell(self, key: list[LocalColumn]) -> bool:
+        """Return True when keys of other texts are other keys, or a unique index says that they are not, and an index
+        finds them."""
+        return (
+            all(column.not_null for column in key)
+            and any(column.equals is not None for column in key)
+            and (bool(self.arbiter) or all(c.equals is None or c.type_oid in _OF_ONE_TEXT for c in key))
         )
 
     def column(self, place: int) -> LocalColumn:
@@ -117,6 +131,9 @@ class Target:
 
 
 FIRST_USER_OID = 16384
+_OF_ONE_TEXT = frozenset({16, 17, 18, 20, 21, 23, 26, 1082, 1114, 1184, 2950})
+"""Types of which two values are equal only when their texts are: boolean, bytea, "char", integers, times, uuid. Not
+numeric (1.0 and 1.00), nor character(n), nor text under some collations."""
 
 # What is defined on partitions is seen by whoever writes to the whole. In replica role only those triggers and rules
 # fire that are ALWAYS or REPLICA.
