@@ -24,6 +24,10 @@ INCARNATION = 77
 CLUSTER = b"0123456789abcdef"
 
 
+STARTED_S = 60.0
+"""A broker that has just been started is given so long, on a machine that does much else."""
+
+
 class Broker:
     """A broker process with its state directory.
 
@@ -66,7 +70,7 @@ class Broker:
     def link(self, worker: str) -> BrokerLink:
         link = BrokerLink(self.run_dir / "broker.sock", worker)
         self.links.append(link)
-        link.hello()
+        link.hello(STARTED_S)
         return link
 
     def close(self) -> None:
