@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pmgsync.core.emitted import SealKey, is_own, unsealed
 from pmgsync.core.frames import Frame, Header, make_frame
-from pmgsync.core.positions import Position
+from pmgsync.core.positions import LAST, Position
 from pmgsync.errors import ProtocolError
 
 FRAME_BYTES = 64 << 10
@@ -29,8 +30,10 @@ per transaction, 100 000 small transactions cost as much in every broker as in t
 1 567 instead of some 100 000, and cost the receiving broker 0.7 instead of 5.9 CPU seconds."""
 
 _UNIX_TO_POSTGRES_EPOCH_US = 946_684_800_000_000
-_BEGIN = struct.Struct(">cQQI")
-_COMMIT = struct.Struct(">cBQQQ")
+_BEGIN = struct.Struct(">xQQI")
+_COMMIT_BYTES = 26
+_B, _C = ord("B"), ord("C")
+_ROWS = b"IUD"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,6 @@ class Framer:
     """Collects messages and closes frames.
 
     Attributes:
-        position: the end of the newest frame that was closed; the next frame follows it.
-        passed: an LSN below which everything the server sent is in closed or collected frames (end of the newest
-            transaction seen, kept or not).
         forged: messages in pmgsync's name that were dropped because pmgsync has not written them.
     """
 
@@ -73,26 +73,38 @@ class Framer:
         self._frame_bytes = frame_bytes
         self._gap_s = gap_s
         self._not_before = -math.inf
-        self.position = position
-        self.passed = position.lsn + 1
+        self._position, self._passed = position, (position.lsn + 1).to_bytes(8, "big")
+        self._position_lsn = position.lsn.to_bytes(8, "big")
         self.forged = 0
         self._relations: dict[bytes, bytes] = {}
+        # What is collected, and of that: where its descriptions stand, what is described, and how the changes begin
+        # that need nothing written before them.
         self._messages: list[bytes] = []
+        self._described_at: list[int] = []
         self._seen: set[bytes] = set()
+        self._plain: set[bytes] = set()
         self._size = 0
         self._changes = 0
-        self._whole = Position(0)
-        self._whole_time = 0
-        # The transaction that is being read.
-        self._begin: bytes | None = None
-        self._in_transaction = False
-        self._skip = False
-        self._lsn = 0
-        self._time = 0
-        self._part = 0
+        # Whole transactions: how far they reach, and the Begin of the last.
         self._mark = 0
         self._mark_changes = 0
-        self._front: dict[bytes, bytes] = {}
+        self._whole = b""
+        # The transaction that is being read.
+        self._begin = b""
+        self._in_transaction = False
+        self._skip = False
+        self._part = 0
+
+    @property
+    def position(self) -> Position:
+        """The end of the newest frame that was closed; the next frame follows it."""
+        return self._position
+
+    @property
+    def passed(self) -> int:
+        """An LSN below which everything the server sent is in closed or collected frames: the end of the newest
+        transaction seen, kept or not."""
+        return int.from_bytes(self._passed, "big")
 
     @property
     def empty(self) -> bool:
@@ -104,28 +116,100 @@ class Framer:
         """True between a transaction's Begin and its Commit, when no whole transaction is collected before it."""
         return self._in_transaction and not self._mark
 
-    def feed(self, message: bytes) -> list[Frame]:
-        """Take the server's next message and return the frames that it closes, mostly none.
+    def feed(self, messages: Iterable[bytes]) -> Iterator[Frame]:
+        """Take the server's next messages and yield the frames that they close; it has to be read to its end.
 
         Raises:
-            ProtocolError: when the message is not one that pgoutput version 1 sends at this point.
+            ProtocolError: when one is not what pgoutput version 1 sends at this point.
         """
+        left = iter(messages)
+        while frames := self._take(left):
+            yield from frames
+
+    def _take(self, messages: Iterator[bytes]) -> list[Frame]:
+        """Take messages until they close frames, or are all taken.
+
+        Nearly all are changes, Begins and Commits, and touch little but local variables.
+        """
+        collected, plain, limit = self._messages, self._plain, self._frame_bytes
+        begin, passed, size, changes = self._begin, self._passed, self._size, self._changes
+        inside, skips = self._in_transaction, self._skip
+        try:
+            for message in messages:
+                if inside and not skips and message[:5] in plain:
+                    collected.append(message)
+                    changes += 1
+                    size += len(message)
+                    if size < limit:
+                        continue
+                    self._begin, self._size, self._changes = begin, size, changes
+                    frames = self._full()
+                    size, changes = self._size, self._changes
+                    return frames
+                kind = message[0] if message else 0
+                if kind == _B:
+                    if inside or len(message) != _BEGIN.size:
+                        raise ProtocolError("the server sent a Begin that is malformed or inside a transaction")
+                    inside, begin = True, message
+                    skips = message[1:9] <= self._position_lsn
+                    self._mark, self._mark_changes, self._part = len(collected), changes, 0
+                    if not skips:
+                        collected.append(message)
+                        size += len(message)
+                elif kind == _C:
+                    if not inside or len(message) != _COMMIT_BYTES:
+                        raise ProtocolError("the server sent a Commit that is malformed or outside a transaction")
+                    if message[2:10] != begin[1:9]:
+                        raise ProtocolError("the server sent a Commit of another transaction than its Begin")
+                    inside = False
+                    passed = max(passed, message[10:18])
+                    if skips:
+                        continue
+                    if not self._part and collected[-1] is begin:
+                        # Nothing in it is for the others.
+                        size -= len(collected.pop())
+                        continue
+                    collected.append(message)
+                    size += len(message)
+                    if not self._part:
+                        self._whole, self._mark, self._mark_changes = begin, len(collected), changes
+                        if size < limit:
+                            continue
+                    self._begin, self._size, self._changes = begin, size, changes
+                    frame = self._close_part(LAST) if self._part else self._close_whole()
+                    size, changes = self._size, self._changes
+                    return [frame]
+                elif not skips or kind not in _ROWS:
+                    self._begin, self._size, self._changes = begin, size, changes
+                    self._in_transaction, self._skip = inside, skips
+                    frames = self._other(message)
+                    size, changes, skips = self._size, self._changes, self._skip
+                    if frames:
+                        return frames
+                elif not inside:
+                    raise ProtocolError("the server sent a change outside a transaction")
+        finally:
+            self._begin, self._passed, self._size, self._changes = begin, passed, size, changes
+            self._in_transaction, self._skip = inside, skips
+        return []
+
+    def _other(self, message: bytes) -> list[Frame]:
         match message[:1]:
             case b"I" | b"U" | b"D":
-                return self._change(message, (message[1:5],))
-            case b"B":
-                self._start(message)
-            case b"C":
-                return self._finish(message)
+                frames = self._change(message, (message[1:5],))
+                if message[1:5] in self._seen:
+                    self._plain.add(message[:5])
+                return frames
             case b"R":
-                self._relations[message[1:5]] = message
-                self._seen.discard(message[1:5])
+                relation = message[1:5]
+                self._relations[relation] = message
+                self._seen.discard(relation)
+                self._plain.difference_update([b"%c%s" % (kind, relation) for kind in _ROWS])
             case b"T":
-                relations = tuple(message[start : start + 4] for start in range(6, len(message), 4))
-                return self._change(message, relations)
+                return self._change(message, _relations_of(message))
             case b"O":
                 # Applied here from another origin's chain: that chain carries it to everybody.
-                self._skip = True
+                self._drop()
             case b"M":
                 if is_own(message):
                     kept = unsealed(message, self._key)
@@ -153,94 +237,96 @@ class Framer:
         """Return the seconds until `flush` closes a frame of what is collected; None when there is nothing to close."""
         return max(0.0, self._not_before - now) if self._mark else None
 
-    def _start(self, message: bytes) -> None:
-        if self._in_transaction or len(message) != _BEGIN.size:
-            raise ProtocolError("the server sent a Begin that is malformed or inside a transaction")
-        _, self._lsn, time, _ = _BEGIN.unpack(message)
-        self._time = time + _UNIX_TO_POSTGRES_EPOCH_US
-        self._begin, self._in_transaction, self._part = message, True, 0
-        self._skip = self._lsn <= self.position.lsn
-        self._mark, self._mark_changes = len(self._messages), self._changes
-        self._front.clear()
+    def _drop(self) -> None:
+        """Leave out the transaction that is being read."""
+        if self._in_transaction and not self._skip:
+            if self._part or self._messages[-1] is not self._begin:
+                raise ProtocolError("the server sent an Origin behind a change")
+            self._size -= len(self._messages.pop())
+        self._skip = True
 
     def _change(self, message: bytes, relations: tuple[bytes, ...]) -> list[Frame]:
         if not self._in_transaction:
             raise ProtocolError("the server sent a change outside a transaction")
         if self._skip:
             return []
-        if self._begin is not None:
-            self._append(self._begin)
-            self._begin = None
         for relation in relations:
             if relation not in self._seen:
                 definition = self._relations.get(relation)
                 if definition is None:
                     raise ProtocolError("the server sent a change of a relation that it has not described")
+                self._described_at.append(len(self._messages))
                 self._append(definition)
                 self._seen.add(relation)
-            elif self._mark and relation not in self._front:
-                # Described before this transaction began; needed again should the two part into two frames.
-                self._front[relation] = self._relations[relation]
         self._append(message)
         self._changes += 1
-        if self._size < self._frame_bytes:
-            return []
+        return self._full() if self._size >= self._frame_bytes else []
+
+    def _full(self) -> list[Frame]:
+        """Close what is collected, in a transaction."""
         frames = [self._close_whole()] if self._mark else []
         if self._size >= self._frame_bytes:
             self._part += 1
-            frames.append(self._close(Position(self._lsn, self._part), self._time, self._messages, self._changes))
-            self._clear()
+            frames.append(self._close_part(self._part))
         return frames
-
-    def _finish(self, message: bytes) -> list[Frame]:
-        if not self._in_transaction or len(message) != _COMMIT.size:
-            raise ProtocolError("the server sent a Commit that is malformed or outside a transaction")
-        _, _, commit_lsn, end_lsn, _ = _COMMIT.unpack(message)
-        if commit_lsn != self._lsn:
-            raise ProtocolError("the server sent a Commit of another transaction than its Begin")
-        kept = self._begin is None and not self._skip
-        self._in_transaction, self._begin = False, None
-        self.passed = max(self.passed, end_lsn)
-        if not kept:
-            return []
-        self._append(message)
-        if self._part:
-            frame = self._close(Position(self._lsn), self._time, self._messages, self._changes)
-            self._clear()
-            return [frame]
-        self._whole, self._whole_time = Position(self._lsn), self._time
-        self._mark, self._mark_changes = len(self._messages), self._changes
-        return [self._close_whole()] if self._size >= self._frame_bytes else []
 
     def _append(self, message: bytes) -> None:
         self._messages.append(message)
         self._size += len(message)
 
+    def _close_part(self, part: int) -> Frame:
+        """Close the frame of the last part of a transaction, or another."""
+        lsn, time, _ = _BEGIN.unpack(self._begin)
+        frame = self._close(Position(lsn, part), time, self._messages, self._changes)
+        self._clear()
+        return frame
+
     def _close_whole(self) -> Frame:
         """Close the frame of what stands before the mark; what follows it begins the next one."""
-        rest, rest_changes = self._messages[self._mark :], self._changes - self._mark_changes
-        frame = self._close(self._whole, self._whole_time, self._messages[: self._mark], self._mark_changes)
-        described = {message[1:5] for message in rest if message[:1] == b"R"}
-        front = list(self._front.values()) if rest else []
+        whole, rest = self._messages[: self._mark], self._messages[self._mark :]
+        rest_changes = self._changes - self._mark_changes
+        lsn, time, _ = _BEGIN.unpack(self._whole)
+        frame = self._close(Position(lsn), time, whole, self._mark_changes)
+        # Tables that were described before this transaction began.
+        front: dict[bytes, bytes] = {}
+        described: set[bytes] = set()
+        for message in rest:
+            if message[:1] == b"R":
+                described.add(message[1:5])
+            else:
+                front |= {relation: b"" for relation in _relations_of(message) if relation not in described}
+        for at in self._described_at:
+            if at < self._mark and self._messages[at][1:5] in front:
+                front[self._messages[at][1:5]] = self._messages[at]
         # Only what was in force until now: a relation described anew since is to be written again before its next use.
-        in_force = (described | set(self._front)) & self._seen if rest else set()
+        in_force = (described | set(front)) & self._seen
         self._clear()
         self._seen = in_force
-        self._messages, self._changes = front + rest, rest_changes
+        self._messages, self._changes = [*front.values(), *rest], rest_changes
+        self._described_at = [at for at, message in enumerate(self._messages) if message[:1] == b"R"]
         self._size = sum(map(len, self._messages))
-        self._front.clear()
         return frame
 
     def _clear(self) -> None:
-        self._messages, self._size, self._changes = [], 0, 0
+        self._messages, self._described_at, self._size, self._changes = [], [], 0, 0
         self._seen.clear()
+        self._plain.clear()
         self._mark = self._mark_changes = 0
 
     def _close(self, here: Position, time: int, messages: list[bytes], changes: int) -> Frame:
         chain = self._chain
         header = Header(
             chain.cluster, chain.epoch, chain.origin, chain.incarnation,
-            self.position, here, max(time, 0), chain.attempt, changes,
+            self._position, here, max(time + _UNIX_TO_POSTGRES_EPOCH_US, 0), chain.attempt, changes,
         )  # fmt: skip
-        self.position = here
+        self._position, self._position_lsn = here, here.lsn.to_bytes(8, "big")
         return make_frame(header, messages)
+
+
+def _relations_of(change: bytes) -> tuple[bytes, ...]:
+    """Return the tables of a message, as they stand in it."""
+    if change[:1] in (b"I", b"U", b"D"):
+        return (change[1:5],)
+    if change[:1] == b"T":
+        return tuple(change[start : start + 4] for start in range(6, len(change), 4))
+    return ()

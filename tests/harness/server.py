@@ -112,7 +112,7 @@ class Pair:
 
     def frames(self, messages: Sequence[bytes] | None = None) -> list[Frame]:
         """Take what the slot has, as frames."""
-        made = [frame for message in messages or self.messages() for frame in self.framer.feed(message)]
+        made = list(self.framer.feed(messages or self.messages()))
         last = self.framer.flush(0)
         return [*made, last] if last is not None else made
 

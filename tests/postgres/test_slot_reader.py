@@ -50,7 +50,7 @@ def read_commit(reader: SlotReader) -> int:
     seen: list[bytes] = []
 
     def commit() -> bool:
-        while (message := reader.read()) is not None:
+        for message in reader.messages():
             seen.append(message)
             if message[:1] == b"C":
                 return True
@@ -75,7 +75,7 @@ def test_a_keepalive_before_a_message_is_not_confirmed_with_it(database: Databas
             sql("INSERT INTO other VALUES (repeat('x', 1000))")
 
             def told(safe: int = safe) -> bool:
-                assert reader.read() is None
+                assert not list(reader.messages())
                 return reader.caught_up_lsn > safe
 
             eventually(told, within_s=20, what="a keepalive beyond what was confirmed")

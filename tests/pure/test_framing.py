@@ -90,8 +90,10 @@ def test_every_transaction_once_and_self_contained(
     messages, expected = history
     framer = Framer(CHAIN, Position(0), key=KEY, frame_bytes=size, gap_s=0)
     frames: list[Frame] = []
-    for message in messages:
-        frames += framer.feed(message)
+    while messages:
+        count = data.draw(st.integers(1, 12))
+        frames += framer.feed(messages[:count])
+        messages = messages[count:]
         if data.draw(st.integers(0, 4)) == 0 and (frame := framer.flush(0)):
             frames.append(frame)
     if frame := framer.flush(0):
@@ -131,7 +133,7 @@ def test_a_lone_transaction_goes_at_once_and_a_stream_in_company(
         now = arrives
         if message[:1] == b"C":
             committed[int.from_bytes(message[2:10], "big")] = now
-        sent += [(now, frame, True) for frame in framer.feed(message)]
+        sent += [(now, frame, True) for frame in framer.feed([message])]
         flush()
     while (wait := framer.wait_s(now)) is not None:
         now += wait
@@ -152,17 +154,25 @@ def test_what_the_journal_has_is_left_out(
 ) -> None:
     messages, expected = history
     framer = Framer(CHAIN, Position(start), key=KEY)
-    frames = [frame for message in messages for frame in framer.feed(message)]
+    frames = list(framer.feed(messages))
     if frame := framer.flush(0):
         frames.append(frame)
     assert read_back(frames) == [entry for entry in expected if entry[0] > start]
 
 
 @pytest.mark.parametrize(
-    "messages", [[b"?"], [commit(5)], [insert(1, b"x")], [begin(5), insert(1, b"x")], [begin(5), begin(6)], [b"B"]]
+    "messages",
+    [
+        [b"?"],
+        [commit(5)],
+        [insert(1, b"x")],
+        [begin(5), insert(1, b"x")],
+        [begin(5), begin(6)],
+        [b"B"],
+        [begin(5), relation(1, 1), insert(1, b"x"), b"O"],
+    ],
 )
 def test_what_the_server_may_not_send(messages: list[bytes]) -> None:
     framer = Framer(CHAIN, Position(0), key=KEY)
     with pytest.raises(ProtocolError):
-        for message in messages:
-            framer.feed(message)
+        list(framer.feed(messages))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,12 @@ from pmgsync.postgres.session import PINNED, connect
 
 STATUS_INTERVAL_S = 86_400
 """Seconds between feedback that psycopg2 sends by itself while it reads: in effect never, see `SlotReader.confirm`."""
+READ_BYTES = 64 << 10
+"""Bytes of messages between two looks at anything else."""
 PATIENCE_S = 20.0
 """Seconds for which feedback is held back while a transaction is on its way to the disk: the server waits for 60."""
+
+_BEGIN, _EMITTED = ord("B"), ord("M")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,12 @@ def prove_continuity(state: SlotState, *, system_id: str, timeline: int, journal
 
 
 class SlotReader:
-    """A replication connection that streams one slot. `read` never blocks."""
+    """A replication connection that streams one slot. `messages` never blocks.
+
+    Attributes:
+        taken: how many messages were read.
+        drained: no more was there when `messages` ended.
+    """
 
     def __init__(self, dsn: str, *, slot: str, publication: str, start_lsn: int) -> None:
         """Start streaming what was committed at or after `start_lsn`.
@@ -138,7 +148,8 @@ class SlotReader:
             raise UnreachableError(f"PostgreSQL does not answer ({_first_line(error)})") from error
         try:
             self._cursor = self._connection.cursor()
-            self._newest_start = self._commit = self._told = self._moved = 0
+            self._newest_start = self._commit = self._told = self._moved = self.taken = 0
+            self.drained = False
             self._told_at = time.monotonic()
             arguments = {"proto_version": "1", "publication_names": f'"{publication}"', "messages": "true"}
             if self._connection.server_version >= 160000:
@@ -164,7 +175,7 @@ class SlotReader:
             raise UnreachableError(f"the replication slot {slot} cannot be read ({_first_line(error)})") from error
 
     def fileno(self) -> int:
-        """Return the connection's descriptor; readable means that `read` may return something."""
+        """Return the connection's descriptor; readable means that `messages` may yield something."""
         return int(self._connection.fileno())
 
     def wait(self, timeout_ms: int) -> bool:
@@ -176,30 +187,40 @@ class SlotReader:
         """The LSN below which the server has sent everything, as of the newest message or keepalive that was read."""
         return int(self._cursor.wal_end)
 
-    def read(self) -> bytes | None:
-        """Return the next message, None when none is there.
+    def messages(self, most: int = READ_BYTES) -> Iterator[bytes]:
+        """Yield the messages that are there, at most about so many bytes; each is taken when it is asked for.
 
         Raises:
             UnreachableError: when the connection is lost.
         """
+        read, size, taken = self._cursor.read_message, 0, 0
+        self.drained = False
         try:
-            message = self._cursor.read_message()
-        except psycopg2.Error as error:
-            raise UnreachableError(f"the replication connection was lost ({_first_line(error)})") from error
-        moves = self._told >= self._newest_start
-        if message is None:
-            if moves:
-                self._moved = max(self._moved, self.caught_up_lsn)
-            return None
-        payload: bytes = message.payload
-        kind = payload[:1]
-        if kind == b"B":
-            self._commit = int.from_bytes(payload[1:9], "big")
-        if moves:
-            # Keepalives before it are not shown; they were not beyond this transaction's commit, or this message.
-            self._moved = max(self._moved, self._commit, message.data_start if kind == b"M" else 0)
-        self._newest_start = message.data_start
-        return payload
+            while size < most:
+                try:
+                    message = read()
+                except psycopg2.Error as error:
+                    raise UnreachableError(f"the replication connection was lost ({_first_line(error)})") from error
+                moves = self._told >= self._newest_start
+                if message is None:
+                    if moves:
+                        self._moved = max(self._moved, self.caught_up_lsn)
+                    self.drained = True
+                    return
+                payload: bytes = message.payload
+                start: int = message.data_start
+                if payload[0] == _BEGIN:
+                    self._commit = int.from_bytes(payload[1:9], "big")
+                if moves:
+                    # Keepalives before it are not shown; they were not beyond this transaction's commit, or this
+                    # message.
+                    self._moved = max(self._moved, self._commit, start if payload[0] == _EMITTED else 0)
+                self._newest_start = start
+                taken += 1
+                size += len(payload)
+                yield payload
+        finally:
+            self.taken += taken
 
     @property
     def confirmed(self) -> int:
