@@ -1,7 +1,7 @@
 """Changes: the messages of a frame grouped into transactions, each change beside its table's description. Pure, no I/O.
 
-Every row passes through here before it is applied. Inserts, and updates that kept their key, stay messages, because
-most need not be read one by one: that is two thirds of what decoding costs.
+Every row passes through here before it is applied. Inserts, updates that kept their key and deletes by key stay
+messages, because most need not be read one by one: that is two thirds of what decoding costs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,23 @@ class Inserted(NamedTuple):
     """Rows that came to be one after the other in one table, as the messages that say so.
 
     Most rows are only copied, which needs no value of them by itself. So they are read when somebody wants one
-    (`read_row`), or many at once (`flat_values`), and only then it shows when one is malformed.
+    (`read_row`), or many at once (`flat_values`), and only then it shows when one is malformed. So it is with the two
+    below.
     """
+
+    relation: Relation
+    messages: list[bytes]
+
+
+class Updated(NamedTuple):
+    """Rows that changed one after the other in one table, and kept their keys, as the messages that say so."""
+
+    relation: Relation
+    messages: list[bytes]
+
+
+class Deleted(NamedTuple):
+    """Rows that are gone, one after the other, of one table, each named by its key, as the messages that say so."""
 
     relation: Relation
     messages: list[bytes]
@@ -57,15 +72,6 @@ def read_row(message: bytes) -> Row:
     return insert.new
 
 
-class Updated(NamedTuple):
-    """A row that changed and kept its key, as the message that says so. It is read when somebody wants its values
-    (`read_update`), or many at once (`flat_values`); only then it shows when it is malformed.
-    """
-
-    relation: Relation
-    message: bytes
-
-
 def read_update(message: bytes) -> Update:
     """Return what a message of `Updated` says.
 
@@ -77,8 +83,20 @@ def read_update(message: bytes) -> Update:
     return update
 
 
+def read_delete(message: bytes) -> Row:
+    """Return the key of a message of `Deleted`: a row that has no other value.
+
+    Raises:
+        ProtocolError: when it is malformed.
+    """
+    delete = decode(message)
+    assert isinstance(delete, Delete)
+    return delete.old
+
+
 def key_reader(places: Sequence[int]) -> Callable[[bytes], Any]:
-    """Return the function that picks from a message of `Updated` what `itemgetter(*places)` picks from its row.
+    """Return the function that picks from a message of `Updated` or `Deleted` what `itemgetter(*places)` picks from its
+    row.
 
     It raises ProtocolError when the values up to there are malformed.
     """
@@ -120,7 +138,7 @@ def flat_values(messages: Sequence[bytes], width: int) -> list[bytes] | None:
 
 
 Change = tuple[Relation, RowChange] | Truncated | Emitted
-Unread = Inserted | Updated
+Unread = Inserted | Updated | Deleted
 
 
 class Piece(NamedTuple):
@@ -132,6 +150,18 @@ class Piece(NamedTuple):
     commit: Commit | None
 
 
+def rows_of(change: Unread) -> Iterator[RowChange]:
+    """Yield each row's change by itself.
+
+    Raises:
+        ProtocolError: when one is malformed.
+    """
+    number = change.relation.id
+    if type(change) is Inserted:
+        return (Insert(number, read_row(message)) for message in change.messages)
+    return map(decode, change.messages)  # type: ignore[arg-type]
+
+
 def expanded(changes: Iterable[Change | Unread]) -> Iterator[Change]:
     """Yield each change by itself.
 
@@ -139,13 +169,55 @@ def expanded(changes: Iterable[Change | Unread]) -> Iterator[Change]:
         ProtocolError: when a row is malformed.
     """
     for change in changes:
-        if type(change) is Inserted:
+        if isinstance(change, Unread):
             relation = change.relation
-            yield from ((relation, Insert(relation.id, read_row(message))) for message in change.messages)
-        elif type(change) is Updated:
-            yield change.relation, read_update(change.message)
+            yield from ((relation, row) for row in rows_of(change))
         else:
-            yield change  # type: ignore[misc]
+            yield change
+
+
+class Tables:
+    """The tables of a frame as they are described so far.
+
+    Attributes:
+        heads: kind, table, mark and number of values, with which a change begins that stays a message: what it is.
+    """
+
+    __slots__ = ("heads", "relations")
+
+    def __init__(self) -> None:
+        self.relations: dict[int, Relation] = {}
+        self.heads: dict[bytes, tuple[type[Inserted | Updated | Deleted], Relation]] = {}
+
+    def describe(self, relation: Relation) -> None:
+        """Take a description, from now on."""
+        self.relations[relation.id] = relation
+        number, width = relation.id.to_bytes(4, "big"), len(relation.columns).to_bytes(2, "big")
+        for kind, mark, stays in ((b"I", b"N", Inserted), (b"U", b"N", Updated), (b"D", b"K", Deleted)):
+            head = kind + number + mark
+            for other in [start for start in self.heads if start[:6] == head]:
+                del self.heads[other]
+            self.heads[head + width] = stays, relation
+
+    def changed(self, change: RowChange) -> tuple[Relation, RowChange]:
+        """Return a change beside its table's description.
+
+        Raises:
+            ProtocolError: when there is none, or the row does not fit it.
+        """
+        relation = self.relations.get(change.relation_id)
+        if relation is None:
+            raise ProtocolError("a frame has a change of a table that it does not describe")
+        width = len(relation.columns)
+        if isinstance(change, Insert):
+            fits = len(change.new) == width
+        elif isinstance(change, Update):
+            fits = len(change.new) == width and (change.old is None or len(change.old) == width)
+        else:
+            fits = len(change.old) == width
+        if not fits:
+            raise ProtocolError(f"a row of {relation.qualified} has another number of values than columns")
+        return relation, change
 
 
 def transactions(messages: Iterable[bytes]) -> Iterator[Piece]:
@@ -154,84 +226,52 @@ def transactions(messages: Iterable[bytes]) -> Iterator[Piece]:
     Raises:
         ProtocolError: when a message is malformed, a change's table is not described before it, a row does not have as
             many values as its table has columns, or Begin and Commit do not pair. Nothing of the transaction at fault
-            was yielded then. Only the values of `Inserted` and `Updated` are not looked at yet.
+            was yielded then. Only the values of what stays a message are not looked at yet.
     """
-    relations: dict[int, Relation] = {}
-    # Kind, table, mark and number of values: what every insert into a table, and update that kept its key, begins with.
-    inserts: dict[bytes, Relation] = {}
-    updates: dict[bytes, Relation] = {}
+    tables = Tables()
+    heads = tables.heads
     begin: Begin | None = None
     changes: list[Change | Unread] = []
     started = first = True  # what precedes the first Begin or Commit continues an earlier part
-    append = changes.append
-    run: Relation | None = None
-    run_append = changes.append
+    run: tuple[type[Inserted | Updated | Deleted], Relation] | None = None
+    rows: list[bytes] = []
     for data in messages:
-        inserted = inserts.get(data[:8])
-        if inserted is not None and started:
-            if inserted is run:
-                run_append(data)  # type: ignore[arg-type]
+        found = heads.get(data[:8])
+        if found is not None and started:
+            if found is run:
+                rows.append(data)
             else:
-                run, rows = inserted, [data]
-                run_append = rows.append  # type: ignore[assignment]
-                append(Inserted(inserted, rows))
+                run, rows = found, [data]
+                changes.append(found[0](found[1], rows))
             continue
         run = None
-        updated = updates.get(data[:8])
-        if updated is not None and started:
-            append(Updated(updated, data))
-            continue
         message = decode(data)
-        kind = type(message)
-        # Comparing types is a third of what a match statement takes, and nearly all messages are one of these three.
-        if kind is Insert or kind is Update or kind is Delete:
-            relation = relations.get(message[0])  # type: ignore[arg-type]
-            if relation is None:
-                raise ProtocolError("a frame has a change of a table that it does not describe")
+        if isinstance(message, Begin):
+            if changes or not (first or not started):
+                raise ProtocolError("a frame has a Begin inside a transaction")
+            begin, started, first = message, True, False
+        elif isinstance(message, Commit):
+            if not started or (begin is not None and begin.final_lsn != message.commit_lsn):
+                raise ProtocolError("a frame has a Commit of another transaction than its Begin")
+            yield Piece(begin, changes, message)
+            begin, changes, started, first = None, [], False, False
+        elif isinstance(message, Insert | Update | Delete):
+            changed = tables.changed(message)
             if not started:
                 raise ProtocolError("a frame has a change outside a transaction")
-            width = len(relation.columns)
-            if kind is Insert:
-                fits = len(message[1]) == width  # type: ignore[arg-type, misc]
-            elif kind is Update:
-                fits = len(message[3]) == width and (message[1] is None or len(message[1]) == width)  # type: ignore
-            else:
-                fits = len(message[1]) == width  # type: ignore[arg-type, misc]
-            if not fits:
-                raise ProtocolError(f"a row of {relation.qualified} has another number of values than columns")
-            append((relation, message))  # type: ignore[arg-type]
-            continue
-        match message:
-            case Relation():
-                relations[message.id] = message
-                number_of = len(message.columns).to_bytes(2, "big")
-                for heads, kind_of in ((inserts, b"I"), (updates, b"U")):
-                    head = b"%s%sN" % (kind_of, data[1:5])
-                    for other in [start for start in heads if start[:6] == head]:
-                        del heads[other]
-                    heads[head + number_of] = message
-            case Begin():
-                if changes or not (first or not started):
-                    raise ProtocolError("a frame has a Begin inside a transaction")
-                begin, started, first = message, True, False
-            case Commit():
-                if not started or (begin is not None and begin.final_lsn != message.commit_lsn):
-                    raise ProtocolError("a frame has a Commit of another transaction than its Begin")
-                yield Piece(begin, changes, message)
-                begin, changes, started, first = None, [], False, False
-                append = changes.append
-            case Truncate():
-                if not started:
-                    raise ProtocolError("a frame has a change outside a transaction")
-                if any(number not in relations for number in message.relation_ids):
-                    raise ProtocolError("a frame truncates a table that it does not describe")
-                described = tuple(relations[number] for number in message.relation_ids)
-                append(Truncated(described, message.cascade, message.restart_identity))
-            case Emitted():
-                if not started:
-                    raise ProtocolError("a frame has a message outside a transaction")
-                append(message)
-            case _:
-                pass
+            changes.append(changed)
+        elif isinstance(message, Relation):
+            tables.describe(message)
+        elif isinstance(message, Truncate):
+            if not started:
+                raise ProtocolError("a frame has a change outside a transaction")
+            if any(number not in tables.relations for number in message.relation_ids):
+                raise ProtocolError("a frame truncates a table that it does not describe")
+            described = tuple(tables.relations[number] for number in message.relation_ids)
+            changes.append(Truncated(described, message.cascade, message.restart_identity))
+        elif isinstance(message, Emitted):
+            if not started:
+                raise ProtocolError("a frame has a message outside a transaction")
+            changes.append(message)
     if begin is not None or changes:
         yield Piece(begin, changes, None)

@@ -10,10 +10,10 @@ The changes of one row are folded into one where no constraint but the key could
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from pmgsync.core.changes import read_row, read_update
+from pmgsync.core.changes import read_delete, read_row, read_update
 from pmgsync.core.pgoutput import UNCHANGED, Row
 
 
@@ -22,7 +22,7 @@ class Phase:
 
     Attributes:
         absent: keys of rows that were inserted and deleted again: none of them may be there before.
-        deleted: the old values of rows that are deleted, by key.
+        deleted: the old values of rows that are deleted, by key. Of some it is the message that says so, not read yet.
         updated: the new values of rows that are updated, by key; `UNCHANGED` for those that keep theirs. Of some it is
             the message that says so, not read yet.
         inserted: the rows that are inserted; None for one that is gone again.
@@ -58,7 +58,7 @@ class Phase:
         self._folds = folds
         self._places: dict[Any, int] | None = None
         self.absent: dict[Any, None] = {}
-        self.deleted: dict[Any, Row] = {}
+        self.deleted: dict[Any, Row | bytes] = {}
         self.updated: dict[Any, Row | bytes] = {}
         self.inserted: list[Row | None] = []
         self.messages: list[bytes] = []
@@ -115,34 +115,64 @@ class Phase:
         self.count += 1
         return True
 
-    def update_unread(self, message: bytes) -> bool:
-        """Add an update that kept its key, as the message that says so; False when it does not fit.
+    def update_unread(self, messages: Sequence[bytes]) -> int:
+        """Add updates that kept their keys, as the messages that say so; returns how many fit, of the first ones.
 
         Raises:
-            ProtocolError: when it is malformed, as far as it is read.
+            ProtocolError: when one is malformed, as far as it is read.
         """
-        places = self._inserted_places()
-        if places is None or self._key_of is None:
-            return False
-        key = self._key_of(message)
-        # The same mark as of an unchanged value, if it has one at all; then it takes nothing from what was before.
-        if not self._touched(key) or (self._folds and key in self.updated and b"u" not in message):
-            self.updated[key] = message
-            self.count += 1
-            return True
-        return self._folds and self.update(read_update(message).new)
+        if self._inserted_places() is None or self._key_of is None:
+            return 0
+        keys = list(map(self._key_of, messages))
+        added = dict(zip(keys, messages, strict=True))
+        if len(added) == len(messages) and self._untouched(added, self.updated):
+            self.updated |= added
+        elif self._folds and self._untouched(added) and not any(b"u" in message for message in messages):
+            # The same mark as of an unchanged value, if it has one at all; then it takes nothing from what was before.
+            self.updated |= added
+        else:
+            for taken, (key, message) in enumerate(zip(keys, messages, strict=True)):
+                if not self._touched(key) or (self._folds and key in self.updated and b"u" not in message):
+                    self.updated[key] = message
+                    self.count += 1
+                elif not self._folds or not self.update(read_update(message).new):
+                    return taken
+            return len(messages)
+        self.count += len(messages)
+        return len(messages)
 
     def delete(self, old: Row) -> bool:
         """Add a delete; False when it does not fit."""
-        places = self._inserted_places()
-        if places is None or self._key is None:
+        if self._inserted_places() is None or self._key is None:
             return False
-        key = self._key(old)
+        return self._delete(self._key(old), old)
+
+    def delete_unread(self, messages: Sequence[bytes]) -> int:
+        """Add deletes by key, as the messages that say so; returns how many fit, of the first ones.
+
+        Raises:
+            ProtocolError: when one is malformed, as far as it is read.
+        """
+        if self._inserted_places() is None or self._key_of is None:
+            return 0
+        keys = list(map(self._key_of, messages))
+        added = dict(zip(keys, messages, strict=True))
+        if len(added) == len(messages) and self._untouched(added, self.updated):
+            self.deleted |= added
+            self.count += len(messages)
+            return len(messages)
+        for taken, (key, message) in enumerate(zip(keys, messages, strict=True)):
+            if not self._delete(key, message):
+                return taken
+        return len(messages)
+
+    def _delete(self, key: Any, old: Row | bytes) -> bool:
+        assert self._places is not None
         if not self._touched(key):
             self.deleted[key] = old
         elif not self._folds:
             return False
-        elif (place := places.pop(key, None)) is not None:
+        elif (place := self._places.pop(key, None)) is not None:
             self.inserted[place] = None
             if key not in self.deleted:
                 self.absent[key] = None
@@ -152,6 +182,20 @@ class Phase:
             return False
         self.count += 1
         return True
+
+    def deleted_rows(self) -> list[Row]:
+        """Return the old values of the rows that are deleted.
+
+        Raises:
+            ProtocolError: when a message is malformed.
+        """
+        return [read_delete(old) if isinstance(old, bytes) else old for old in self.deleted.values()]
+
+    def _untouched(self, keys: dict[Any, Any], *others: dict[Any, Any]) -> bool:
+        """Return True when none of the keys is inserted, deleted or gone, or in the other dictionaries."""
+        assert self._places is not None
+        all_known: list[dict[Any, Any]] = [self._places, self.deleted, self.absent, *others]
+        return all(keys.keys().isdisjoint(known.keys()) for known in all_known)
 
     def _touched(self, key: Any) -> bool:
         assert self._places is not None

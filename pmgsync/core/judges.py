@@ -32,9 +32,16 @@ class Judge:
         self._elsewhere = elsewhere
         self._awaits = awaits
         self._begun = {0}
+        forks = [place for entry in history for place in (entry.start, entry.fork) if place is not None]
+        self._marks = {place.lsn for place in forks}
         self._leads, self._owns = (
             Writers.at(origin, history[-1].master, members, leads=leads) for leads in (True, False)
         )
+
+    def alike(self, first: int, last: int) -> bool:
+        """Return True when the transactions of a frame with commit LSNs from one to another are all judged alike: the
+        judgement is other on one side of a fork than on the other, and nowhere else."""
+        return not any(first <= mark < last for mark in self._marks)
 
     def writers(self, header: Header, lsn: int) -> Writers:
         """Return the writers in a transaction of a frame with this header.

@@ -142,6 +142,7 @@ _commit = struct.Struct(">xBQQq")
 _truncate = struct.Struct(">xIB")
 _emitted = struct.Struct(">xBQ")
 _column = struct.Struct(">Ii")
+BEGIN_BYTES, COMMIT_BYTES = _begin.size, _commit.size
 
 
 def _tuple(data: bytes, at: int, most: int = 0xFFFF) -> tuple[Row, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +14,9 @@ from pmgsync.core.frames import Frame
 from pmgsync.core.positions import LAST, Position, parse_lsn
 from pmgsync.core.profile import MergeRule, Policy
 from pmgsync.errors import PmgsyncError
-from pmgsync.postgres.apply import bulk
+from pmgsync.postgres.apply import applier, bulk
+from pmgsync.postgres.apply.plan import PlannedTransaction
+from pmgsync.postgres.apply.together import planned_together
 from tests.harness.server import INCARNATION, Pair, make_profile, rule
 from tests.harness.session import examples
 
@@ -121,6 +124,8 @@ VERBS = (
 START = [change(table, "insert", key, 0, key) for table in sorted(TABLES) for key in range(1, 7)]
 statements = st.builds(change, st.sampled_from(sorted(TABLES)), st.sampled_from(VERBS), numbers, numbers, numbers)
 transactions = st.lists(st.lists(statements, min_size=1, max_size=10), min_size=2, max_size=6)
+sizes = st.sampled_from([1 << 16, 1500, 500])
+"""Of frames: where there are several, the transactions of later ones are planned together."""
 # What somebody does on the receiving side, so that changes do not meet what they expect.
 harm = st.lists(
     st.builds(
@@ -152,7 +157,7 @@ def block(statements_given: list[str]) -> str:
     return "DO $do$ BEGIN " + " ".join(parts) + " END $do$"
 
 
-def begin_anew(pairs: tuple[Pair, Pair]) -> None:
+def begin_anew(pairs: tuple[Pair, Pair], frame_bytes: int) -> None:
     """Empty tables everywhere, and a chain that begins here."""
     there, other = pairs
     empty = f"TRUNCATE {', '.join(TABLES)}, seen RESTART IDENTITY"
@@ -165,7 +170,7 @@ def begin_anew(pairs: tuple[Pair, Pair]) -> None:
     ((lsn,),) = there.run("SELECT pg_current_wal_insert_lsn()::text")
     assert isinstance(lsn, bytes)
     position = Position(parse_lsn(lsn.decode()), LAST)
-    there.again(position)
+    there.again(position, frame_bytes=frame_bytes)
     for pair in (there, other):
         with pair.applier() as applier:
             applier.begin_chain(INCARNATION, position)
@@ -191,9 +196,9 @@ def outcome(pair: Pair, frames: list[Frame]) -> dict[str, object]:
     return found
 
 
-def compare(pairs: tuple[Pair, Pair], done: list[list[str]], harmful: list[str]) -> dict[str, object]:
+def compare(pairs: tuple[Pair, Pair], done: list[list[str]], harmful: list[str], frame_bytes: int) -> dict[str, object]:
     """Do some harm, apply transactions in both ways, and compare."""
-    begin_anew(pairs)
+    begin_anew(pairs, frame_bytes)
     for transaction in done:
         pairs[0].run(block(transaction))
     frames = pairs[0].frames()
@@ -210,15 +215,46 @@ def compare(pairs: tuple[Pair, Pair], done: list[list[str]], harmful: list[str])
 
 
 @settings(max_examples=examples(20), suppress_health_check=list(HealthCheck))
-@given(done=transactions)
-def test_the_same_rows(pairs: tuple[Pair, Pair], done: list[list[str]]) -> None:
-    found = compare(pairs, done, [])
+@given(done=transactions, frame_bytes=sizes)
+def test_the_same_rows(pairs: tuple[Pair, Pair], done: list[list[str]], frame_bytes: int) -> None:
+    found = compare(pairs, done, [], frame_bytes)
     assert found["failure"] == ""
     for name in set(TABLES) - set("mped"):  # a merge takes no value back
         assert found[name] == pairs[0].table(name), name
 
 
 @settings(max_examples=examples(20), suppress_health_check=list(HealthCheck))
-@given(done=transactions, harmful=harm)
-def test_the_same_errors(pairs: tuple[Pair, Pair], done: list[list[str]], harmful: list[str]) -> None:
-    compare(pairs, done, harmful)
+@given(done=transactions, harmful=harm, frame_bytes=sizes)
+def test_the_same_errors(pairs: tuple[Pair, Pair], done: list[list[str]], harmful: list[str], frame_bytes: int) -> None:
+    compare(pairs, done, harmful, frame_bytes)
+
+
+@pytest.mark.parametrize(
+    ("harmful", "failure"),
+    [
+        ("", ""),
+        ("UPDATE k SET k = 50 WHERE k = 4", "the row to update in public.k is here 0 times"),
+        ("INSERT INTO u VALUES (137, 9, 'x')", 'violates unique constraint "u_pkey"'),
+    ],
+)
+def test_transactions_planned_together_fail_by_themselves(pairs: tuple[Pair, Pair], harmful: str, failure: str) -> None:
+    """Later frames find their tables known. Whatever goes wrong in them is told of the transaction that it is in, and
+    those before it are committed."""
+    done = [
+        [f"INSERT INTO u VALUES ({n}, {n}, 'w')", f"UPDATE k SET v = {n} WHERE k = {n % 6 + 1}",
+         f"DELETE FROM u WHERE k = {n - 1}", f"INSERT INTO c (k, v, w) VALUES ({n}, {n}, 1)"]
+        for n in range(100, 160)
+    ]  # fmt: skip
+    counts: list[int] = []
+
+    def counted(*given: Any) -> PlannedTransaction | None:
+        planned = planned_together(*given)
+        counts.append(planned.count if planned is not None else 0)
+        return planned
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(applier, "planned_together", counted)
+        found = compare(pairs, done, [harmful] if harmful else [], 1500)
+    assert max(counts) > 3
+    assert failure in str(found["failure"]) and bool(failure) == bool(found["failure"])
+    assert found["rows"] == 239 if not failure else 0 < int(str(found["rows"])) < 239

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from pmgsync.core.changes import key_reader, read_update
 from pmgsync.core.folding import Phase
-from pmgsync.core.pgoutput import UNCHANGED, Row, Update
+from pmgsync.core.pgoutput import UNCHANGED, Delete, Row, Update
 from pmgsync.errors import ProtocolError
 from tests.pure.test_pgoutput import encode
 
@@ -24,7 +25,7 @@ values = st.sampled_from([b"a", b"u", None])
 rows = st.tuples(keys, values, values)
 partial = st.tuples(keys, values | st.just(UNCHANGED), values | st.just(UNCHANGED))
 changes = st.lists(
-    st.tuples(st.just("I"), rows) | st.tuples(st.sampled_from("UM"), partial) | st.tuples(st.just("D"), rows),
+    st.tuples(st.just("I"), rows) | st.tuples(st.sampled_from("UM"), partial) | st.tuples(st.sampled_from("DE"), rows),
     max_size=12,
 )
 tables = st.lists(rows, max_size=3).map(lambda found: {KEY(row): row for row in found})
@@ -54,21 +55,27 @@ def one_by_one(table: Table, given_changes: list[Change]) -> Table:
 
 
 def phases_of(given_changes: list[Change], *, folds: bool) -> list[Phase]:
-    """Return the phases of changes; M is an update as a message."""
+    """Return the phases of changes; M and E are updates and deletes as messages."""
     phases = [Phase(KEY, KEY_OF, folds=folds)]
-    for kind, row in given_changes:
-        for _ in range(2):
-            phase = phases[-1]
-            if kind == "M":
-                taken = phase.update_unread(encode(Update(1, None, False, row)))
-            else:
-                taken = {"I": phase.insert, "U": phase.update, "D": phase.delete}[kind](row)
-            if taken:
-                break
-            phases.append(Phase(KEY, KEY_OF, folds=folds))
-        else:
-            raise AssertionError("an empty phase takes any change")
+    for kind, run in groupby(given_changes, key=itemgetter(0)):
+        left = [row for _, row in run]
+        while left:
+            taken = _taken(phases[-1], kind, left)
+            if not taken:
+                phases.append(Phase(KEY, KEY_OF, folds=folds))
+                taken = _taken(phases[-1], kind, left)
+                assert taken, "an empty phase takes any change"
+            left = left[taken:]
     return phases
+
+
+def _taken(phase: Phase, kind: str, rows: list[Row]) -> int:
+    """Add the first rows, as many as fit."""
+    if kind == "M":
+        return phase.update_unread([encode(Update(1, None, False, row)) for row in rows])
+    if kind == "E":
+        return phase.delete_unread([encode(Delete(1, row[:1] + (None,) * 2, True)) for row in rows])
+    return int({"I": phase.insert, "U": phase.update, "D": phase.delete}[kind](rows[0]))
 
 
 def in_phases(table: Table, phases: list[Phase]) -> Table:
@@ -113,6 +120,7 @@ def test_without_folding_each_row_is_in_a_phase_once(given_changes: list[Change]
         touched = [*phase.deleted, *phase.updated, *(KEY(row) for row in phase.inserted if row is not None)]
         assert len(touched) == phase.count or (phase.inserted and not phase.deleted and not phase.updated)
         assert not phase.absent
+        assert [KEY(row) for row in phase.deleted_rows()] == list(phase.deleted)
 
 
 def test_changes_of_one_row_become_one() -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pmgsync.core.document import Epoch, Fork
 from pmgsync.core.forks import Divergence, Standing, diverged, judge
+from pmgsync.core.judges import Judge
 from pmgsync.core.positions import Position
 
 LIFE = 7
@@ -124,3 +125,20 @@ def test_it_does_not_matter_which_run_of_capture_has_marked_a_transaction(
     assert len(found) == 1 and (Standing.UNKNOWN not in found)
     if origin == first_master and len({entry.master for entry in history}) == 1:
         assert found == {Standing.COUNTS}
+
+
+@given(histories, st.integers(1, 3), st.tuples(st.integers(0, 70), st.integers(0, 70)).map(sorted), st.integers(0, 9))
+def test_transactions_that_are_judged_alike_are(
+    entries: list[tuple[int, int, int]], origin: int, between: list[int], elsewhere: int
+) -> None:
+    history = made(entries)
+    first, last = between
+    if not Judge(origin, history, (1, 2, 3), elsewhere, lambda *_: "").alike(first, last):
+        return
+    for epoch in range(1, 8):
+        found = {
+            judge(history, origin=origin, epoch=epoch, incarnation=LIFE, lsn=lsn, elsewhere=elsewhere)
+            for lsn in range(first, last + 1)
+        }
+        assert len(found) == 1
+    assert Judge(origin, history[:1], (1, 2, 3), elsewhere, lambda *_: "").alike(first, last)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmgsync.core.changes import Truncated, expanded, flat_values, read_row, transactions
+from pmgsync.core.changes import Change, Inserted, Truncated, expanded, flat_values, read_row, transactions
 from pmgsync.core.pgoutput import (
     UNCHANGED,
     Begin,
@@ -24,6 +24,7 @@ from pmgsync.core.pgoutput import (
     Update,
     decode,
 )
+from pmgsync.core.together import together
 from pmgsync.errors import ProtocolError
 
 _EPOCH_US = 946_684_800_000_000
@@ -127,6 +128,76 @@ def test_any_messages_in_any_order(body: list[bytes]) -> None:
                 relation, row = change
                 assert relation.id == row.relation_id
                 assert len(row[-1] if isinstance(row, Insert | Update) else row.old) == len(relation.columns)
+
+
+@st.composite
+def frames(draw: st.DrawFn) -> list[bytes]:
+    """Transactions of two tables, mostly as an origin sends them."""
+    tables = [
+        Relation(number, b"public", b"t%d" % number, "d", (Column(b"a", True, 23, -1),) * width, b"")
+        for number, width in ((1, 2), (2, 1), (draw(st.sampled_from([1, 2, 3])), 3))
+    ]
+    body = [encode(table) for table in tables[: draw(st.sampled_from([2] * 6 + [0, 1, 3]))]]
+    lsn = 0
+    for _ in range(draw(st.integers(1, 4))):
+        lsn += draw(st.sampled_from([1, 2, 3] * 6 + [0]))
+        body.append(encode(Begin(lsn, _EPOCH_US, 1)))
+        for _ in range(draw(st.integers(0, 6))):
+            table = draw(st.sampled_from(tables[:2]))
+            row = draw(st.tuples(*[values] * len(table.columns)))
+            body += [encode(draw(st.sampled_from(tables)))] * draw(st.sampled_from([0] * 15 + [1]))
+            key = row[:1] + (None,) * (len(row) - 1)
+            kinds: list[Message] = [
+                *[Insert(table.id, row)] * 2, Update(table.id, None, False, row), Update(table.id, key, True, row),
+                Delete(table.id, key, True), Delete(table.id, row, False),
+            ]  # fmt: skip
+            change = draw(st.sampled_from(kinds))
+            body.append(encode(change))
+        body.append(encode(Commit(lsn, lsn + 1, _EPOCH_US + lsn)))
+    if draw(st.integers(0, 3)) == 0:
+        at = draw(st.integers(0, len(body)))
+        odd = draw(messages.map(encode) | st.binary(max_size=30) | st.sampled_from(body))
+        body[at : at + draw(st.integers(0, 1))] = [odd]
+    return body
+
+
+@given(frames(), st.sampled_from([0, 0, 1, 2]))
+def test_transactions_together_are_those_that_they_are_one_by_one(body: list[bytes], after: int) -> None:
+    """What is refused one by one is never had together."""
+    try:
+        found = together(body, after)
+    except ProtocolError:
+        with pytest.raises(ProtocolError):
+            list(transactions(body))
+        return
+    if found is None:
+        return
+    pieces = list(transactions(body))
+    lsns = [piece.commit.commit_lsn for piece in pieces if piece.begin is not None and piece.commit is not None]
+    assert len(lsns) == len(pieces) == found.transactions and lsns == sorted(set(lsns)) and lsns[0] > after
+    assert (found.first, found.last, found.commit_time_us) == (lsns[0], lsns[-1], pieces[-1].commit.commit_time_us)  # type: ignore[union-attr]
+    one_by_one = [change for piece in pieces for change in expanded(piece.changes)]
+    assert found.rows == len(one_by_one)
+
+    def of_table(changes: list[Change], number: int) -> list[Change]:
+        return [change for change in changes if not isinstance(change, Truncated | Emitted) and change[0].id == number]
+
+    by_table = list(expanded(found.changes))
+    assert len(by_table) == len(one_by_one)
+    for number in range(1, 4):
+        assert of_table(by_table, number) == of_table(one_by_one, number)
+
+
+def test_many_small_transactions_are_had_together() -> None:
+    rows = [encode(Insert(7, (b"%d" % n,))) for n in range(3)]
+    body = [encode(TABLE)]
+    for lsn in range(5, 8):
+        body += [encode(Begin(lsn, _EPOCH_US, 1)), rows[lsn - 5], encode(Commit(lsn, lsn + 1, lsn))]
+    found = together(body, 4)
+    assert found is not None and (found.first, found.last, found.transactions, found.rows) == (5, 7, 3, 3)
+    assert found.changes == [Inserted(decode(encode(TABLE)), rows)]  # type: ignore[arg-type]
+    assert together(body, 5) is None and together(body[:-1], 4) is None
+    assert together([*body[:-1], encode(Commit(8, 9, 7))], 4) is None
 
 
 TABLE = Relation(7, b"public", b"t", "d", (Column(b"a", True, 23, -1),), b"")

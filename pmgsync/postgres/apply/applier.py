@@ -18,7 +18,7 @@ from pmgsync.core.document import Epoch, Fork
 from pmgsync.core.frames import Frame, is_part, unpack_body
 from pmgsync.core.judges import Judge
 from pmgsync.core.named_files import Files, NamedFile
-from pmgsync.core.positions import LAST, Position, parse_lsn
+from pmgsync.core.positions import LAST, Position
 from pmgsync.core.profile import Profile
 from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError
 from pmgsync.postgres.apply import maintenance
@@ -26,7 +26,7 @@ from pmgsync.postgres.apply.chain_session import ChainSession
 from pmgsync.postgres.apply.execution import Execution
 from pmgsync.postgres.apply.plan import ApplyStats, PlannedTransaction, SchemaItem
 from pmgsync.postgres.apply.stale import StaleTables, TableName
-from pmgsync.postgres.session import rows
+from pmgsync.postgres.apply.together import planned_together
 
 GROUP_CHANGES = 20_000
 """A local transaction of small transactions ends with the frame in which it comes to more row changes than this."""
@@ -218,7 +218,12 @@ class Applier:
                     raise ProtocolError(f"a frame of origin {self.origin} follows {frame.prev}, here is {reached}")
                 self.abandon()
                 cursor = self._session.cursor()
-                for piece in transactions(unpack_body(frame.body)):
+                messages = unpack_body(frame.body)
+                whole = planned_together(planner, judge, frame, messages, reached, lambda: self._begins)
+                if whole is not None:
+                    group.append(whole)
+                    messages = []
+                for piece in transactions(messages):
                     if piece.begin is None or piece.commit is None:
                         raise ProtocolError("a frame of whole transactions holds a part of one")
                     lsn = piece.commit.commit_lsn
@@ -290,10 +295,9 @@ class Applier:
         """Return what has to be applied here before what a master wrote whose time began at a fork."""
         if fork.lsn and before != self._own_cid and before in self._followed():
             with self._session.cursor() as cursor:
-                cursor.execute(b"SELECT incarnation, lsn::text FROM pmgsync.position WHERE origin = %d" % before)
-                found = rows(cursor)
+                found = maintenance.applied(cursor, before)
             # Of another life it was copied whole, after that fork.
-            if not found or (found[0][0] == b"%d" % fork.incarnation and _lsn(found[0][1]) < fork.lsn):
+            if found is None or (found[0] == fork.incarnation and found[1] < fork.lsn):
                 return f"the chain of node {before}, the master before, is not applied up to {fork} here yet"
         reason = self._holds()
         self._begins = not reason
@@ -392,8 +396,3 @@ class Applier:
             maintenance.republish(self._dsn, self.origin)
         self.stale.tried(found, found)
         return list(found)
-
-
-def _lsn(text: bytes | None) -> int:
-    assert text is not None
-    return parse_lsn(text.decode())

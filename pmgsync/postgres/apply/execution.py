@@ -117,10 +117,13 @@ class Execution:
             if reached > self._session.position:
                 self.commit_group([], reached)
             return
-        self._committed(reached, len(group), sum(planned.changes for planned in group))
+        self._committed(
+            reached, sum([planned.count for planned in group]), sum([planned.changes for planned in group])
+        )  # fmt: skip
 
     def _committed_at_once(self, group: list[PlannedTransaction], reached: Position) -> bool:
-        """Commit a group in one local transaction; False when that did not go as planned, and nothing is done."""
+        """Commit a group in one local transaction; False when that did not go as planned, and nothing is done: then
+        each of its transactions is by itself."""
         when = group[-1].commit_time if group else None
         for executor in (self._bulk, self._rows):
             script = [b"BEGIN"]
@@ -145,6 +148,7 @@ class Execution:
                 self.stats.repeats += 1
                 self._bulk.failed()
                 with self._session.cursor() as cursor:
+                    group[:] = [one for some in group for one in (some.apart(cursor) if some.apart else [some])]
                     for planned in group:
                         self.planner.renew(cursor, planned.items, planned.lsn)
             else:

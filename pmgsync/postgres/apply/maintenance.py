@@ -10,6 +10,7 @@ import psycopg2
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.core.pgoutput import Relation
+from pmgsync.core.positions import parse_lsn
 from pmgsync.core.profile import TableRule
 from pmgsync.errors import ApplyError, UnreachableError
 from pmgsync.postgres.apply.stale import StaleTable, StaleTables, TableName
@@ -29,6 +30,19 @@ SELECT a.attname, a.atttypid::int8, a.atttypmod, a.attnotnull, a.atthasdef, c.oi
 FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
 LEFT JOIN pg_catalog.pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
 WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p') ORDER BY a.attnum"""
+
+
+def applied(cursor: Cursor, origin: int) -> tuple[int, int] | None:
+    """Return how far the chain of an origin is applied here, incarnation and LSN; None when nothing of it is.
+
+    Raises:
+        psycopg2.Error: when the server does not answer.
+    """
+    cursor.execute(b"SELECT incarnation, lsn::text FROM pmgsync.position WHERE origin = %d" % origin)
+    for incarnation, lsn in rows(cursor):
+        assert incarnation is not None and lsn is not None
+        return int(incarnation), parse_lsn(lsn.decode())
+    return None
 
 
 def agreed(cursor: Cursor, table: StaleTable, newest: Relation | None, rule: TableRule | None) -> object | None:

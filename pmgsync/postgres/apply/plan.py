@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from psycopg2.extensions import cursor as Cursor  # noqa: N812
+
 from pmgsync.core.ceilings import Value
-from pmgsync.core.changes import read_row, read_update
+from pmgsync.core.changes import Deleted, Inserted, Unread, Updated, read_delete, read_row, read_update, rows_of
 from pmgsync.core.ddl import SchemaChange
-from pmgsync.core.pgoutput import Row
+from pmgsync.core.pgoutput import Delete, Insert, Relation, Row, RowChange, Update
+from pmgsync.core.policies import filled
 from pmgsync.postgres.apply.stale import StaleTable
 from pmgsync.postgres.apply.target import Target
 
@@ -40,10 +43,17 @@ class RowsItem(NamedTuple):
 
 
 class UpdateItem(NamedTuple):
-    """A row that changed and kept its key, as the message that says so."""
+    """Rows that changed and kept their keys, one after the other, as messages."""
 
     target: Target
-    message: bytes
+    messages: list[bytes]
+
+
+class DeleteItem(NamedTuple):
+    """Rows that are gone, one after the other, each named by its key, as messages."""
+
+    target: Target
+    messages: list[bytes]
 
 
 class TruncateItem(NamedTuple):
@@ -89,7 +99,66 @@ class SchemaItem(NamedTuple):
 
 
 SingleItem = Item | TruncateItem | SequenceItem | NoteItem | SchemaItem
-PlanItem = SingleItem | RowsItem | UpdateItem
+UnreadItem = RowsItem | UpdateItem | DeleteItem
+PlanItem = SingleItem | UnreadItem
+
+
+OfTable = tuple[Relation, RowChange] | Unread
+"""What happened to rows of one table."""
+
+
+def count_of(change: OfTable) -> int:
+    """Return how many changes of rows it is."""
+    return len(change.messages) if isinstance(change, Unread) else 1
+
+
+def each_row(change: OfTable) -> list[RowChange]:
+    """Return each row's change by itself.
+
+    Raises:
+        ProtocolError: when one is malformed.
+    """
+    return list(rows_of(change)) if isinstance(change, Unread) else [change[1]]
+
+
+def plan_wholly(target: Target, change: OfTable, items: list[PlanItem]) -> None:
+    """Plan changes that all count."""
+    if isinstance(change, Inserted) and target.copies:
+        items.append(RowsItem(target, change.messages))
+    elif isinstance(change, Updated) and not target.merges:
+        items.append(UpdateItem(target, change.messages))
+    elif isinstance(change, Deleted) and not target.merges:
+        items.append(DeleteItem(target, change.messages))
+    else:
+        for row in each_row(change):
+            plan_row(target, row, items)
+
+
+def plan_row(target: Target, row: RowChange, items: list[PlanItem]) -> None:
+    """Plan a change that counts."""
+    if type(row) is Insert:
+        items.append(Item(target, "I", None, row[1]))
+    elif target.merges:
+        _merge(target, row, items)
+    elif type(row) is Update:
+        items.append(Item(target, "U", row[1], row[3]))
+    else:
+        items.append(Item(target, "D", row[1], None))
+
+
+def _merge(target: Target, change: RowChange, items: list[PlanItem]) -> None:
+    """A merge is a function of the local row and the new one: what was there before on the origin only tells
+    another key, and the values that were not sent."""
+    if isinstance(change, Delete):
+        items.append(Item(target, "D", change.old, None))
+        return
+    assert isinstance(change, Update)
+    whole = None if change.old_is_key else change.old
+    new: Row = filled(change.new, whole)
+    old = change.old
+    if old is not None and any(old[place] != new[place] for place in target.key) and target.rule.deletes:
+        items.append(Item(target, "D", old, None))
+    items.append(Item(target, "U", None, new))
 
 
 def one_by_one(items: Iterable[PlanItem]) -> Iterator[SingleItem]:
@@ -102,28 +171,34 @@ def one_by_one(items: Iterable[PlanItem]) -> Iterator[SingleItem]:
         if isinstance(item, RowsItem):
             yield from (Item(item.target, "I", None, read_row(message)) for message in item.messages)
         elif isinstance(item, UpdateItem):
-            yield Item(item.target, "U", None, read_update(item.message).new)
+            yield from (Item(item.target, "U", None, read_update(message).new) for message in item.messages)
+        elif isinstance(item, DeleteItem):
+            yield from (Item(item.target, "D", read_delete(message), None) for message in item.messages)
         else:
             yield item
 
 
 def changes_in(items: Iterable[PlanItem]) -> int:
     """Return how many changes of the origin a plan holds."""
-    return sum([len(item.messages) if type(item) is RowsItem else type(item) is not NoteItem for item in items])
+    return sum([len(i.messages) if isinstance(i, UnreadItem) else type(i) is not NoteItem for i in items])
 
 
 @dataclass(slots=True)
 class PlannedTransaction:
-    """A transaction of the origin, or what a part of one holds.
+    """A transaction of the origin, or what a part of one holds; or many of them as one, whose items are by table.
 
     Attributes:
-        lsn: of the commit.
+        lsn: of the commit, the last one.
         commit_time: µs since 1970, None when unknown.
+        count: how many transactions it is.
+        apart: returns them one by one, planned anew; None when it is one.
     """
 
     lsn: int
     commit_time: int | None
     items: list[PlanItem]
+    count: int = 1
+    apart: Callable[[Cursor], list[PlannedTransaction]] | None = None
 
     @property
     def changes(self) -> int:

@@ -8,11 +8,11 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.core import ceilings as sequences
 from pmgsync.core import ddl
-from pmgsync.core.changes import Change, Inserted, Truncated, Unread, Updated, read_row, read_update
+from pmgsync.core.changes import Change, Truncated, Unread, transactions
 from pmgsync.core.named_files import NamedFile, naming_of
 from pmgsync.core.owners import Writers
-from pmgsync.core.pgoutput import Delete, Emitted, Insert, Relation, Row, RowChange, Update
-from pmgsync.core.policies import counts_wholly, filled, owner_index, select
+from pmgsync.core.pgoutput import Emitted, Insert, Relation, RowChange
+from pmgsync.core.policies import counts_wholly, owner_index, select
 from pmgsync.core.positions import format_lsn
 from pmgsync.core.profile import Policy, Profile, TableRule
 from pmgsync.errors import ApplyError
@@ -20,13 +20,17 @@ from pmgsync.postgres.apply.plan import (
     ApplyStats,
     Item,
     NoteItem,
+    OfTable,
     PlanItem,
-    RowsItem,
+    PlannedTransaction,
     SchemaItem,
     SequenceItem,
     TruncateItem,
-    UpdateItem,
+    count_of,
+    each_row,
     one_by_one,
+    plan_row,
+    plan_wholly,
 )
 from pmgsync.postgres.apply.schema import missing
 from pmgsync.postgres.apply.stale import Kind, StaleTable, StaleTables
@@ -34,18 +38,7 @@ from pmgsync.postgres.apply.target import Target, load_target
 from pmgsync.postgres.session import quote_ident
 
 _Route = tuple[TableRule | None, bool | None, int | None]
-_UNKNOWN = (None, False)
-
-
-def _count(change: RowChange | Inserted) -> int:
-    return len(change.messages) if isinstance(change, Inserted) else 1
-
-
-def _rows(change: RowChange | Inserted) -> list[RowChange]:
-    if not isinstance(change, Inserted):
-        return [change]
-    number = change.relation.id
-    return [Insert(number, read_row(message)) for message in change.messages]
+_UNKNOWN: tuple[None, bool] = (None, False)
 
 
 # Over 250 lines: every kind of change shares the route of its table and what makes the table stale.
@@ -67,6 +60,11 @@ class Planner:
         self._number = 0
         self._naming = naming_of(profile)
         self._named: list[NamedFile] = []
+
+    @property
+    def writers(self) -> Writers:
+        """Who may write what in what is planned next."""
+        return self._writers
 
     def set_writers(self, writers: Writers) -> None:
         """Say who may write what, from the next plan on."""
@@ -135,52 +133,84 @@ class Planner:
             psycopg2.Error: when the catalog cannot be read.
         """
         items: list[PlanItem] = []
-        append, ready = items.append, self._ready
         for at, change in enumerate(changes):
-            if isinstance(change, Updated):
-                relation, message = change
-                target, wholly = ready.get(relation.raw, _UNKNOWN)
-                if wholly and not target.merges:  # type: ignore[union-attr]
-                    append(UpdateItem(target, message))  # type: ignore[arg-type]
-                else:
-                    self._of_table(cursor, relation, read_update(message), items, lsn)
-            elif isinstance(change, Inserted):
-                relation, messages = change
-                target, wholly = ready.get(relation.raw, _UNKNOWN)
-                if wholly and target.copies:  # type: ignore[union-attr]
-                    append(RowsItem(target, messages))  # type: ignore[arg-type]
-                else:
-                    self._of_table(cursor, relation, change, items, lsn)
-            elif isinstance(change, Truncated):
+            if isinstance(change, Truncated):
                 self._truncate(cursor, change, items, lsn)
             elif isinstance(change, Emitted):
                 self._emitted(change, items, lsn)
                 if items and type(items[-1]) is SchemaItem:
                     return items, changes[at + 1 :]
             else:
-                relation, row = change
-                target, wholly = ready.get(relation.raw, _UNKNOWN)
+                target, wholly = self._ready.get(change[0].raw, _UNKNOWN)
                 if wholly:
-                    self._add(target, row, items)  # type: ignore[arg-type]
+                    plan_wholly(target, change, items)  # type: ignore[arg-type]
                 else:
-                    self._of_table(cursor, relation, row, items, lsn)
+                    self._of_table(cursor, change, items, lsn)
         for raw in self._lacking:
             # The column may be added here any time, and then its values count.
             self._targets.pop(raw, None)
         self._lacking.clear()
         return items, ()
 
-    def _of_table(
-        self, cursor: Cursor, relation: Relation, change: RowChange | Inserted, items: list[PlanItem], lsn: int
-    ) -> None:
-        """Plan a change of a table, or inserts into one."""
+    def plan_together(self, changes: Sequence[Change | Unread]) -> list[PlanItem] | None:
+        """Return what changes of many transactions come to here, given by table; None when that depends on each
+        transaction, or is not known yet.
+
+        Raises:
+            ProtocolError: when a row is malformed.
+        """
+        items: list[PlanItem] = []
+        for change in changes:
+            assert not isinstance(change, Truncated | Emitted)
+            target = self._settled(change[0])
+            if target is None or target.fires:
+                return None
+            plan_wholly(target, change, items)
+        return items
+
+    def plan_apart(
+        self, messages: Sequence[bytes], after: int, writers: Writers, cursor: Cursor
+    ) -> list[PlannedTransaction]:
+        """Return the plans of the transactions of a frame that were planned together, later than an LSN.
+
+        Raises: as `plan`.
+        """
+        before, planned = self._writers, []
+        self.set_writers(writers)
+        for piece in transactions(messages):
+            assert piece.commit is not None
+            if piece.commit.commit_lsn > after:
+                items, _ = self.plan(cursor, piece.changes, piece.commit.commit_lsn)
+                planned.append(PlannedTransaction(piece.commit.commit_lsn, piece.commit.commit_time_us, items))
+        self.set_writers(before)
+        return planned
+
+    def _settled(self, relation: Relation) -> Target | None:
+        """Return the target of a table of which all changes count, when it is known and nothing is new about it."""
+        target, wholly = self._ready.get(relation.raw, _UNKNOWN)
+        if target is not None:
+            return target if wholly else None
+        key, stale = (relation.namespace, relation.name), self._stale
+        target = self._targets.get(relation.raw)
+        if (
+            target is None or target.lacking or key in stale.tables or key in self._naming
+            or self._routes.get(relation.raw, (None, False))[1] is not True
+            or stale.newest.get(key) is not relation or stale.relations.get(key) != relation.id
+        ):  # fmt: skip
+            return None
+        self._ready[relation.raw] = (target, True)
+        return target
+
+    def _of_table(self, cursor: Cursor, change: OfTable, items: list[PlanItem], lsn: int) -> None:
+        """Plan changes of a table."""
+        relation = change[0]
         known, _ = self._ready.get(relation.raw, _UNKNOWN)
         rule, wholly, owner = self._routes.get(relation.raw) or self._route(relation, items, lsn)
         if rule is None or wholly is False:
-            self._stats.skipped += _count(change)
+            self._stats.skipped += count_of(change)
             return
         if known is None and self._leaves_out(relation, items, lsn):
-            self._stats.stale += _count(change)
+            self._stats.stale += count_of(change)
             return
         if wholly is None:
             rows = self._that_count(rule, relation, change, owner, lsn)
@@ -188,23 +218,23 @@ class Planner:
                 return
         target = known or self._usable(cursor, relation, rule, items, lsn)
         if target is None:
-            self._stats.stale += _count(change) if wholly else len(rows)
+            self._stats.stale += count_of(change) if wholly else len(rows)
             return
         key = (relation.namespace, relation.name)
         if known is None and not target.lacking and key not in self._stale.tables:
             self._ready[relation.raw] = (target, bool(wholly) and key not in self._naming)
         if key in self._naming:
-            self._note_named(relation, key, _rows(change) if wholly else rows)
-        if wholly and target.copies and isinstance(change, Inserted):
-            items.append(RowsItem(target, change.messages))
+            self._note_named(relation, key, each_row(change) if wholly else rows)
+        if wholly:
+            plan_wholly(target, change, items)
             return
-        for row in _rows(change) if wholly else rows:
-            self._add(target, row, items)
+        for row in rows:
+            plan_row(target, row, items)
 
     def _that_count(
-        self, rule: TableRule, relation: Relation, change: RowChange | Inserted, owner: int | None, lsn: int
+        self, rule: TableRule, relation: Relation, change: OfTable, owner: int | None, lsn: int
     ) -> list[RowChange]:
-        rows = _rows(change)
+        rows = each_row(change)
         try:
             kept = [select(rule, relation, row, self._writers, owner) for row in rows]
         except ApplyError as error:
@@ -221,30 +251,6 @@ class Planner:
             if type(row) is Insert:
                 values = ((tree, row.new[at]) for at, tree in places)
                 self._named += [NamedFile(tree, value) for tree, value in values if isinstance(value, bytes) and value]
-
-    def _add(self, target: Target, row: RowChange, items: list[PlanItem]) -> None:
-        if type(row) is Insert:
-            items.append(Item(target, "I", None, row[1]))
-        elif target.merges:
-            self._merge(target, row, items)
-        elif type(row) is Update:
-            items.append(Item(target, "U", row[1], row[3]))
-        else:
-            items.append(Item(target, "D", row[1], None))
-
-    def _merge(self, target: Target, change: RowChange, items: list[PlanItem]) -> None:
-        """A merge is a function of the local row and the new one: what was there before on the origin only tells
-        another key, and the values that were not sent."""
-        if isinstance(change, Delete):
-            items.append(Item(target, "D", change.old, None))
-            return
-        assert isinstance(change, Update)
-        whole = None if change.old_is_key else change.old
-        new: Row = filled(change.new, whole)
-        old = change.old
-        if old is not None and any(old[place] != new[place] for place in target.key) and target.rule.deletes:
-            items.append(Item(target, "D", old, None))
-        items.append(Item(target, "U", None, new))
 
     def _emitted(self, change: Emitted, items: list[PlanItem], lsn: int) -> None:
         """Do nothing: a message of a later version is left out."""
