@@ -111,8 +111,8 @@ def key_reader(places: Sequence[int]) -> Callable[[bytes], Any]:
     return first
 
 
-def flat_values(messages: Sequence[bytes], width: int) -> list[bytes] | None:
-    """Return the values of rows, one row after the other; None when one is NULL, longer than 255 bytes or malformed.
+def flat_values(messages: Sequence[bytes], width: int) -> list[bytes | None] | None:
+    """Return the values of rows, one row after the other; None when one is kept, longer than 255 bytes or malformed.
 
     The length of each is checked, so what is returned is exactly what reading each returns. Cutting all rows with one
     `split` takes 0.6 instead of 1.3 µs for a row of four values.
@@ -122,19 +122,52 @@ def flat_values(messages: Sequence[bytes], width: int) -> list[bytes] | None:
         width: columns of the table.
     """
     first, *cut = b"".join([message[8:] for message in messages]).split(b"t\0\0\0")
-    if first or len(cut) != width * len(messages):
-        return None
-    values = [part[1:] for part in cut]
-    sizes = list(map(len, values))
-    try:
-        if bytes(sizes) != bytes([part[0] for part in cut]):
+    values: list[bytes | None]
+    sizes: list[int]
+    if not first and len(cut) == width * len(messages):
+        values = [part[1:] for part in cut]
+        sizes = list(map(len, values))  # type: ignore[arg-type]
+        try:
+            if bytes(sizes) != bytes([part[0] for part in cut]):
+                return None
+        except (ValueError, IndexError):
             return None
-    except (ValueError, IndexError):
-        return None
+        more = 5 * width
+    else:
+        found = _with_nulls(first, cut)
+        if found is None or len(found[0]) != width * len(messages):
+            return None
+        (values, sizes), more = found, 0
+    more += 8
     # Nor does a message have more values than columns, and another less.
-    most = 8 + 5 * width
     of_rows = map(sum, zip(*[iter(sizes)] * width, strict=True))
-    return values if [len(message) - most for message in messages] == list(of_rows) else None
+    return values if [len(message) - more for message in messages] == list(of_rows) else None
+
+
+def _with_nulls(first: bytes, cut: list[bytes]) -> tuple[list[bytes | None], list[int]] | None:
+    """Return values, and how many bytes each takes in its message; None when one is no text and not NULL.
+
+    Args:
+        first: what precedes the first text.
+        cut: of each text the last byte of its length, the text, and what precedes the next.
+    """
+    if first.strip(b"n"):
+        return None
+    values: list[bytes | None] = [None] * len(first)
+    sizes = [1] * len(first)
+    for part in cut:
+        if not part:
+            return None
+        end = part[0] + 1
+        values.append(part[1:end])
+        sizes.append(end + 4)
+        nulls = len(part) - end
+        if nulls:
+            if nulls < 0 or part[end:].strip(b"n"):
+                return None
+            values += [None] * nulls
+            sizes += [1] * nulls
+    return values, sizes
 
 
 Change = tuple[Relation, RowChange] | Truncated | Emitted
@@ -191,12 +224,13 @@ class Tables:
 
     def describe(self, relation: Relation) -> None:
         """Take a description, from now on."""
+        known = self.relations.get(relation.id)
         self.relations[relation.id] = relation
         number, width = relation.id.to_bytes(4, "big"), len(relation.columns).to_bytes(2, "big")
         for kind, mark, stays in ((b"I", b"N", Inserted), (b"U", b"N", Updated), (b"D", b"K", Deleted)):
             head = kind + number + mark
-            for other in [start for start in self.heads if start[:6] == head]:
-                del self.heads[other]
+            if known is not None:
+                self.heads.pop(head + len(known.columns).to_bytes(2, "big"), None)
             self.heads[head + width] = stays, relation
 
     def changed(self, change: RowChange) -> tuple[Relation, RowChange]:

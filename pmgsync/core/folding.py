@@ -127,7 +127,7 @@ class Phase:
         added = dict(zip(keys, messages, strict=True))
         if len(added) == len(messages) and self._untouched(added, self.updated):
             self.updated |= added
-        elif self._folds and self._untouched(added) and not any(b"u" in message for message in messages):
+        elif self._folds and self._untouched(added) and b"u" not in b"".join(messages):
             # The same mark as of an unchanged value, if it has one at all; then it takes nothing from what was before.
             self.updated |= added
         else:

@@ -264,3 +264,9 @@ def test_malformed_rows_are_not_cut() -> None:
         assert flat_values(wrong, 2) is None
         with pytest.raises(ProtocolError):
             list(map(read_row, wrong))
+
+
+@given(st.integers(1, 4).flatmap(lambda w: st.lists(st.tuples(*[short | st.none()] * w), min_size=1, max_size=6)))
+def test_nulls_are_cut_too(table: list[Row]) -> None:
+    inserts = [encode(Insert(7, new)) for new in table]
+    assert flat_values(inserts, len(table[0])) == [value for new in table for value in new]

@@ -50,7 +50,7 @@ LEAST_ROWS = 8
 MOST_ROWS = 5000
 """Rows of one statement; its arrays take some hundred bytes each in the server."""
 READ_ROWS = 500
-"""Rows of updates that are read at once, or one by one when a value of theirs is NULL or kept."""
+"""Rows of updates that are read at once, or one by one when a value of theirs is kept or long."""
 RESTING_BATCHES = 100
 """A table on which bulk execution failed is done row by row for so many batches."""
 

@@ -13,6 +13,9 @@ from pmgsync.core.pgoutput import Row, Value
 from pmgsync.errors import ProtocolError
 from pmgsync.postgres.apply.target import Target
 
+_NULL = b"\0N"
+_SPECIAL = (b"\0", b"\\", b"'")
+
 
 class CopySource:
     """A file that COPY reads: the lines of some rows are made while the server takes in those before.
@@ -69,7 +72,7 @@ def copy_text(target: Target, new: Sequence[Row]) -> bytes:
         for row in rows:
             if None in row:
                 nulls += row.count(None)
-                row = [b"\0N" if value is None else value for value in row]  # noqa: PLW2901
+                row = _marked(row)  # noqa: PLW2901
             lines.append(b"\0t".join(row))  # type: ignore[arg-type]
     except TypeError as error:
         raise ProtocolError(f"an inserted row of {target.relation.qualified} lacks a value") from error
@@ -89,14 +92,17 @@ def copy_messages(target: Target, messages: Sequence[bytes]) -> bytes:
     """
     width = len(target.relation.columns)
     if len(target.columns) == width:
-        values = flat_values(messages, width)
+        values: Sequence[Value] | None = flat_values(messages, width)
         if values is not None:
+            nulls = values.count(None)
+            if nulls:
+                values = _marked(values)
             lines = b"\n".join(map(b"\t".join, zip(*[iter(values)] * width, strict=True))) + b"\n"
             if (
                 lines.count(b"\t") == len(messages) * (width - 1) and lines.count(b"\n") == len(messages)
-                and not any(special in lines for special in (b"\\", b"\r", b"\0"))
+                and b"\\" not in lines and b"\r" not in lines and lines.count(b"\0") == nulls == lines.count(_NULL)
             ):  # fmt: skip
-                return lines
+                return lines.replace(_NULL, b"\\N") if nulls else lines
     return copy_text(target, list(map(read_row, messages)))
 
 
@@ -106,11 +112,13 @@ def array_literal(target: Target, values: Sequence[Value]) -> bytes:
     Raises:
         ProtocolError: when a value is unchanged or has a byte 0.
     """
-    nulls = 0
-    if None in values:
-        nulls = values.count(None)
-        values = [b"\0N" if value is None else value for value in values]
+    nulls = values.count(None)
+    if nulls:
+        values = _marked(values)
     try:
+        plainly = b'","'.join(values)  # type: ignore[arg-type]
+        if not nulls and plainly.count(b'"') == 2 * len(values) - 2 and not any(map(plainly.__contains__, _SPECIAL)):
+            return b"'{\"%s\"}'" % plainly
         data = b"\0t".join(values)  # type: ignore[arg-type]
     except TypeError as error:
         raise ProtocolError(f"a row of {target.relation.qualified} lacks a value that identifies it") from error
@@ -121,6 +129,10 @@ def array_literal(target: Target, values: Sequence[Value]) -> bytes:
             data = data.replace(plain, escaped)
     data = data.replace(b"\0t", b'","')
     return b"'{%s}'" % (b'"%s"' % data).replace(b'"\0N"', b"NULL") if values else b"'{}'"
+
+
+def _marked(values: Sequence[Value]) -> list[Value]:
+    return [_NULL if value is None else value for value in values]
 
 
 def _check(data: bytes, marks: dict[bytes, int]) -> None:
