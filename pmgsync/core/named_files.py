@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from pmgsync.core.changes import Inserted, Unread, key_reader
 from pmgsync.core.filenames import Selection, check_name
+from pmgsync.core.pgoutput import Insert, Relation, RowChange, Value
 from pmgsync.core.profile import DEFAULT_SCHEMA, FileTree, Profile
 from pmgsync.core.trees import Tree
 from pmgsync.errors import ProtocolError
@@ -43,6 +45,28 @@ def naming_of(profile: Profile) -> Naming:
         for table, column in rule.named_in:
             found.setdefault((DEFAULT_SCHEMA.encode(), table.encode()), {})[column.encode()] = rule
     return found
+
+
+def named_in(naming: Naming, change: tuple[Relation, RowChange] | Unread) -> Iterator[NamedFile]:
+    """Yield the files that new rows name.
+
+    Raises:
+        ProtocolError: when a row is malformed, as far as it is read.
+    """
+    relation = change[0]
+    columns = naming.get((relation.namespace, relation.name))
+    if columns is None:
+        return
+    for place, column in enumerate(relation.columns):
+        tree = columns.get(column.name)
+        values: Iterable[Value] = ()
+        if tree is None:
+            continue
+        if isinstance(change, Inserted):
+            values = map(key_reader((place,)), change.messages)
+        elif not isinstance(change, Unread) and isinstance(change[1], Insert):
+            values = (change[1].new[place],)
+        yield from (NamedFile(tree, value) for value in values if isinstance(value, bytes) and value)
 
 
 def is_expected(file: NamedFile, trees: Iterable[Tree], origin: int) -> bool:

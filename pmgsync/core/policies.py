@@ -6,6 +6,7 @@ A mirrored table has one writer, the master of the time; a row of an owned table
 
 from __future__ import annotations
 
+from pmgsync.core.changes import Deleted, Inserted, Unread, Updated, key_reader
 from pmgsync.core.owners import Writers
 from pmgsync.core.pgoutput import UNCHANGED, Delete, Insert, Relation, Row, RowChange, Update
 from pmgsync.core.profile import Policy, TableRule
@@ -75,6 +76,27 @@ def select(
             return change if writers.answers_for(change.old[owner]) else None
         case Update():
             return _select_update(relation, change, owner, writers)
+
+
+def select_unread(rule: TableRule, relation: Relation, change: Unread, writers: Writers, owner: int | None) -> Unread:
+    """Return those of changes that stay messages that count on this node, where that depends on their rows. Each is
+    made here as `select` says: a row that kept its key, or is named by it, kept its owner.
+
+    Raises:
+        ApplyError: when the changes do not say whose rows they are.
+        ProtocolError: when one is malformed, as far as it is read.
+    """
+    assert counts_wholly(rule, writers) is None
+    if rule.policy is Policy.MERGE:
+        if isinstance(change, Updated) or (isinstance(change, Inserted) and owner is None):
+            return change
+        if isinstance(change, Deleted) and (not rule.deletes or owner is None):
+            return change if rule.deletes else change._replace(messages=[])
+    assert owner is not None
+    if isinstance(change, Deleted):
+        _require_owner(relation, owner, old_is_key=True)
+    owner_of, counts = key_reader((owner,)), writers.answers_for
+    return change._replace(messages=[message for message in change.messages if counts(owner_of(message))])
 
 
 def _select_update(relation: Relation, change: Update, owner: int, writers: Writers) -> RowChange | None:

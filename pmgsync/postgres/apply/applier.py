@@ -220,7 +220,8 @@ class Applier:
                 cursor = self._session.cursor()
                 messages = unpack_body(frame.body)
                 whole = planned_together(planner, judge, frame, messages, reached, lambda: self._begins)
-                if whole is not None:
+                # What precedes a row whose file is waited for is committed first.
+                if whole is not None and not self._missing(received):
                     group.append(whole)
                     messages = []
                 for piece in transactions(messages):

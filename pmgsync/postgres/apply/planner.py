@@ -8,11 +8,11 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.core import ceilings as sequences
 from pmgsync.core import ddl
-from pmgsync.core.changes import Change, Truncated, Unread, transactions
-from pmgsync.core.named_files import NamedFile, naming_of
+from pmgsync.core.changes import Change, Inserted, Truncated, Unread, transactions
+from pmgsync.core.named_files import NamedFile, named_in, naming_of
 from pmgsync.core.owners import Writers
-from pmgsync.core.pgoutput import Emitted, Insert, Relation, RowChange
-from pmgsync.core.policies import counts_wholly, owner_index, select
+from pmgsync.core.pgoutput import Emitted, Relation
+from pmgsync.core.policies import counts_wholly, owner_index, select, select_unread
 from pmgsync.core.positions import format_lsn
 from pmgsync.core.profile import Policy, Profile, TableRule
 from pmgsync.errors import ApplyError
@@ -27,9 +27,7 @@ from pmgsync.postgres.apply.plan import (
     SequenceItem,
     TruncateItem,
     count_of,
-    each_row,
     one_by_one,
-    plan_row,
     plan_wholly,
 )
 from pmgsync.postgres.apply.schema import missing
@@ -160,12 +158,28 @@ class Planner:
             ProtocolError: when a row is malformed.
         """
         items: list[PlanItem] = []
+        named: list[NamedFile] = []
+        skipped = 0
         for change in changes:
             assert not isinstance(change, Truncated | Emitted)
-            target = self._settled(change[0])
-            if target is None or target.fires:
+            relation, counts = change[0], change
+            rule, wholly, owner = self._routes.get(relation.raw, (None, None, None))
+            if wholly is False:
+                skipped += count_of(change)
+                continue
+            target = self._settled(relation)
+            if rule is None or target is None or target.fires:
                 return None
-            plan_wholly(target, change, items)
+            if wholly is None:
+                try:
+                    counts = self._that_count(rule, relation, change, owner)
+                except ApplyError:
+                    return None
+                skipped += count_of(change) - count_of(counts)
+            named += named_in(self._naming, counts)
+            plan_wholly(target, counts, items)
+        self._named += named
+        self._stats.skipped += skipped
         return items
 
     def plan_apart(
@@ -175,7 +189,7 @@ class Planner:
 
         Raises: as `plan`.
         """
-        before, planned = self._writers, []
+        before, skipped, planned = self._writers, self._stats.skipped, []
         self.set_writers(writers)
         for piece in transactions(messages):
             assert piece.commit is not None
@@ -183,22 +197,24 @@ class Planner:
                 items, _ = self.plan(cursor, piece.changes, piece.commit.commit_lsn)
                 planned.append(PlannedTransaction(piece.commit.commit_lsn, piece.commit.commit_time_us, items))
         self.set_writers(before)
+        # Both were noted when they were planned together.
+        self._stats.skipped = skipped
+        self.take_named()
         return planned
 
     def _settled(self, relation: Relation) -> Target | None:
-        """Return the target of a table of which all changes count, when it is known and nothing is new about it."""
-        target, wholly = self._ready.get(relation.raw, _UNKNOWN)
+        """Return the target of a table when it is known, nothing is new about it, and nothing of it left out."""
+        target, _ = self._ready.get(relation.raw, _UNKNOWN)
         if target is not None:
-            return target if wholly else None
+            return target
         key, stale = (relation.namespace, relation.name), self._stale
-        target = self._targets.get(relation.raw)
+        target, route = self._targets.get(relation.raw), self._routes.get(relation.raw)
         if (
-            target is None or target.lacking or key in stale.tables or key in self._naming
-            or self._routes.get(relation.raw, (None, False))[1] is not True
+            target is None or target.lacking or key in stale.tables or route is None
             or stale.newest.get(key) is not relation or stale.relations.get(key) != relation.id
         ):  # fmt: skip
             return None
-        self._ready[relation.raw] = (target, True)
+        self._ready[relation.raw] = (target, route[1] is True and key not in self._naming)
         return target
 
     def _of_table(self, cursor: Cursor, change: OfTable, items: list[PlanItem], lsn: int) -> None:
@@ -213,44 +229,31 @@ class Planner:
             self._stats.stale += count_of(change)
             return
         if wholly is None:
-            rows = self._that_count(rule, relation, change, owner, lsn)
-            if not rows:
+            try:
+                counts = self._that_count(rule, relation, change, owner)
+            except ApplyError as error:
+                error.lsn = format_lsn(lsn)
+                raise
+            self._stats.skipped += count_of(change) - count_of(counts)
+            if not count_of(counts):
                 return
+            change = counts
         target = known or self._usable(cursor, relation, rule, items, lsn)
         if target is None:
-            self._stats.stale += count_of(change) if wholly else len(rows)
+            self._stats.stale += count_of(change)
             return
         key = (relation.namespace, relation.name)
         if known is None and not target.lacking and key not in self._stale.tables:
             self._ready[relation.raw] = (target, bool(wholly) and key not in self._naming)
-        if key in self._naming:
-            self._note_named(relation, key, each_row(change) if wholly else rows)
-        if wholly:
-            plan_wholly(target, change, items)
-            return
-        for row in rows:
-            plan_row(target, row, items)
+        self._named += named_in(self._naming, change)
+        plan_wholly(target, change, items)
 
-    def _that_count(
-        self, rule: TableRule, relation: Relation, change: OfTable, owner: int | None, lsn: int
-    ) -> list[RowChange]:
-        rows = each_row(change)
-        try:
-            kept = [select(rule, relation, row, self._writers, owner) for row in rows]
-        except ApplyError as error:
-            error.lsn = format_lsn(lsn)
-            raise
-        counting = [row for row in kept if row is not None]
-        self._stats.skipped += len(rows) - len(counting)
-        return counting
-
-    def _note_named(self, relation: Relation, table: tuple[bytes, bytes], rows: Sequence[RowChange]) -> None:
-        columns = self._naming[table]
-        places = [(at, columns[column.name]) for at, column in enumerate(relation.columns) if column.name in columns]
-        for row in rows:
-            if type(row) is Insert:
-                values = ((tree, row.new[at]) for at, tree in places)
-                self._named += [NamedFile(tree, value) for tree, value in values if isinstance(value, bytes) and value]
+    def _that_count(self, rule: TableRule, relation: Relation, change: OfTable, owner: int | None) -> OfTable:
+        """Return what counts of changes to a table of which not all do."""
+        if isinstance(change, Unread):
+            return select_unread(rule, relation, change, self._writers, owner)
+        row = select(rule, relation, change[1], self._writers, owner)
+        return Inserted(relation, []) if row is None else (relation, row)
 
     def _emitted(self, change: Emitted, items: list[PlanItem], lsn: int) -> None:
         """Do nothing: a message of a later version is left out."""
