@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgpack
 
 from pmgsync.core.positions import LAST, MAX_LSN, Position
-from pmgsync.errors import FrameDamagedError, ProtocolError
+from pmgsync.errors import FrameDamagedError, ProtocolError, ResyncRequiredError
 
 VERSION = 1
 MAX_HEADER = 512
@@ -76,7 +76,7 @@ def unpack_body(body: bytes) -> list[bytes]:
         )
     except Exception as error:  # msgpack raises ValueError, its own types and, for depth, StackError
         raise ProtocolError(f"a frame's body is not an array of messages ({error})") from error
-    if not isinstance(messages, list) or not all(type(message) is bytes for message in messages):
+    if not isinstance(messages, list) or not set(map(type, messages)) <= {bytes}:
         raise ProtocolError("a frame's body is not an array of bin")
     return messages
 
@@ -168,3 +168,63 @@ def read_frames(parts: Sequence[bytes]) -> Iterator[Frame]:
 def is_part(header: Header) -> bool:
     """True when the frame is one of several parts of a transaction."""
     return header.here.part != LAST or not header.prev.complete
+
+
+def with_parts(frames: Iterable[Frame], most: int) -> Iterator[list[Frame]]:
+    """Yield each frame by itself, but the parts of a transaction together when all are there and follow each other.
+
+    Args:
+        most: changes that parts may have which are yielded together.
+    """
+    parts: list[Frame] = []
+    for frame in frames:
+        last = parts[-1].header if parts else None
+        if last is not None and (
+            (last.here, last.attempt, last.epoch, last.incarnation, last.origin)
+            != (frame.prev, frame.header.attempt, frame.header.epoch, frame.header.incarnation, frame.header.origin)
+        ):  # fmt: skip
+            yield from ([part] for part in parts)
+            parts = []
+        if not parts and (frame.here.complete or not frame.prev.complete):
+            yield [frame]
+            continue
+        parts.append(frame)
+        if frame.here.complete and sum(part.header.changes for part in parts) <= most:
+            yield parts
+            parts = []
+        elif frame.here.complete:
+            yield from ([part] for part in parts)
+            parts = []
+    yield from ([part] for part in parts)
+
+
+def messages_of(frames: Sequence[Frame]) -> list[bytes]:
+    """Return the pgoutput messages of a frame, or of all parts of a transaction.
+
+    Raises:
+        ProtocolError: when a body cannot be read, or the parts are not those of one transaction.
+    """
+    messages = [message for frame in frames for message in unpack_body(frame.body)]
+    if len(frames) > 1:
+        kinds = b"".join([message[:1] for message in messages])
+        if kinds.count(b"B") != 1 or kinds.count(b"C") != 1 or not kinds.endswith(b"C"):
+            raise ProtocolError("the parts of a transaction hold something else, or no Commit at their end")
+    return messages
+
+
+def check_chain(frame: Frame, origin: int, incarnation: int) -> None:
+    """Check that a frame is of the chain that is applied.
+
+    Raises:
+        ProtocolError: when it is of another origin.
+        ResyncRequiredError: when the chain was begun anew.
+    """
+    header = frame.header
+    if header.origin != origin:
+        raise ProtocolError(f"a frame of origin {header.origin} came to the applier of origin {origin}")
+    if header.incarnation != incarnation:
+        raise ResyncRequiredError(
+            f"the chain of origin {origin} was begun anew, this database has its incarnation {incarnation:016x}, the "
+            f"frame is of {header.incarnation:016x}",
+            hint="nothing need be done: a snapshot is taken",
+        )

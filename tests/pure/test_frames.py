@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.chains.streams import MESSAGE_BYTES, MESSAGE_FRAMES, messages
-from pmgsync.core.frames import Frame, Header, make_frame, read_frame, read_frames, read_header, unpack_body
+from pmgsync.core.frames import (
+    Frame,
+    Header,
+    make_frame,
+    messages_of,
+    read_frame,
+    read_frames,
+    read_header,
+    unpack_body,
+    with_parts,
+)
 from pmgsync.core.positions import LAST, MAX_LSN, Position, format_lsn, parse_lsn
 from pmgsync.errors import FrameDamagedError, ProtocolError
 
@@ -126,3 +136,63 @@ def test_several_frames_in_a_message(given_frames: list[tuple[Header, bytes]], d
     for wrong in ([], parts[:-1]):
         with pytest.raises(ProtocolError):
             read_frames(wrong)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> list[Frame]:
+    """Frames as they may come: of whole transactions, parts of several runs, some twice or missing."""
+    frames: list[Frame] = []
+    prev = Position(0)
+    for lsn in range(1, draw(st.integers(1, 8))):
+        parts = draw(st.integers(1, 4))
+        attempt = draw(st.sampled_from([1, 1, 1, 2]))
+        for part in range(1, parts + 1):
+            here = Position(lsn, part if part < parts else LAST)
+            changes = draw(st.integers(0, 9))
+            frames.append(make_frame(Header(b"c" * 16, 1, 7, 99, prev, here, 0, attempt, changes), [b"x"]))
+            prev = here
+    for _ in range(draw(st.integers(0, 2)) if frames else 0):
+        at, to = (draw(st.integers(0, len(frames))) for _ in range(2))
+        frames[at:to] = draw(st.sampled_from([[], frames[at:to] * 2, frames[to:at]]))
+    return frames
+
+
+@given(streams(), st.integers(0, 30))
+def test_parts_come_together_when_all_are_there(frames: list[Frame], most: int) -> None:
+    found = list(with_parts(frames, most))
+    assert [frame for some in found for frame in some] == frames
+    at = 0
+    for some in found:
+        if len(some) > 1:
+            assert some[0].prev.complete and some[-1].here.complete
+            assert all(one.here == two.prev and not one.here.complete for one, two in itertools.pairwise(some))
+            assert len({frame.header.attempt for frame in some}) == 1
+            assert sum(frame.header.changes for frame in some) <= most
+        elif some[0].prev.complete and not some[0].here.complete:
+            # The first of parts by itself: they are not all there, or are too many.
+            end = at + 1
+            while end < len(frames) and frames[end - 1].here == frames[end].prev and not frames[end - 1].here.complete:
+                end += 1
+            rest = frames[at:end]
+            assert (
+                not rest[-1].here.complete
+                or sum(frame.header.changes for frame in rest) > most
+                or len({frame.header.attempt for frame in rest}) > 1
+            )
+        at += len(some)
+
+
+def test_the_parts_of_a_transaction_hold_nothing_else() -> None:
+    def parts(*bodies: list[bytes]) -> list[Frame]:
+        places = [Position(0), *(Position(5, part) for part in range(1, len(bodies))), Position(5)]
+        headers = [Header(b"c" * 16, 1, 7, 99, prev, here, 0, 1, 1) for prev, here in itertools.pairwise(places)]
+        return [make_frame(header, body) for header, body in zip(headers, bodies, strict=True)]
+
+    assert messages_of(parts([b"B", b"I"], [b"I"], [b"I", b"C"])) == [b"B", b"I", b"I", b"I", b"C"]
+    assert messages_of(parts([b"I", b"", b"C", b"B"])) == [b"I", b"", b"C", b"B"], "one frame is not looked into"
+    refused: list[list[list[bytes]]] = [
+        [[b"B"], []], [[], []], [[b"B"], [b"C", b"I"]], [[b"B"], [b"B", b"C"]], [[b"B", b"C"], [b"C"]],
+    ]  # fmt: skip
+    for wrong in refused:
+        with pytest.raises(ProtocolError):
+            messages_of(parts(*wrong))

@@ -15,12 +15,12 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from pmgsync.core.changes import Change, Piece, Unread, transactions
 from pmgsync.core.document import Epoch, Fork
-from pmgsync.core.frames import Frame, is_part, unpack_body
+from pmgsync.core.frames import Frame, check_chain, is_part, messages_of, unpack_body, with_parts
 from pmgsync.core.judges import Judge
 from pmgsync.core.named_files import Files, NamedFile
 from pmgsync.core.positions import LAST, Position
 from pmgsync.core.profile import Profile
-from pmgsync.errors import PmgsyncError, ProtocolError, ResyncRequiredError
+from pmgsync.errors import PmgsyncError, ProtocolError
 from pmgsync.postgres.apply import maintenance
 from pmgsync.postgres.apply.chain_session import ChainSession
 from pmgsync.postgres.apply.execution import Execution
@@ -183,7 +183,7 @@ class Applier:
         """Apply what follows the position, and return the newest complete position that is committed.
 
         Frames may overlap with what is in already. Parts of a large transaction are executed at once and committed with
-        the last one.
+        the last one, unless all of them are here: then it is one of a group, like a small one.
 
         Args:
             received: when the frames came to this node, of the monotonic clock: from then on rows wait for their files.
@@ -204,21 +204,22 @@ class Applier:
         reached, changes, planner = self.position, 0, self._execution.planner
         planner.look_again()
         try:
-            for frame in frames:
-                self._check(frame)
+            for parts in with_parts(frames, GROUP_CHANGES):
+                for frame in parts:
+                    check_chain(frame, self.origin, self._session.incarnation)
                 if frame.here <= reached:
                     continue
-                if is_part(frame.header):
+                if len(parts) == 1 and is_part(frame.header):
                     self._execution.commit_group(group, reached)
                     group, changes = [], 0
                     self._take_part(frame, judge, received)
                     reached = self.position
                     continue
-                if frame.prev > reached:
-                    raise ProtocolError(f"a frame of origin {self.origin} follows {frame.prev}, here is {reached}")
+                if parts[0].prev > reached:
+                    raise ProtocolError(f"a frame of origin {self.origin} follows {parts[0].prev}, here is {reached}")
                 self.abandon()
                 cursor = self._session.cursor()
-                messages = unpack_body(frame.body)
+                messages = messages_of(parts)
                 whole = planned_together(planner, judge, frame, messages, reached, lambda: self._begins)
                 # What precedes a row whose file is waited for is committed first.
                 if whole is not None and not self._missing(received):
@@ -258,7 +259,7 @@ class Applier:
                         self._execution.commit_steps(planned, rest)
                         reached = self.position
                 reached = max(reached, frame.here)
-                changes += frame.header.changes
+                changes += sum([frame.header.changes for frame in parts])
                 if changes > GROUP_CHANGES:
                     self._execution.commit_group(group, reached)
                     group, changes = [], 0
@@ -273,17 +274,6 @@ class Applier:
             self._execution.recover()
             raise self._session.failed(error, "", reached.lsn) from error
         return self.position
-
-    def _check(self, frame: Frame) -> None:
-        header = frame.header
-        if header.origin != self.origin:
-            raise ProtocolError(f"a frame of origin {header.origin} came to the applier of origin {self.origin}")
-        if header.incarnation != self._session.incarnation:
-            raise ResyncRequiredError(
-                f"the chain of origin {self.origin} was begun anew, this database has its incarnation "
-                f"{self._session.incarnation:016x}, the frame is of {header.incarnation:016x}",
-                hint="nothing need be done: a snapshot is taken",
-            )
 
     def _judging(self) -> Judge:
         """Return the judge under the history of now."""
