@@ -214,8 +214,7 @@ class FollowedTree(TreeThread):
             self._retry_later()
         if not batch.steps and not batch.entries:
             return
-        paths = [profile_path(self.tree, step.name) for step in batch.steps]
-        commands = self._actions.expect(paths)
+        commands = self._actions.expect(profile_path(self.tree, step.name) for step in batch.steps)
         self._place_begun(intake)
         if not commands and intake.may_wait(batch):
             intake.begin(batch)

@@ -15,6 +15,7 @@ MAX_COMPONENT = 255
 MAX_NAME = 3000
 """Bytes of a whole name; the kernel takes 4095 for a path, and the root needs some of them."""
 MAX_DEPTH = 64
+_NO_PARTS = frozenset({b"", b".", b".."})
 
 
 def check_name(name: object) -> bytes:
@@ -26,7 +27,10 @@ def check_name(name: object) -> bytes:
     if not isinstance(name, bytes) or not name or len(name) > MAX_NAME or b"\0" in name:
         raise ProtocolError(f"{show(name)} is not a file's name")
     parts = name.split(b"/")
-    if len(parts) > MAX_DEPTH or any(part in {b"", b".", b".."} or len(part) > MAX_COMPONENT for part in parts):
+    fits = len(parts) <= MAX_DEPTH
+    for part in parts:
+        fits = fits and len(part) <= MAX_COMPONENT and part not in _NO_PARTS
+    if not fits:
         raise ProtocolError(f"the name {show(name)} could leave the tree, or is too long")
     if parts[0] == OWN_DIRECTORY:
         raise ProtocolError(f"the name {show(name)} is in the directory of pmgsync itself")
@@ -69,12 +73,15 @@ class Selection:
                 self._exclude_anywhere.append(_regex(parts[0]))
             else:
                 self._exclude_from_root.append(tuple(map(_regex, parts)))
+        self._has_patterns = bool(self._include or self._exclude_anywhere or self._exclude_from_root)
 
     def excludes(self, name: bytes) -> bool:
         """True when the name itself is never synchronised; ask for the directories above it separately."""
         last = name.rpartition(b"/")[2]
         if name == OWN_DIRECTORY or CONFLICT_MARK in last:
             return True
+        if not self._has_patterns:
+            return False
         if any(pattern.fullmatch(last) for pattern in self._exclude_anywhere):
             return True
         parts = name.split(b"/") if self._exclude_from_root else []
@@ -101,6 +108,8 @@ class Selection:
 
     def selects(self, name: bytes) -> bool:
         """True when a name is synchronised, all rules taken together."""
+        if not self._has_patterns:
+            return CONFLICT_MARK not in name and name.partition(b"/")[0] != OWN_DIRECTORY
         return self.takes(name) and not self.excludes(name) and not any(map(self.excludes, parents(name)))
 
 

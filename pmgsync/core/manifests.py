@@ -61,11 +61,6 @@ def bucket_of(name: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=2).digest(), "big") % BUCKETS
 
 
-def _weight(name: bytes, entry: Entry) -> int:
-    data = msgpack.packb([name, *entry], use_bin_type=True)
-    return int.from_bytes(hashlib.blake2b(data, digest_size=SUM_BYTES).digest(), "big")
-
-
 class Manifest:
     """The entries of one tree, with the sums that tell whether two are equal.
 
@@ -80,6 +75,8 @@ class Manifest:
     def __init__(self, entries: Iterable[tuple[bytes, Entry]] = ()) -> None:
         self._entries: dict[bytes, Entry] = {}
         self._sums: list[int] = [0] * BUCKETS
+        # One for all entries: `packb` makes and throws away a packer, and its buffer, for each.
+        self._pack = msgpack.Packer(use_bin_type=True).pack
         self._total = 0
         self.files = 0
         self.bytes = 0
@@ -94,18 +91,22 @@ class Manifest:
             return False
         difference = 0
         if old is not None:
-            difference -= _weight(name, old)
+            difference -= self._weight(name, old)
             self._count(name, old, -1)
         if entry is None:
             del self._entries[name]
         else:
             self._entries[name] = entry
-            difference += _weight(name, entry)
+            difference += self._weight(name, entry)
             self._count(name, entry, 1)
         bucket = bucket_of(name)
         self._sums[bucket] = (self._sums[bucket] + difference) % _MODULUS
         self._total = (self._total + difference) % _MODULUS
         return True
+
+    def _weight(self, name: bytes, entry: Entry) -> int:
+        data = self._pack([name, *entry])
+        return int.from_bytes(hashlib.blake2b(data, digest_size=SUM_BYTES).digest(), "big")
 
     def _count(self, name: bytes, entry: Entry, sign: int) -> None:
         self.text_bytes += sign * (len(name) + len(entry.user) + len(entry.group))
@@ -230,14 +231,17 @@ def check_entry(name: bytes, entry: Entry) -> Entry:
     Raises:
         ProtocolError: when it cannot.
     """
-    numbers = (entry.mode, 0o7777), (entry.size, MAX_SIZE), (entry.mtime_ns, MAX_NANOSECONDS)
-    fits = all(type(value) is int and 0 <= value <= highest for value, highest in numbers)
-    named = all(
-        isinstance(text, str) and 0 < len(text) <= 255 and text.isprintable() for text in (entry.user, entry.group)
-    )
-    shaped = (entry.kind == "f" and isinstance(entry.digest, bytes) and len(entry.digest) == DIGEST_BYTES) or (
-        entry.kind == "d" and (entry.size, entry.mtime_ns, entry.digest) == (0, 0, b"")
-    )
-    if not (fits and named and shaped):
-        raise ProtocolError(f"the entry of {show(name)} is {list(entry)!r:.200}")
-    return entry
+    # Without loops and generators: a first sync checks every name of a tree.
+    kind, mode, user, group, size, mtime_ns, digest = entry
+    if (
+        (type(mode) is int and type(size) is int and type(mtime_ns) is int)
+        and (0 <= mode <= 0o7777 and 0 <= size <= MAX_SIZE and 0 <= mtime_ns <= MAX_NANOSECONDS)
+        and (isinstance(user, str) and 0 < len(user) <= 255 and user.isprintable())
+        and (isinstance(group, str) and 0 < len(group) <= 255 and group.isprintable())
+        and (
+            (kind == "f" and isinstance(digest, bytes) and len(digest) == DIGEST_BYTES)
+            or (kind == "d" and size == 0 and mtime_ns == 0 and digest == b"")
+        )
+    ):
+        return entry
+    raise ProtocolError(f"the entry of {show(name)} is {list(entry)!r:.200}")

@@ -85,7 +85,8 @@ def check_shape(manifest: Manifest, changes: Iterable[Change]) -> None:
     """
     outers: set[bytes] = set()
     for name, entry in changes:
-        if entry is not None:
+        # Names that follow each other mostly lie in the same directory.
+        if entry is not None and name.rpartition(b"/")[0] not in outers:
             outers.update(parents(name))
     for outer in outers:
         above = manifest.get(outer)

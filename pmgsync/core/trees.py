@@ -86,6 +86,8 @@ def touched_actions(
         paths: absolute, as `profile_path` returns them. An action whose path ends in "/" means all in that directory.
         role: `master` or `node`, when this node has become that.
     """
+    if not profile.actions:
+        return []
     changed, named = set(paths), set(tables)
     found: dict[tuple[str, ...], None] = {}
     for action in profile.actions:

@@ -38,7 +38,9 @@ class Contents:
         """Note under which names this tree has contents; `anew`: these are all."""
         if anew:
             self._names.clear()
-        self._names.update((entry.digest, name) for name, entry in entries if entry.kind == "f")
+        for name, entry in entries:
+            if entry.kind == "f":
+                self._names[entry.digest] = name
 
     @property
     def known(self) -> int:

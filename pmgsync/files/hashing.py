@@ -16,9 +16,9 @@ class ChangedMeanwhileError(Exception):
     """The file was written while it was read."""
 
 
-def new_hash() -> hashlib.blake2b:
-    """Return the hash that contents are named by."""
-    return hashlib.blake2b(digest_size=DIGEST_BYTES)
+def new_hash(data: bytes | memoryview = b"") -> hashlib.blake2b:
+    """Return the hash that contents are named by, over the first of them."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES)
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int, int, int]:
@@ -36,7 +36,13 @@ def hash_file(directory: int, last: bytes) -> tuple[bytes, os.stat_result]:
     fd, before = open_regular(directory, last)
     try:
         digest = hash_descriptor(fd, before.st_size)
-        if identity(os.fstat(fd)) != identity(before):
+        after = os.fstat(fd)
+        # Device and inode of an open file stay as they are.
+        if (
+            after.st_ctime_ns != before.st_ctime_ns
+            or after.st_mtime_ns != before.st_mtime_ns
+            or after.st_size != before.st_size
+        ):
             raise ChangedMeanwhileError
     finally:
         os.close(fd)
@@ -88,12 +94,12 @@ class LongHash:
 
 def hash_descriptor(fd: int, expected: int = READ_BYTES) -> bytes:
     """Return the digest of what follows in a file; `expected`: how many bytes that probably are."""
-    state = new_hash()
     # No more room than is needed: getting and giving back a MiB takes as long as hashing a mail.
     size = min(READ_BYTES, expected + 1)
-    while True:
+    data = os.read(fd, size)
+    state = new_hash(data)
+    while len(data) == size:  # less is the end of a regular file
+        size = READ_BYTES
         data = os.read(fd, size)
         state.update(data)
-        if len(data) < size:  # the end of a regular file
-            return state.digest()
-        size = READ_BYTES
+    return state.digest()

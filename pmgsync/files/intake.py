@@ -259,7 +259,8 @@ class Intake:
     def _spool(self) -> tuple[Entries, Entries, list[bytes]]:
         names = choose_names(self._pending, self.postponed, self.owner, self.held, self.under_way)
         # A file needs the directories above it, with their modes, in the same batch or before.
-        outers = {outer for name in names for outer in parents(name) if outer in self._pending}
+        directories = {name.rpartition(b"/")[0] for name in names}
+        outers = {outer for one in directories for outer in (*parents(one), one) if outer in self._pending}
         above = {outer for outer in outers if self._is_made(outer) and not self.under_way.has(outer, None)}
         names = sorted(above.union(names))
         actual = dict(self._as_here(self.held, names))
@@ -370,8 +371,7 @@ class Intake:
             self.held.set(name, entry)
             if self.owner.get(name) == entry:
                 self._pending.pop(name, None)
-            if entry is not None:
-                self.contents.learn([(name, entry)])
+        self.contents.learn((name, entry) for name, entry in entries.items() if entry is not None)
 
     def flush(self) -> None:
         """Bring all names to the disk, and note them as in place only then.

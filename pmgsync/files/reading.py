@@ -94,6 +94,9 @@ def find_standing(root: Root, wanted: Iterable[tuple[bytes, Entry]]) -> Iterator
 
 
 def _standing(fd: int, last: bytes, wanted: Entry) -> Entry | None:
+    # Mostly nothing is there: an exception would take longer than the question.
+    if not os.access(last, os.F_OK, dir_fd=fd, follow_symlinks=False):
+        return None
     try:
         status = os.stat(last, dir_fd=fd, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):

@@ -39,6 +39,7 @@ class Staging:
         """
         self._root = root
         self._described: dict[bytes, Entry] = {}
+        self._parts: set[bytes] = set()
         self.name = own_directory(root, part)
         try:
             with root.directory(self.name) as fd:
@@ -60,7 +61,9 @@ class Staging:
             digest = _digest(name.removesuffix(_PART))
             if digest is None:
                 self.drop(name)
-            elif not name.endswith(_PART):
+            elif name.endswith(_PART):
+                self._parts.add(digest)
+            else:
                 # A file may have its name without its content after a power cut.
                 file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
                 try:
@@ -75,6 +78,8 @@ class Staging:
 
     def drop(self, name: bytes) -> None:
         """Remove one file of the area."""
+        if name.endswith(_PART):
+            self._parts.discard(_digest(name.removesuffix(_PART)) or b"")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.fd)
 
@@ -94,18 +99,19 @@ class Staging:
             WrongContentError: when it is another one.
             OSError: when it cannot be written.
         """
-        state = new_hash()
-        state.update(content)
-        if state.digest() != digest:
+        if new_hash(content).digest() != digest:
             raise WrongContentError("a file's content is not the one that was announced; it is fetched again")
-        file = os.open(digest.hex(), _WRITE | os.O_TRUNC, 0o600, dir_fd=self.fd)
+        # Mostly it has its mode from the start then. Nobody else comes into the area.
+        mode = 0o600 if entry is None else entry.mode & 0o777
+        file = os.open(digest.hex(), _WRITE | os.O_TRUNC, mode, dir_fd=self.fd)
         try:
             _write(file, content)
             if entry is not None:
-                # What is not allowed is told when the file is put in place, with its name.
-                with contextlib.suppress(PermissionError):
+                try:
                     describe(file, entry)
                     self._described[digest] = entry
+                except PermissionError:
+                    pass  # it is told when the file is put in place, with its name
         finally:
             os.close(file)
         self.whole.add(digest)
@@ -141,8 +147,19 @@ class Staging:
         """Begin a content that comes in pieces, or go on with one."""
         return Part(self, digest)
 
+    def begin_part(self, digest: bytes) -> None:
+        """Note that a content has begun to come in pieces."""
+        self._parts.add(digest)
+
+    def finish_part(self, digest: bytes) -> None:
+        """Note that all pieces of a content have come."""
+        self._parts.discard(digest)
+        self.whole.add(digest)
+
     def begun(self, digest: bytes) -> int:
         """Return how many bytes are here of a content that came in pieces."""
+        if digest not in self._parts:
+            return 0
         try:
             return os.stat(digest.hex() + _PART.decode(), dir_fd=self.fd, follow_symlinks=False).st_size
         except FileNotFoundError:
@@ -218,6 +235,7 @@ class Part:
         self.digest = digest
         self._name = digest.hex().encode() + _PART
         self._file = os.open(self._name, _WRITE, 0o600, dir_fd=staging.fd)
+        staging.begin_part(digest)
         self._state = new_hash()
         self.offset = 0
         while data := os.read(self._file, READ_BYTES):
@@ -250,7 +268,7 @@ class Part:
             self._staging.drop(self._name)
             raise WrongContentError("a file's content is not the one that was announced; it is fetched again")
         os.rename(self._name, self.digest.hex(), src_dir_fd=self._staging.fd, dst_dir_fd=self._staging.fd)
-        self._staging.whole.add(self.digest)
+        self._staging.finish_part(self.digest)
 
     def close(self) -> None:
         """Close the file; what is in it stays."""
@@ -265,9 +283,11 @@ def copy_content(source: int, target: int) -> None:
 
 
 def _write(file: int, data: Data) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
+    written = os.write(file, data)
+    if written < len(data):
+        view = memoryview(data)[written:]
+        while view:
+            view = view[os.write(file, view) :]
 
 
 def _digest(name: bytes) -> bytes | None:

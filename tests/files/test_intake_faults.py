@@ -258,3 +258,30 @@ def test_a_torn_file_of_the_staging_area_is_thrown_away(tmp_path: Path) -> None:
     assert [path.name for path in directory.iterdir()] == [right.hex()]
     again.close()
     root.close()
+
+
+def test_a_restart_knows_the_parts_that_came_and_drops_what_is_none(tmp_path: Path) -> None:
+    root = Root(tmp_path / "root")
+    area = staging.Staging(root)
+    whole = digest_of(b"abcdef")
+    part = area.part(whole)
+    part.write(0, b"abc")
+    part.close()
+    assert area.begun(whole) == 3
+    area.close()
+    (tmp_path / "root/.pmgsync/stage/no-digest.part").write_bytes(b"x")
+    again = staging.Staging(root)
+    assert again.begun(whole) == 3
+    assert [path.name for path in (tmp_path / "root/.pmgsync/stage").iterdir()] == [f"{whole.hex()}.part"]
+    part = again.part(whole)
+    part.write(3, b"def")
+    part.finish()
+    part.close()
+    assert again.begun(whole) == 0
+    assert again.whole == {whole}
+    part = again.part(digest_of(b"other"))
+    part.close()
+    again.keep_only({whole})
+    assert again.begun(digest_of(b"other")) == 0
+    again.close()
+    root.close()

@@ -93,3 +93,15 @@ def test_what_is_selected_lies_in_directories_that_are_entered(name: bytes) -> N
     selection = Selection(["a/", "b/c.x", "d/a/*"], ["*.y", "a/b"])
     if selection.selects(name):
         assert all(map(selection.enters, parents(name)))
+
+
+@given(
+    st.lists(
+        st.sampled_from([b"a", b"spam", b".pmgsync", b".pmgsync-1", b"x.pmgsync-20260101", b"pmgsync"]),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_without_patterns_the_same_is_selected_as_with_one_that_matches_nothing(parts: list[bytes]) -> None:
+    name = b"/".join(parts)
+    assert Selection([], []).selects(name) == Selection([], ["matches-nothing"]).selects(name)
