@@ -335,7 +335,9 @@ class Chains:
         self.damage = [*self.damage[-MAX_DAMAGE + 1 :], error.message]
 
     def _note_head(self, head: ChainHead) -> None:
-        clock = self.clocks.setdefault(head.origin, HeadClock())
+        clock = self.clocks.get(head.origin)
+        if clock is None:
+            clock = self.clocks[head.origin] = HeadClock()
         clock.note(time.monotonic(), head.incarnation, head.complete.lsn)
 
     # -- time ---------------------------------------------------------------------------------------------------------

@@ -101,7 +101,8 @@ class CommitHold:
     @property
     def stands(self) -> bool:
         """True when the server lets commits wait for capture, or may."""
-        return self._names not in {Names.NONE, Names.OTHERS}
+        # Asked many times for each transaction; not by a set, which hashes an Enum in Python.
+        return self._names is not Names.NONE and self._names is not Names.OTHERS
 
     @property
     def proven(self) -> bool:

@@ -16,6 +16,7 @@ from pmgsync.core.positions import Position
 class Verdict(Enum):
     """What to do with a frame."""
 
+    __hash__ = object.__hash__  # each is one object; Enum's own is written in Python, and used for every frame
     FITS = "fits"
     DUPLICATE = "duplicate"
     GAP = "gap"
@@ -70,7 +71,7 @@ class ChainHead:
     def advanced(self, header: Header) -> ChainHead:
         """Return the head after a frame that fits, or that begins again, was taken."""
         if header.here.complete:
-            return replace(self, position=header.here, complete=header.here, attempt=0)
+            return ChainHead(self.origin, self.incarnation, header.here, header.here)
         complete = header.prev if header.prev.complete and header.prev > self.complete else self.complete
         return replace(self, position=header.here, complete=complete, attempt=header.attempt)
 

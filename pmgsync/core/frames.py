@@ -20,6 +20,7 @@ MAX_BODY = (1 << 30) + (64 << 10)
 _FIELDS = 13
 _CHECKSUM_BYTES = 5
 _UINT32_MARK = 0xCE
+_INT = {int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +97,9 @@ def make_frame(header: Header, messages: Sequence[bytes]) -> Frame:
         header.attempt,
         header.changes,
     )
-    # An array of 13 is one byte, 0x9d; the checksum is appended by hand because it always takes five bytes.
-    start = bytes([0x90 | _FIELDS]) + b"".join(msgpack.packb(field, use_bin_type=True) for field in fields)
+    # An array of 13 is one byte, 0x9d, before its fields; the last, the checksum, is appended by hand because it always
+    # takes five bytes.
+    start = bytes([0x90 | _FIELDS]) + msgpack.packb(fields, use_bin_type=True)[1:]
     checksum = zlib.crc32(body, zlib.crc32(start))
     return Frame(header, start + bytes([_UINT32_MARK]) + checksum.to_bytes(4, "big"), body)
 
@@ -126,11 +128,11 @@ def read_header(header_bytes: bytes) -> Header:
     _, cluster, epoch, origin, incarnation, *rest = fields
     if type(cluster) is not bytes or len(cluster) != 16:
         raise ProtocolError("a frame's cluster id is not 16 bytes")
-    numbers = (epoch, origin, incarnation, *rest)
-    if not all(type(number) is int and 0 <= number <= MAX_LSN for number in numbers):
+    numbers = fields[2:]
+    if set(map(type, numbers)) != _INT or min(numbers) < 0 or max(numbers) > MAX_LSN:
         raise ProtocolError("a frame's header holds something other than an unsigned integer")
     prev_lsn, prev_part, here_lsn, here_part, commit_time, attempt, changes, _ = rest
-    prev, here = Position.parse([prev_lsn, prev_part]), Position.parse([here_lsn, here_part])
+    prev, here = Position.of(prev_lsn, prev_part), Position.of(here_lsn, here_part)
     if prev >= here:
         raise ProtocolError(f"a frame ends at {here}, which is not after {prev}, the position it follows")
     if not prev.complete and prev.lsn != here.lsn:

@@ -56,10 +56,22 @@ class Position(NamedTuple):
         Raises:
             ProtocolError: when it is anything else.
         """
-        match value:
-            case [int(lsn), int(part)] if 0 <= lsn <= MAX_LSN and 0 < part <= LAST:
-                return cls(lsn, part)
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            lsn, part = value
+            if isinstance(lsn, int) and isinstance(part, int):
+                return cls.of(lsn, part)
         raise ProtocolError(f"{value!r:.80} is not a position, expected [lsn, part]")
+
+    @classmethod
+    def of(cls, lsn: int, part: int) -> Position:
+        """Return the position with these numbers.
+
+        Raises:
+            ProtocolError: when it is none.
+        """
+        if 0 <= lsn <= MAX_LSN and 0 < part <= LAST:
+            return cls(lsn, part)
+        raise ProtocolError(f"{[lsn, part]!r:.80} is not a position, expected [lsn, part]")
 
 
 ZERO = Position(0, LAST)
