@@ -21,7 +21,7 @@ from broker.leadership.left_behind import note_left_behind
 from broker.leadership.splits import Splits
 from broker.leadership.voter import Voter
 from broker.members.calls import Send
-from broker.net import sockets
+from broker.net.local_port import LocalPort
 from broker.net.loop import Loop, Socket
 from broker.net.refusals import Refusals
 from broker.net.zap import ZapHandler
@@ -74,9 +74,9 @@ class Broker:
         self._zap = ZapHandler(
             self._context, self._loop, self._documents.cid_of_key, refusals, self._documents.was_removed
         )
-        socket = sockets.bind_local(self._context, config.broker_socket)
+        port = LocalPort(self._loop, config.broker_socket)
         tokens = Tokens(time.monotonic, self._state)
-        self._sessions = Sessions(socket, self._session_over)
+        self._sessions = Sessions(port, self._session_over)
         self._passwords = PamPassword(self._loop, config.pam_service)
         self._resources = Resources(
             config=config,
@@ -99,8 +99,7 @@ class Broker:
         self._participation: Participation | None = None
         self._failed = self._hurries = False
         self._local = LocalRequests(
-            socket,
-            self._loop,
+            port,
             self._sessions,
             admin=AdminRequests(self, tokens),
             workers=self._workers,

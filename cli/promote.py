@@ -106,12 +106,13 @@ def run(link: BrokerLink, *, force: bool, agreed: bool, tell: Say) -> dict[str, 
     link.send({"op": "promote", "id": request, "force": force, "agreed": agreed})
     heard = time.monotonic()
     while True:
-        received = link.receive(PING_S)
-        if received is None:
-            try:
+        try:
+            received = link.receive(PING_S)
+            if received is None:
                 link.send({"op": "ping", "id": 0})
-            except UnreachableError as error:
-                raise lost() from error
+        except UnreachableError as error:
+            raise lost() from error
+        if received is None:
             if time.monotonic() - heard > SILENCE_S:
                 raise lost()
             continue

@@ -18,7 +18,7 @@ from broker.net.loop import Socket
 from pmgsync.core.members import KEY_BYTES
 from pmgsync.core.membership import MAX_DOCUMENT, Member, SignedDocument, format_fingerprint
 from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnreachableError
-from pmgsync.wire.link import Peer
+from pmgsync.wire.dealer import DealerPeer
 
 CONNECT_S = 10.0
 REFUSED_S = 2.0
@@ -105,7 +105,7 @@ class DoorClient:
         self._server_key = server_key
         self._keys = keys
         self._context: zmq.Context[Socket] = zmq.Context()
-        self._peer: Peer | None = None
+        self._peer: DealerPeer | None = None
 
     def __enter__(self) -> Self:
         where = f"{self._address}:{self._port}"
@@ -122,7 +122,7 @@ class DoorClient:
             self._context.destroy(linger=0)
             raise
         handshake.close()
-        self._peer = Peer(socket, f"the master at {where}")
+        self._peer = DealerPeer(socket, f"the master at {where}")
         return self
 
     def __exit__(
@@ -236,7 +236,7 @@ def fetch_key(address: str, port: int) -> bytes:
             ) from error
         finally:
             handshake.close()
-        answer, _ = Peer(socket, f"the master at {where}").request({"op": "key"}, timeout_s=ANSWER_S)
+        answer, _ = DealerPeer(socket, f"the master at {where}").request({"op": "key"}, timeout_s=ANSWER_S)
         key = answer.get("curve_key")
         if not isinstance(key, bytes) or len(key) != KEY_BYTES:
             raise ProtocolError(f"the master at {where} answered with a key that is none")

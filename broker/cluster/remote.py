@@ -17,7 +17,8 @@ from broker.net.loop import Socket
 from pmgsync.core.frames import MAX_BODY
 from pmgsync.core.membership import Member
 from pmgsync.errors import PmgsyncError, UnreachableError
-from pmgsync.wire.link import Peer
+from pmgsync.wire.dealer import DealerPeer
+from pmgsync.wire.peer import Peer
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def remote_control(name: str, address: str, port: int, server_key: bytes, keys: 
             handshake.close()
         if not socket.poll(WRITABLE_MS, zmq.POLLOUT):
             raise UnreachableError(f"{name} takes no messages")
-        yield Peer(socket, name)
+        yield DealerPeer(socket, name)
     finally:
         context.destroy(linger=200)
 

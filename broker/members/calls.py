@@ -20,6 +20,8 @@ SLACK_BYTES = 4 << 20
 CREDIT_SHARE = 16
 """The messages around pieces may have one byte for so many bytes of credit."""
 MAX_ROOM = 1 << 40
+MAX_ATTACHMENTS = 1_000
+"""Of one message; the local socket takes no more than `pmgsync.wire.local.MAX_PARTS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,11 @@ class Calls:
         if call is None:
             return False
         call.room -= first_bytes + sum(map(len, attachments))
-        if message["op"] != "data":
+        is_last = message["op"] != "data"
+        too_much = len(attachments) > MAX_ATTACHMENTS or (call.room < 0 and not is_last)
+        if is_last or too_much:
             self._forget(call)
-        elif call.room < 0:
-            self._forget(call)
+        if too_much:
             error = ProtocolError("more came in answer to a call than was asked for")
             call.server.send({"op": "cancel", "id": call.server.request}, ())
             call.caller.send(error_map(call.caller.request, error), ())

@@ -31,14 +31,12 @@ class Loop:
 
         def drain() -> None:
             for _ in range(MAX_BATCH):
-                if not has_message(socket):
-                    return
                 try:
                     parts = receive_parts(socket)
-                except zmq.Again:
+                except zmq.Again:  # another callback has taken it
                     return
                 receive(parts)
-                if socket.closed or socket not in self._callbacks:
+                if socket.closed or socket not in self._callbacks or not has_message(socket):
                     return
 
         self._callbacks[socket] = drain
@@ -48,6 +46,11 @@ class Loop:
         """Call `ready` whenever a file descriptor can be read."""
         self._callbacks[descriptor] = ready
         self._poller.register(descriptor, zmq.POLLIN)
+
+    def await_room(self, descriptor: int, *, waits: bool) -> None:
+        """Call what was given to `add_descriptor` also when the descriptor can be written, as long as `waits` says."""
+        if descriptor in self._callbacks:
+            self._poller.register(descriptor, zmq.POLLIN | zmq.POLLOUT if waits else zmq.POLLIN)
 
     def remove(self, source: Socket | int) -> None:
         """Forget a socket or descriptor; unknown ones are ignored."""

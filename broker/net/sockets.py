@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-from pathlib import Path
 
 import zmq
 
@@ -16,6 +14,9 @@ DEAD_MS = 5_000
 """How long TCP may go without an acknowledgement, or with a peer that reads nothing. ZMTP's heartbeats are not used:
 libzmq 4.3.5 aborts the process ("Assertion failed: !_io_error", its issues 4364 and 4767) when one falls due on a
 connection that has ended while its receive queue was full. `broker.members.link` notices silence above TCP."""
+HANDSHAKE_MS = 4_500
+"""How long a handshake may take: less than the silence after which `broker.members.link` replaces a socket, or why
+nothing comes would never be told."""
 EVENTS_HWM = 1_000
 """Frames of at most 64 KiB (larger only for single huge rows): 64 MiB for a subscriber that stalls."""
 CONTROL_HWM = 10_000
@@ -56,7 +57,7 @@ def open_socket(
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 2)
     socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, 5_000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
     # Not ZMQ_IMMEDIATE: with it, libzmq 4.3.5 aborts the process ("Assertion failed: !_more") when a connection ends
@@ -95,29 +96,3 @@ def connect(socket: Socket, keys: KeyPair | NodeKeys, server_key: bytes, address
     socket.curve_secretkey = keys.curve_secret
     socket.curve_serverkey = server_key
     socket.connect(endpoint(address, port))
-
-
-def bind_local(context: zmq.Context[Socket], path: Path) -> Socket:
-    """Return the ROUTER for this machine's own processes, on a unix socket of mode 0600 in a directory of mode 0700.
-
-    Raises:
-        ConfigError: when the directory cannot be made, or another broker is running there.
-    """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.parent.chmod(0o700)
-    except OSError as error:
-        raise ConfigError(f"the run directory {path.parent} cannot be made ({error.strerror})") from error
-    socket = context.socket(zmq.ROUTER)
-    socket.linger = 200
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    umask = os.umask(0o177)
-    try:
-        socket.bind(f"ipc://{path}")
-    except zmq.ZMQError as error:
-        raise ConfigError(f"the local socket {path} cannot be bound ({error.strerror})") from error
-    finally:
-        os.umask(umask)
-    return socket

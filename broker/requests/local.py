@@ -6,16 +6,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import zmq
-
 from broker.members.calls import Attachments, Send
-from broker.net.loop import Loop, Socket
+from broker.net.local_port import LocalPort
 from broker.requests.sessions import Session, Sessions
 from broker.requests.shared import answer_error, check_id, number
 from pmgsync.core.membership import SignedDocument
 from pmgsync.errors import PmgsyncError, ProtocolError, UnknownOperationError, UnreachableError
-from pmgsync.wire.messages import Message, error_map, pack, unpack
-from pmgsync.wire.parts import send_parts
+from pmgsync.wire.messages import Message, error_map, unpack
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +34,11 @@ class Workers(Handler, Protocol):
 
 
 class LocalRequests:
-    """Receives on the local ROUTER and passes each request to the handler of its operation."""
+    """Receives on the local socket and passes each request to the handler of its operation."""
 
     def __init__(
         self,
-        socket: Socket,
-        loop: Loop,
+        port: LocalPort,
         sessions: Sessions,
         *,
         admin: Handler,
@@ -60,20 +56,18 @@ class LocalRequests:
             splits: returns who is on another side of a split, and that side's newest epoch.
             departed: returns who was removed and whose chain is not over here.
         """
-        self._socket = socket
-        self._loop = loop
+        self._port = port
         self._sessions = sessions
         self._admin = admin
         self._workers = workers
         self._membership = membership
         self._splits = splits
         self._departed = departed
-        loop.add_socket(socket, self._receive)
+        port.open(self._receive, sessions.over)
 
     def close(self) -> None:
         """Unbind."""
-        self._loop.remove(self._socket)
-        self._socket.close()
+        self._port.close()
 
     def spread_document(self) -> None:
         """Tell every worker that the cluster document has changed."""
@@ -86,39 +80,32 @@ class LocalRequests:
     def _split(self) -> list[list[int]]:
         return [[cid, epoch] for cid, epoch in self._splits().items()]
 
-    def _receive(self, parts: list[zmq.Frame]) -> None:
-        identity = parts[0].bytes
-
+    def _receive(self, identity: bytes, parts: list[bytes]) -> None:
         def send(message: Mapping[str, Any], attachments: Attachments) -> bool:
             return self._sessions.send(identity, message, attachments)
 
         message: Message | None = None
         try:
-            if len(parts) < 2:
-                raise ProtocolError("a local message is empty")
-            message = unpack(parts[1].bytes)
+            message = unpack(parts[0])
             session = self._sessions.get(identity)
             if message["op"] == "hello":
                 worker = str(message.get("worker", "cli"))[:MAX_WORKER_NAME]
                 self._welcome(self._sessions.begin(identity, worker, _pid(message)), number(message, "id"))
             elif session is None:
                 # The broker was restarted: the client must introduce itself again.
-                parts_out = [identity, pack(error_map(0, UnreachableError("the broker was restarted")))]
-                send_parts(self._socket, parts_out)
+                send(error_map(0, UnreachableError("the broker was restarted")), ())
             else:
-                self._handle(session, send, message, parts[2:])
+                self._handle(session, send, message, parts[1:])
         except PmgsyncError as error:
             log.warning("action=refused-local op=%s error=%s", message and message["op"], error)
             answer_error(send, message, error)
-        except zmq.ZMQError:
-            log.warning("action=local-gone")
 
-    def _handle(self, session: Session, send: Send, message: Message, parts: Sequence[zmq.Frame]) -> None:
+    def _handle(self, session: Session, send: Send, message: Message, attachments: Sequence[bytes]) -> None:
         check_id(message)
         match message["op"]:
             case "data":
                 # The bulk of what comes here: passed on as it is.
-                self._workers().pass_on(session, message, parts)
+                self._workers().pass_on(session, message, attachments)
             case "report":
                 session.report(message)
             case "ping":
@@ -129,7 +116,6 @@ class LocalRequests:
                     raise ProtocolError("the methods to serve are not a list")
                 session.methods = frozenset(map(str, methods))
             case other:
-                attachments = [part.bytes for part in parts]
                 if self._admin.handle(session, send, message, attachments):
                     return
                 if not self._workers().handle(session, send, message, attachments):

@@ -8,16 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
-import zmq
 
 from broker.heartbeats.conflicts import read_counters
 from broker.members.calls import Attachments
-from broker.net.loop import Socket
+from broker.net.local_port import LocalPort
 from pmgsync.core.trees import read_action_reports, read_tree_reports
 from pmgsync.errors import MembershipError
 from pmgsync.subscription import MAX_LEVEL
 from pmgsync.wire.messages import pack
-from pmgsync.wire.parts import send_parts
 
 WORKER_GONE_S = 3.0
 """A worker says something at least once a second."""
@@ -67,10 +65,10 @@ class Session:
 
 
 class Sessions:
-    """All sessions, by ZeroMQ identity."""
+    """All sessions, by the identity of their connection."""
 
-    def __init__(self, socket: Socket, gone: Callable[[Session], None]) -> None:
-        self._socket = socket
+    def __init__(self, port: LocalPort, gone: Callable[[Session], None]) -> None:
+        self._port = port
         self._gone = gone
         self._by_identity: dict[bytes, Session] = {}
 
@@ -104,6 +102,12 @@ class Sessions:
         if self._by_identity.pop(session.identity, None) is not None:
             self._gone(session)
 
+    def over(self, identity: bytes) -> None:
+        """End the session of a connection that has ended, if there is one."""
+        session = self._by_identity.get(identity)
+        if session is not None:
+            self.end(session)
+
     def worker(self, name: str) -> Session | None:
         """Return the session of a worker."""
         return next((session for session in self._by_identity.values() if session.worker == name), None)
@@ -122,14 +126,10 @@ class Sessions:
 
     def send(self, identity: bytes, message: Mapping[str, Any], attachments: Attachments = ()) -> bool:
         """Send to a session; one that is gone is ended. Returns False then."""
-        try:
-            send_parts(self._socket, [identity, pack(message), *attachments])
-        except zmq.ZMQError:
-            session = self._by_identity.get(identity)
-            if session is not None:
-                self.end(session)
-            return False
-        return True
+        if self._port.send(identity, (pack(message), *attachments)):
+            return True
+        self.over(identity)
+        return False
 
     def expire(self) -> None:
         """End sessions that have fallen silent."""

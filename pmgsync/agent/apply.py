@@ -272,7 +272,7 @@ class ApplyWorker(Worker):
     def _stream(
         self, link: BrokerLink, thread: ApplyThread, stream: int, incarnation: int, describe: Callable[[], None]
     ) -> None:
-        waiter = Waiter(link.socket, wakeup=self.wakeup)
+        waiter = Waiter(link, wakeup=self.wakeup)
         used = 0
         while True:
             waiter.wait(REPORT_S)
@@ -336,7 +336,7 @@ class ApplyWorker(Worker):
             tables=reason.tables,
             wakeup=self.wakeup,
         )
-        waiter = Waiter(self.link.socket, wakeup=self.wakeup)
+        waiter = Waiter(self.link, wakeup=self.wakeup)
         try:
             while not resync.over:
                 waiter.wait(REPORT_S)

@@ -29,7 +29,6 @@ from pmgsync.profile_file import load_profile
 from pmgsync.trace import hop
 from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message, error_map, pack
-from pmgsync.wire.parts import send_parts
 from pmgsync.wire.waiting import Waiter
 
 log = logging.getLogger(__name__)
@@ -205,7 +204,7 @@ class _Stream:
         """Stream until an error ends it."""
         link, reader = self._link, self._reader
         link.send({"op": "serve", "methods": ["barrier"]})
-        waiter = Waiter(link.socket, reader.fileno())
+        waiter = Waiter(link, reader.fileno())
         reading = True
         while True:
             drained = True
@@ -222,8 +221,9 @@ class _Stream:
                 (waiter.watch if room else waiter.ignore)(reader.fileno())
             self._keep_time(drained and reading)
             worker = self._worker
-            worker.alerts = [*self._slot_alerts, *self._forged(), *worker.upkeep.alerts, *worker.hold.alerts]
-            self._worker.report()
+            if worker.report_due:
+                worker.alerts = [*self._slot_alerts, *self._forged(), *worker.upkeep.alerts, *worker.hold.alerts]
+                worker.report()
 
     def _forged(self) -> list[dict[str, str]]:
         """Return the alert that somebody else writes messages under pmgsync's prefixes."""
@@ -278,7 +278,7 @@ class _Stream:
         head, end = _FRAME, self._framer.passed
         if self._worker.hold.stands and frame.here.complete:
             head = pack({"op": "frame", "whole": end})
-        send_parts(self._link.socket, (head, frame.header_bytes, frame.body), wait=True)
+        self._link.put((head, frame.header_bytes, frame.body))
         self._ends.sent(frame.here, end)
         self._outstanding.append((frame.here, frame.size))
         self._outstanding_bytes += frame.size

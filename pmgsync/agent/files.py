@@ -74,7 +74,7 @@ class FilesWorker(Worker):
         link.send({"op": "serve", "methods": [*METHODS, "files.accept", "files.verify", "files.repair"]})
         self._cache.begin(f"{self.document.cluster.hex()}/{self.cid}")
         self._meet_trees()
-        waiter = Waiter(link.socket, wakeup=self.wakeup)
+        waiter = Waiter(link, wakeup=self.wakeup)
         try:
             while True:
                 waiter.wait(REPORT_S)

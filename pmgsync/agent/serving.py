@@ -11,8 +11,8 @@ from contextlib import closing
 from typing import Any
 
 from pmgsync.errors import PmgsyncError, UnreachableError
-from pmgsync.wire.link import Peer
 from pmgsync.wire.messages import Message, error_map
+from pmgsync.wire.peer import Peer
 from pmgsync.wire.waiting import Wakeup
 
 log = logging.getLogger(__name__)

@@ -47,7 +47,7 @@ class SnapshotWorker(Worker):
         link.send(
             {"op": "serve", "methods": ["snapshot", "facts", INCOMPLETE, *row_checks.METHODS, divergence_reads.METHOD]}
         )
-        waiter = Waiter(link.socket, wakeup=self.wakeup)
+        waiter = Waiter(link, wakeup=self.wakeup)
         try:
             while True:
                 waiter.wait(REPORT_S)

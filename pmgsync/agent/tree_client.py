@@ -12,8 +12,9 @@ from pmgsync.core.manifests import BUCKETS, SUM_BYTES, Entry, bucket_of, unpack_
 from pmgsync.core.positions import MAX_LSN, parse_lsn
 from pmgsync.errors import PmgsyncError, ProtocolError, UnreachableError
 from pmgsync.files.reading import Part
-from pmgsync.wire.link import CALL_CREDIT, CALL_SILENCE_S, BrokerLink
+from pmgsync.wire.link import BrokerLink
 from pmgsync.wire.messages import Message, error_from
+from pmgsync.wire.peer import CALL_CREDIT, CALL_SILENCE_S
 
 SESSION = "fetch"
 POLL_S = 0.5

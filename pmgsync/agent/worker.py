@@ -9,13 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import zmq
-
 from pmgsync.config import NodeConfig
 from pmgsync.core.backoff import Backoff
 from pmgsync.core.membership import ClusterDocument, SignedDocument
 from pmgsync.errors import MembershipError, PmgsyncError, UnreachableError
-from pmgsync.wire.link import BrokerLink
+from pmgsync.wire.link import BrokerLink, LinkOverError
 from pmgsync.wire.messages import Message, error_from
 from pmgsync.wire.waiting import Wakeup
 
@@ -30,7 +28,7 @@ GRACE_S = 3.0
 """An error that may pass by itself is shown as synchronising for so long, and as an error after that."""
 
 
-class SessionOverError(UnreachableError):
+class SessionOverError(LinkOverError):
     """The session with the broker must be begun again: it was restarted, or the cluster document has changed."""
 
 
@@ -47,7 +45,6 @@ class Worker(ABC):
     def __init__(self, config: NodeConfig, name: str, *, longest_pause_s: float = LONGEST_PAUSE_S) -> None:
         self.config = config
         self.name = name
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.link: BrokerLink | None = None
         self.cid = 0
         self.signed: SignedDocument | None = None
@@ -82,7 +79,7 @@ class Worker(ABC):
                 self._connect()
                 assert self.link is not None
                 self.session(self.link)
-            except SessionOverError as error:
+            except LinkOverError as error:
                 log.info("action=session-over worker=%s reason=%s", self.name, error.message)
                 self._disconnect()
                 self._backoff.succeeded()
@@ -179,7 +176,7 @@ class Worker(ABC):
                 received = self.link.receive(min(left, REPORT_S))
                 if received is not None:
                     self.waiting(*received)
-            except SessionOverError:
+            except LinkOverError:
                 self._disconnect()
                 return
 
@@ -196,7 +193,7 @@ class Worker(ABC):
     def _connect(self) -> None:
         if self.link is not None:
             return
-        link = BrokerLink(self.config.broker_socket, self.name, context=self.context)
+        link = BrokerLink(self.config.broker_socket, self.name)
         try:
             welcome, parts = link.hello()
             if not welcome["cid"] or not parts:

@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any, Protocol
 
 from pmgsync.errors import ProtocolError
-from pmgsync.wire.link import Peer
+from pmgsync.wire.peer import Peer
 
 
 class Restore(Protocol):

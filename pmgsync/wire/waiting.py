@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import select
 
-import zmq
+from pmgsync.wire.link import BrokerLink
 
-Source = zmq.Socket[bytes] | int
+Source = BrokerLink | int
 
 
 class Wakeup:
@@ -40,23 +41,29 @@ class Waiter:
     """Waits until one of its sources has something, or somebody called `wakeup.wake`, or time is over."""
 
     def __init__(self, *sources: Source, wakeup: Wakeup | None = None) -> None:
-        self._poller = zmq.Poller()
+        self._poll = select.poll()
+        self._links: list[BrokerLink] = []
         self._wakeup = wakeup
         if wakeup is not None:
-            self._poller.register(wakeup.fileno(), zmq.POLLIN)
+            self._poll.register(wakeup.fileno(), select.POLLIN)
         for source in sources:
             self.watch(source)
 
     def watch(self, source: Source) -> None:
         """Let a source end the wait from now on."""
-        self._poller.register(source, zmq.POLLIN)
+        if isinstance(source, BrokerLink):
+            self._links.append(source)
+        self._poll.register(source, select.POLLIN)
 
-    def ignore(self, source: Source) -> None:
-        """Let a source not end the wait any more."""
-        self._poller.unregister(source)
+    def ignore(self, source: int) -> None:
+        """Let a descriptor not end the wait any more."""
+        self._poll.unregister(source)
 
     def wait(self, timeout_s: float) -> None:
         """Wait, at most so many seconds; wake-ups are cleared before this returns."""
-        self._poller.poll(math.ceil(max(0.0, timeout_s) * 1000))
-        if self._wakeup is not None:
+        for link in self._links:
+            if link.has_read:
+                timeout_s = 0.0
+        ready = self._poll.poll(math.ceil(max(0.0, timeout_s) * 1000))
+        if self._wakeup is not None and self._wakeup.fileno() in dict(ready):
             self._wakeup.clear()

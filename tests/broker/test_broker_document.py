@@ -179,7 +179,7 @@ def test_garbage_on_the_local_socket_is_answered_and_hurts_nobody(pair: tuple[Br
     capture = Capture(one)
     cli = one.link("cli")
     for garbage in ([b""], [b"\xc1"], [b"\x01"], [b"\x80"], [b"\x81\xa2op\x01"], [os.urandom(50), os.urandom(9)]):
-        cli.socket.send_multipart(garbage)
+        cli.put(garbage)
         received = cli.receive(5)
         assert received is not None
         assert received[0]["op"] == "error"

@@ -24,7 +24,7 @@ from broker.net.keys import NodeKeys
 from broker.net.loop import Socket
 from pmgsync.core.membership import Member
 from pmgsync.errors import MembershipError, PmgsyncError, ProtocolError, UnreachableError
-from pmgsync.wire.link import Peer
+from pmgsync.wire.dealer import DealerPeer
 from pmgsync.wire.messages import pack
 from tests.harness.brokers import (
     FaultyBroker,
@@ -108,7 +108,7 @@ def test_a_token_lets_one_node_in_once(one: FaultyBroker, tmp_path: Path) -> Non
         for keys in racers:
             racing = sockets.open_socket(context, zmq.DEALER, max_bytes=1 << 20)
             sockets.connect(racing, keys, one.member().curve_key, "127.0.0.1", one.ports[2])
-            peers.append(Peer(racing, "the door"))
+            peers.append(DealerPeer(racing, "the door"))
         for n, (keys, peer) in enumerate(zip(racers, peers, strict=True)):
             member = newcomer(keys, f"racer{n}").to_map()
             member |= {"curve_key": keys.curve_public, "sign_key": keys.sign_public}

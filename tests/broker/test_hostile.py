@@ -214,9 +214,9 @@ def test_nonsense_from_a_local_process_harms_nobody(tmp_path: Path) -> None:
             changing = {b"chain.open", b"apply.open", b"applied", b"hello", b"frame"}
             for parts in nonsense(rng):
                 if not any(op in parts[0] for op in changing):
-                    link.socket.send_multipart(parts)
-                while link.socket.poll(0):
-                    link.socket.recv_multipart()
+                    link.put(parts)
+                for _ in link.pending():
+                    pass
             link = two.link("cli")
             for position in ([150, 3], [0, 1]):
                 request = {"op": "apply.open", "origin": 1, "incarnation": INCARNATION, "position": position}
@@ -226,3 +226,17 @@ def test_nonsense_from_a_local_process_harms_nobody(tmp_path: Path) -> None:
                 link.request({**request, "origin": 2, "credit": 1})
         until(lambda: len(receiver.ledger.transactions) == 60, source.step, receiver.step)
         assert receiver.ledger.transactions == source.transactions
+
+
+def test_a_local_process_that_reads_nothing_is_given_up_and_nonsense_ends_its_connection(one: FaultyBroker) -> None:
+    path = str(one.run_dir / "broker.sock")
+    for data in (struct.pack(">I", 0), struct.pack(">2I", 1, 0xFFFF_FFFF), b"GET / HTTP/1.1\r\n\r\n"):
+        with unharmed(one), throw(path, data, family=socket.AF_UNIX) as connection:
+            assert connection.recv(1) == b"", "the connection is ended"
+    with unharmed(one), throw(path, b"", family=socket.AF_UNIX) as deaf:
+        hello = pack({"op": "hello", "id": 1, "worker": "cli", "pid": 0})
+        deaf.settimeout(20)
+        with pytest.raises(OSError, match=r"Broken pipe|reset"):
+            for _ in range(2_000_000):
+                deaf.sendall(struct.pack(">2I", 1, len(hello)) + hello)
+        assert one.rss_mib() < MEMORY_MIB

@@ -11,7 +11,7 @@ import zmq
 
 from pmgsync.agent import serving
 from pmgsync.agent.serving import Piece, Servings
-from pmgsync.wire.link import Peer
+from pmgsync.wire.dealer import DealerPeer
 from pmgsync.wire.waiting import Wakeup
 from tests.harness.cluster import eventually
 
@@ -27,7 +27,7 @@ class Served:
         ends = [self._context.socket(zmq.DEALER) for _ in range(2)]
         ends[0].bind("inproc://served")
         ends[1].connect("inproc://served")
-        self._link, self.receiver = (Peer(end, "the other end") for end in ends)
+        self._link, self.receiver = (DealerPeer(end, "the other end") for end in ends)
         self._wakeup = Wakeup()
         self.servings = Servings(self._wakeup)
         self.made = 0

@@ -13,8 +13,8 @@ from broker.cluster.remote import remote_member
 from broker.cluster.state_directory import StateDirectory
 from pmgsync.core.membership import SignedDocument, sign
 from pmgsync.core.votes import Vote
-from pmgsync.wire.link import Peer
 from pmgsync.wire.messages import Message
+from pmgsync.wire.peer import Peer
 from tests.harness.brokers import FaultyBroker, document_of
 from tests.harness.cluster import eventually
 from tests.harness.strangers import answers_status

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.members.calls import SLACK_BYTES, Attachments, Calls, End
+from broker.chains.streams import MESSAGE_FRAMES
+from broker.members.calls import MAX_ATTACHMENTS, SLACK_BYTES, Attachments, Calls, End
 from pmgsync.agent import refusals as refusals_module
 from pmgsync.agent.refusals import Refusals
 from pmgsync.core.allowance import MESSAGE_BYTES, Allowance
 from pmgsync.errors import ProtocolError
+from pmgsync.wire.local import MAX_PARTS
 
 
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(0, 3000))))
@@ -75,6 +77,19 @@ def test_a_server_that_ignores_credit_is_cut_off(first_bytes: int) -> None:
     assert [message["op"] for message in ends.caller[-1:]] == ["error"]
     assert ends.server[-1]["op"] == "cancel"
     assert not calls.from_server("server", DATA, ())
+
+
+@pytest.mark.parametrize("op", ["data", "done"])
+def test_an_answer_in_too_many_parts_is_not_passed_on(op: str) -> None:
+    calls, ends = begun(4 << 20)
+    with pytest.raises(ProtocolError, match="more came"):
+        calls.from_server("server", {**DATA, "op": op}, [b""] * (MAX_ATTACHMENTS + 1))
+    assert [message["op"] for message in ends.caller] == ["error"]
+    assert not calls.from_server("server", DATA, ())
+
+
+def test_what_a_call_may_have_fits_through_the_local_socket() -> None:
+    assert max(MAX_ATTACHMENTS, 2 * MESSAGE_FRAMES) < MAX_PARTS
 
 
 def test_a_server_that_keeps_to_its_credit_may_send_for_ever() -> None:

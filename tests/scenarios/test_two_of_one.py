@@ -97,7 +97,6 @@ def test_what_is_taken_just_before_the_slot_is_ours_is_noticed(
     with contextlib.closing(BrokerLink(master.run_dir / "broker.sock", "capture")) as link:
         link.hello(5.0)
         worker.session(link)
-    worker.context.term()
     assert renewed
     assert "begins at" in str(failures)
     assert master.sql("SELECT active FROM pg_replication_slots") == [(False,)]
