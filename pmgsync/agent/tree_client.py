@@ -218,12 +218,19 @@ def _parts(message: Message, data: bytes, start: int, end: int) -> list[Part]:
     piece = message.get("piece")
     raw = piece.get("parts") if isinstance(piece, dict) else None
     found: list[Part] = []
+    total, count = 0, end - start
     for each in raw if isinstance(raw, list) else ():
-        match each:
-            case [int(number), int(offset), int(size), bool(last)] if 0 <= number < end - start and size >= 0:
-                found.append((start + number, offset, size, last))
-            case _:
-                raise ProtocolError(f"a piece of a file is {each!r:.60}")
-    if sum(part[2] for part in found) != len(data):
+        number, offset, size, last = each if isinstance(each, list) and len(each) == 4 else (-1, 0, 0, False)
+        if not (
+            type(number) is int is type(offset)
+            and type(size) is int
+            and type(last) is bool
+            and 0 <= number < count
+            and size >= 0
+        ):
+            raise ProtocolError(f"a piece of a file is {each!r:.60}")
+        found.append((start + number, offset, size, last))
+        total += size
+    if total != len(data):
         raise ProtocolError(f"the pieces of files in {len(data)} bytes have another size")
     return found

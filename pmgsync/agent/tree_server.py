@@ -75,7 +75,7 @@ def _contents(place: Place, wanted: Sequence[tuple[int, bytes | None, int]]) -> 
     try:
         known = ((number, name, offset) for number, name, offset in wanted if name is not None)
         for parts, data in read_contents(root, known):
-            yield {"kind": "contents", "parts": [list(part) for part in parts]}, data
+            yield {"kind": "contents", "parts": parts}, data
     finally:
         root.close()
     yield {"kind": "result", "files": len(wanted) - len(gone)}, None

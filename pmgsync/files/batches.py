@@ -115,20 +115,22 @@ def choose_names(
     large: list[bytes] = []
     emptied: list[bytes] = []
     size = 0
+    told, here = owner.entries, held.entries
     for name in reversed(pending):
         if name in postponed:
             continue
-        entry = owner.get(name)
+        entry = told.get(name)
         if under_way.has(name, entry):
             continue
-        if is_large(entry):
+        entry_size = 0 if entry is None else entry.size
+        if entry_size > LARGE_BYTES:
             large.append(name)
             continue
-        here = held.get(name)
-        if here is not None and here.kind == "d" and (entry is None or entry.kind != "d"):
+        before = here.get(name)
+        if before is not None and before.kind == "d" and (entry is None or entry.kind != "d"):
             emptied.append(name)
             continue
-        size += entry.size if entry is not None else 0
+        size += entry_size
         if names and (len(names) >= BATCH_NAMES or size > BATCH_BYTES):
             break
         names.append(name)

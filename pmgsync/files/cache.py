@@ -116,12 +116,13 @@ class Cache:
             FilesError: when they cannot be written.
         """
         gone, new = [], []
+        pack = msgpack.Packer().pack
         for name, entry, stamp in rows:
             if entry is None:
                 gone.append((tree, part, name))
             else:
                 inode, changed = stamp or (None, None)
-                new.append((tree, part, name, msgpack.packb(list(entry)), inode, changed))
+                new.append((tree, part, name, pack(entry), inode, changed))
         if not gone and not new:
             return
         with self._transaction():

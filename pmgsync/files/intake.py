@@ -265,7 +265,7 @@ class Intake:
         names = sorted(above.union(names))
         actual = dict(self._as_here(self.held, names))
         wanted = self._as_here(self.owner, names)
-        unknown = [(name, entry) for name, entry in wanted.items() if self.held.get(name) is None]
+        unknown = [(name, entry) for name, entry in wanted.items() if name not in actual]
         actual.update(find_standing(self.root, unknown))
         return wanted, actual, names
 
@@ -280,9 +280,8 @@ class Intake:
         return any(not is_large(self.owner.get(name)) for name in waiting)
 
     def _as_here(self, manifest: Manifest, names: Iterable[bytes]) -> Entries:
-        trusted = self.tree.is_config
-        entries = ((name, manifest.get(name)) for name in names)
-        return {name: localised(entry, trusted=trusted) for name, entry in entries if entry is not None}
+        trusted, entries = self.tree.is_config, manifest.entries
+        return {name: localised(entries[name], trusted=trusted) for name in names if name in entries}
 
     def without(self, batch: Batch, digests: set[bytes]) -> Batch:
         """Return what is left of a batch when some contents cannot be had now; their names are postponed."""

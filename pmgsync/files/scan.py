@@ -217,16 +217,17 @@ class Scanner:
         """Look at everything in an open directory."""
         self._pulse()
         prefix = directory + b"/" if directory else b""
+        depth, selection = prefix.count(b"/"), self._selection
         with os.scandir(fd) as entries:
             for each in entries:
                 last = os.fsencode(each.name)
                 name = prefix + last
-                if self._selection.excludes(name):
+                if selection.excludes(name):
                     continue
-                taken = self._selection.takes(name)
-                if not taken and not self._selection.enters(name):
+                taken = selection.takes(name)
+                if not taken and not selection.enters(name):
                     continue
-                if len(name) > MAX_NAME or len(last) > MAX_COMPONENT or name.count(b"/") >= MAX_DEPTH:
+                if len(name) > MAX_NAME or len(last) > MAX_COMPONENT or depth >= MAX_DEPTH:
                     self._finding(name, f"{self.root.show(name)} is left out: its name is too long")
                     continue
                 try:
