@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pmgsync.config import load_config
 from pmgsync.errors import PmgsyncError
-from pmgsync.service import favour_latency, notify_systemd, set_up_logging
+from pmgsync.service import favour_latency, keep_freed_memory, notify_systemd, set_up_logging
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ def run() -> None:
     parser.add_argument("--verbose", action="store_true", help="log more")
     arguments = parser.parse_args()
     set_up_logging(verbose=arguments.verbose)
+    keep_freed_memory()
     try:
         from broker.files import PRIVATE_UMASK, raise_descriptor_limit, refuse_open_files
         from broker.node import Broker

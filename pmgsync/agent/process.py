@@ -11,7 +11,7 @@ from pathlib import Path
 from pmgsync.agent.worker import Worker
 from pmgsync.config import NodeConfig, load_config
 from pmgsync.errors import PmgsyncError
-from pmgsync.service import die_with_parent, favour_latency, set_up_logging
+from pmgsync.service import die_with_parent, favour_latency, keep_freed_memory, set_up_logging
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def run() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_up_logging()
+    keep_freed_memory()
     try:
         worker = make_worker(arguments.name, load_config(arguments.config))
         favour_latency()
