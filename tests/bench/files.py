@@ -3,6 +3,10 @@
 Two nodes on this machine, each with a broker and a files worker. rsync copies between two directories: no network, no
 encryption, and nothing is brought to the disk. So rsync's figures are the best it can do, ours have two brokers, CURVE
 and a loopback connection in them, and what is placed is on the disk. They take turns on the same files.
+
+Give it a directory (`--directory`) where few files were deleted in the last five minutes, by a run before this one
+above all. ext4 does not use their inodes again so soon, and looks at each of them for every file that is made: opening
+a new one took 70 to 360 us instead of 12, whoever did it.
 """
 
 from __future__ import annotations
