@@ -24,7 +24,7 @@ from pmgsync.trace import hop
 
 log = logging.getLogger(__name__)
 
-WRITE_AFTER_S = 0.02
+WRITE_AFTER_S = 0.05
 """Seconds after which the journal's thread begins to write: by then the frame is on its way to whoever applies it, and
 lone transactions that follow each other share one transaction of the journal and one fsync, on the disk that the
 database writes its WAL to. Only the slot's confirmation, once a second, waits for the journal."""
